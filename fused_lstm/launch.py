@@ -1,0 +1,183 @@
+"""Launchers of the Triton kernels: which tiles, which grid, one launch per time step.
+
+This module needs Triton; nothing else in the package imports it before a kernel is to run.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from .kernels.backward import lstm_backward_kernel
+from .kernels.forward import lstm_forward_kernel
+from .rows import Rows
+from .tf32 import tf32_allowed
+
+# TRITON_INTERPRET=1, set before the kernels are imported, makes them run on CPU tensors.
+INTERPRETED = not isinstance(lstm_forward_kernel, triton.JITFunction)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is cut into programs and compiled.
+
+    A program owns ``block_h`` hidden units for ``block_b`` batch rows and walks its reduction in tiles of ``block_k``.
+    """
+
+    block_b: int
+    block_h: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def grid(self, H: int, B: int, R: int) -> tuple[int, int, int]:
+        return triton.cdiv(H, self.block_h), triton.cdiv(B, self.block_b), R
+
+
+@dataclass(frozen=True)
+class Device:
+    """What :func:`choose` needs to know of a GPU."""
+
+    name: str
+    multiprocessors: int
+
+
+@lru_cache
+def device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.name, properties.multi_processor_count)
+
+
+# Bounded by registers (no spills on sm_90) and by shared memory: tests/test_compile.py compiles every one of them.
+BLOCK_K = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}
+BLOCK_H = {
+    torch.float16: (64, 32, 16),
+    torch.bfloat16: (64, 32, 16),
+    torch.float32: (32, 16),
+    torch.float64: (16,),
+}
+MAX_BLOCK_B = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 64, torch.float64: 16}
+
+
+def choose(kind: str, dtype: torch.dtype, H: int, B: int, R: int, device: Device | None) -> LaunchConfig:
+    """The stepwise configuration of a problem; a pure function, so that it can be tested without a GPU.
+
+    Args:
+        kind: ``"forward"`` or ``"backward"``.
+        dtype, H, B, R: data type, hidden size, batch rows, recurrences.
+        device: the GPU, or None in Triton's interpreter.
+
+    A heuristic that was not measured on any device: the largest tile of hidden units that still gives every
+    multiprocessor a program.
+    """
+    if kind not in ("forward", "backward"):
+        raise ValueError(f"kind must be 'forward' or 'backward', got {kind!r}")
+    block_b = min(max(triton.next_power_of_2(B), 16), MAX_BLOCK_B[dtype])
+    wanted = device.multiprocessors if device else 1
+    sizes = [size for size in BLOCK_H[dtype] if size <= max(triton.next_power_of_2(H), 16)]
+    for block_h in sizes:
+        config = LaunchConfig(block_b, block_h, BLOCK_K[dtype], num_warps=8 if block_b * block_h >= 4096 else 4)
+        x, y, z = config.grid(H, B, R)
+        if x * y * z >= wanted:
+            break
+    return config
+
+
+def shipped(dtype: torch.dtype) -> list[LaunchConfig]:
+    """Every configuration that :func:`choose` can return for a dtype."""
+    found = {
+        choose("forward", dtype, H, B, 1, Device("any", sms))
+        for H in (1, 16, 32, 64, 4096)
+        for B in (1, 16, 32, 64, 4096)
+        for sms in (1, 10**9)
+    }
+    return sorted(found, key=lambda c: (c.block_b, c.block_h))
+
+
+def _meta(gates: Tensor, rows: Rows, config: LaunchConfig, R: int, H: int, has_h0: bool) -> dict:
+    fp32 = gates.dtype == torch.float32
+    return dict(
+        R=R, H=H, DIRECTIONS=rows.directions, HAS_H0=has_h0,
+        LENGTHS=rows.lengths is not None, PACKED=rows.batch_sizes is not None,
+        PRECISION="tf32" if fp32 and tf32_allowed() and not INTERPRETED else "ieee",
+        UPCAST=INTERPRETED and gates.dtype == torch.bfloat16,
+        BLOCK_B=config.block_b, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _guard(tensor: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+
+
+def _device(tensor: Tensor) -> Device | None:
+    return device(tensor.device.index) if tensor.is_cuda else None
+
+
+def recurrence_forward(
+    gates: Tensor,  # (N, R, 4, H) in: x @ W_ih^T + biases; out, if c_all is given: activated gates
+    w_hh: Tensor,  # (R, 4H, H)
+    h0: Tensor | None,  # (R, B, H); None: zero
+    c0: Tensor,  # (R, B, H)
+    rows: Rows,
+    y: Tensor,  # (N, R, H) out
+    c_all: Tensor | None,  # (N, R, H) out
+) -> tuple[Tensor, Tensor]:
+    """One launch per time step. Returns h_n and c_n, (R, B, H)."""
+    from .ops import accumulator_dtype
+
+    R, B, H = c0.shape
+    ragged = rows.lengths is not None
+    c_n = c0.to(accumulator_dtype(c0.dtype), copy=ragged) if ragged else c0.new_empty(c0.shape, dtype=accumulator_dtype(c0.dtype))
+    h_n = torch.empty_like(c0)
+    if ragged:  # a row without steps keeps its initial state
+        h_n.copy_(h0) if h0 is not None else h_n.zero_()
+    if B:
+        config = choose("forward", gates.dtype, H, B, R, _device(gates))
+        meta = _meta(gates, rows, config, R, H, h0 is not None)
+        starts = rows.starts()
+        with _guard(gates):
+            for s in range(rows.T):
+                lstm_forward_kernel[config.grid(H, B, R)](
+                    gates, w_hh, y, y if c_all is None else c_all, c0 if h0 is None else h0, c0, h_n, c_n,
+                    rows.lengths, starts, s, rows.T, B, rows.stride_t, rows.stride_b, SAVE=c_all is not None, **meta,
+                )  # fmt: skip
+    return h_n, c_n.to(c0.dtype)
+
+
+def recurrence_backward(
+    dy: Tensor,  # (N, R, H)
+    dh_n: Tensor,  # (R, B, H)
+    dc_n: Tensor,  # (R, B, H)
+    gates: Tensor,  # (N, R, 4, H) activated
+    c_all: Tensor,  # (N, R, H)
+    y: Tensor,  # (N, R, H)
+    h0: Tensor | None,  # (R, B, H); None: zero
+    c0: Tensor,  # (R, B, H)
+    w_hh: Tensor,  # (R, 4H, H)
+    rows: Rows,
+    dgates: Tensor,  # (N, R, 4, H) out
+    h_prev: Tensor,  # (N, R, H) out
+) -> Tensor:
+    """One launch per time step, last step first. Returns dc_0, (R, B, H)."""
+    from .ops import accumulator_dtype
+
+    R, B, H = c0.shape
+    dc = dc_n.to(accumulator_dtype(dc_n.dtype), copy=True)
+    if B:
+        config = choose("backward", gates.dtype, H, B, R, _device(gates))
+        meta = _meta(gates, rows, config, R, H, h0 is not None)
+        starts = rows.starts()
+        with _guard(gates):
+            for s in range(rows.T - 1, -1, -1):
+                lstm_backward_kernel[config.grid(H, B, R)](
+                    dy, dh_n, dc, gates, c_all, y, c0 if h0 is None else h0, c0, w_hh, dgates, h_prev,
+                    rows.lengths, starts, s, rows.T, B, rows.stride_t, rows.stride_b, **meta,
+                )  # fmt: skip
+    return dc.to(dc_n.dtype)

@@ -1,0 +1,163 @@
+"""One LSTM layer as two torch.library custom ops, forward and backward.
+
+The ops make the large GEMMs (input, weight and bias gradients) and hand the recurrence to an *engine*: the Triton kernels
+or the explicit PyTorch reference. Both fill the same buffers, so that everything around them is shared.
+
+Shapes: x is (T, B, I), (B, T, I) if ``batch_first``, or (N, I) when packed, which ``batch_sizes`` tells. There are R
+recurrences (directions), K is the size of h0: H, or the projection's size when ``w_h0`` is given.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .rows import Rows
+from .tf32 import tf32_as_cudnn
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _engine(name: str):
+    if name == "reference":
+        return reference
+    if name == "triton":
+        from . import launch
+
+        return launch
+    raise ValueError(f"engine must be 'triton' or 'reference', got {name!r}")
+
+
+def _first(buffer: Tensor, rows: Rows, r: int) -> Tensor:
+    """The rows of recurrence r in an (N, R, ...) buffer at the first step, (B, ...)."""
+    return buffer[rows.at(0, r, rows.B), r]
+
+
+@torch.library.custom_op("fused_lstm::layer_forward", mutates_args=())
+def layer_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    w_h0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    directions: int,
+    batch_first: bool,
+    save: bool,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run one layer.
+
+    Args:
+        x: input, see the module's text.
+        h0: (R, B, K) initial hidden state.
+        c0: (R, B, H) initial cell state.
+        w_ih: (R, 4H, I) input weights, gate order i, f, g, o.
+        w_hh: (R, 4H, H) recurrent weights.
+        bias: (R, 4H) sum of both biases, or None.
+        w_h0: (R, 4H, K) weights that h0 meets in the first step, where they are not ``w_hh``: with a projection folded
+            into ``w_hh``, the recurrence's own state starts at zero and h0 enters through the first pre-activations.
+        lengths: (B,) int64 on x's device, padded data only.
+        batch_sizes: (T,) int64 on the CPU, packed data only.
+        directions: 1 forward, -1 backwards in time, 2 both (odd r backwards).
+        batch_first: whether padded data is (B, T, ...).
+        save: keep what the backward pass needs.
+        engine: ``"triton"`` or ``"reference"``.
+
+    Returns:
+        y with R*H features, zero past a row's length; h_n (R, B, H); c_n (R, B, H); activated gates (N, R, 4, H) and cell
+        states (N, R, H), both empty unless ``save``.
+    """
+    R, H = w_hh.shape[0], w_hh.shape[2]
+    rows = Rows.of(x, c0, lengths, batch_sizes, directions, batch_first)
+    flat = x.reshape(-1, x.shape[-1])
+    N = flat.shape[0]
+    with tf32_as_cudnn(x):
+        gates = F.linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
+        if w_h0 is not None:
+            for r in range(R):
+                gates[rows.at(0, r, rows.B), r] += (h0[r] @ w_h0[r].t()).view(-1, 4, H)
+        y = x.new_zeros(N, R, H) if lengths is not None else x.new_empty(N, R, H)
+        c_all = x.new_empty(N, R, H) if save else None
+        start = h0.contiguous() if w_h0 is None else None
+        h_n, c_n = _engine(engine).recurrence_forward(gates, w_hh.contiguous(), start, c0.contiguous(), rows, y, c_all)
+    if c_all is None:
+        gates, c_all = x.new_empty(0), x.new_empty(0)
+    return y.view(*x.shape[:-1], R * H), h_n, c_n, gates, c_all
+
+
+@layer_forward.register_fake
+def _(x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, directions, batch_first, save, engine):
+    R, H = w_hh.shape[0], w_hh.shape[2]
+    N = x.shape[:-1].numel()
+    gates = x.new_empty(N, R, 4, H) if save else x.new_empty(0)
+    c_all = x.new_empty(N, R, H) if save else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], R * H), x.new_empty(c0.shape), x.new_empty(c0.shape), gates, c_all
+
+
+@torch.library.custom_op("fused_lstm::layer_backward", mutates_args=())
+def layer_backward(
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    w_h0: Tensor | None,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    c_all: Tensor,
+    directions: int,
+    batch_first: bool,
+    engine: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of :func:`layer_forward` by x, h0, c0, w_ih, w_hh, bias and w_h0, in this order.
+
+    ``dy``, ``dh_n`` and ``dc_n`` have the shapes of y, h_n and c_n. A gradient whose entry in ``needs`` is False comes back
+    empty and costs nothing.
+    """
+    R, H = w_hh.shape[0], w_hh.shape[2]
+    rows = Rows.of(x, c0, lengths, batch_sizes, directions, batch_first)
+    N = gates.shape[0]
+    with tf32_as_cudnn(x):
+        dgates = torch.zeros_like(gates) if lengths is not None else torch.empty_like(gates)
+        h_prev = x.new_zeros(N, R, H) if lengths is not None else x.new_empty(N, R, H)
+        start = h0.contiguous() if w_h0 is None else None
+        dc0 = _engine(engine).recurrence_backward(
+            dy.reshape(N, R, H), dh_n.contiguous(), dc_n.contiguous(), gates, c_all, y.view(N, R, H),
+            start, c0.contiguous(), w_hh.contiguous(), rows, dgates, h_prev,
+        )  # fmt: skip
+        flat, empty = dgates.view(N, -1), x.new_empty(0)
+        dx = (flat @ w_ih.flatten(0, 1)).view(x.shape) if needs[0] else empty
+        dw_ih = (flat.t() @ x.reshape(N, -1)).view(w_ih.shape) if needs[3] else empty
+        dw_hh = torch.bmm(dgates.flatten(2).permute(1, 2, 0), h_prev.transpose(0, 1)) if needs[4] else empty
+        dbias = flat.sum(0).view(R, -1) if needs[5] else empty
+        first = [_first(dgates, rows, r).flatten(1) for r in range(R)] if needs[1] or needs[6] else []
+        w = w_hh if w_h0 is None else w_h0
+        dh0 = torch.stack([da @ w[r] for r, da in enumerate(first)]) if needs[1] else empty
+        dw_h0 = torch.stack([da.t() @ h0[r] for r, da in enumerate(first)]) if needs[6] else empty
+    if needs[1] and w_h0 is None and lengths is not None:  # a row without steps hands h0 through
+        dh0 = torch.where((lengths == 0)[:, None], dh_n, dh0)
+    return dx, dh0, dc0 if needs[2] else empty, dw_ih, dw_hh, dbias, dw_h0
+
+
+@layer_backward.register_fake
+def _(
+    dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, y, gates, c_all,
+    directions, batch_first, engine, needs,
+):  # fmt: skip
+    inputs = (x, h0, c0, w_ih, w_hh, bias, w_h0)
+    return tuple(x.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True))

@@ -1,0 +1,84 @@
+"""Where a layer's sequences lie in memory: the host's side of the kernels' row map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Maps (step s, batch row b) to a data row of flat (N, ...) buffers.
+
+    Padded data has T*B rows, time-major or batch-major. Packed data, in the order of
+    :class:`torch.nn.utils.rnn.PackedSequence`, has sum(lengths) rows. Recurrence r runs backwards in time when
+    ``directions == 2`` and r is odd, or when ``directions == -1``; it then starts at each row's last valid step.
+    """
+
+    T: int
+    B: int
+    batch_first: bool
+    directions: int
+    lengths: Tensor | None  # (B,) int64, on the data's device
+    batch_sizes: Tensor | None  # (T,) int64, on the CPU; packed data only
+
+    @staticmethod
+    def of(
+        x: Tensor, c0: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None, directions: int, batch_first: bool
+    ) -> Rows:
+        if batch_sizes is not None:
+            T = batch_sizes.shape[0]
+            lengths = (batch_sizes[:, None] > torch.arange(c0.shape[1])).sum(0).to(x.device, non_blocking=True)
+        else:
+            T = x.shape[1 if batch_first else 0]
+        return Rows(T, c0.shape[1], batch_first, directions, lengths, batch_sizes)
+
+    @property
+    def stride_t(self) -> int:
+        return 1 if self.batch_first else self.B
+
+    @property
+    def stride_b(self) -> int:
+        return self.T if self.batch_first else 1
+
+    def starts(self) -> Tensor | None:
+        """First data row of each time step, (T,) int64 on the data's device; None when padded."""
+        if self.batch_sizes is None:
+            return None
+        assert self.lengths is not None
+        return (self.batch_sizes.cumsum(0) - self.batch_sizes).to(self.lengths.device, non_blocking=True)
+
+    def backwards(self, r: int) -> bool:
+        return self.directions == -1 or (self.directions == 2 and r % 2 == 1)
+
+    def active(self, s: int) -> int:
+        """How many batch rows, counted from the first, may have a step s."""
+        return self.B if self.batch_sizes is None else int(self.batch_sizes[s])
+
+    def valid(self, s: int) -> Tensor | None:
+        """(B, 1) bool: which of the active batch rows have a step s; None if all."""
+        return None if self.lengths is None or self.batch_sizes is not None else (s < self.lengths)[:, None]
+
+    def at(self, s: int, r: int, n: int | None = None) -> slice | Tensor:
+        """Data rows of step s for the first n batch rows (all active ones by default), as an index.
+
+        A padded row that has no step s is given its padding position s: in range, and no other row's.
+        """
+        n = self.active(s) if n is None else n
+        if self.lengths is None:
+            t = self.T - 1 - s if self.backwards(r) else s
+            first = t * self.stride_t
+            return slice(first, first + n) if not self.batch_first else slice(first, None, self.T)
+        if not self.backwards(r):
+            if self.batch_sizes is not None:
+                first = int(self.batch_sizes[:s].sum())
+                return slice(first, first + n)
+            first = s * self.stride_t
+            return slice(first, first + n) if not self.batch_first else slice(first, None, self.T)
+        lengths = self.lengths[:n]
+        t = torch.where(s < lengths, lengths - 1 - s, s)
+        b = torch.arange(n, device=lengths.device)
+        starts = self.starts()
+        return t * self.stride_t + b * self.stride_b if starts is None else starts[t] + b
