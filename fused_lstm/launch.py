@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .kernels.backward import lstm_backward_kernel
 from .kernels.forward import lstm_forward_kernel
-from .rows import Rows
+from .rows import Rows, accumulator_dtype
 from .tf32 import tf32_allowed
 
 # TRITON_INTERPRET=1, set before the kernels are imported, makes them run on CPU tensors.
@@ -53,62 +53,82 @@ def device(index: int) -> Device:
     return Device(properties.name, properties.multi_processor_count)
 
 
-# Bounded by registers (no spills on sm_90) and by shared memory: tests/test_compile.py compiles every one of them.
-BLOCK_K = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}
-BLOCK_H = {
-    torch.float16: (64, 32, 16),
-    torch.bfloat16: (64, 32, 16),
-    torch.float32: (32, 16),
-    torch.float64: (16,),
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles open to :func:`choose` for one kind of arithmetic.
+
+    Bounded by registers (no spills on sm_90) and by the 64 KB of shared memory that every target has; tests/test_compile.py
+    compiles each of them for each target.
+    """
+
+    max_block_b: int
+    blocks_h: tuple[int, ...]  # largest first
+    block_k: int
+    wide: int  # tiles of at least this many elements take 8 warps
+
+    def config(self, block_b: int, block_h: int) -> LaunchConfig:
+        return LaunchConfig(block_b, block_h, self.block_k, num_warps=8 if block_b * block_h >= self.wide else 4)
+
+
+TILES = {
+    "half": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=64, wide=4096),
+    "tf32": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=32, wide=2048),
+    "fp32": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=16, wide=512),
+    "fp64": Tiles(max_block_b=16, blocks_h=(16,), block_k=16, wide=512),
 }
-MAX_BLOCK_B = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 64, torch.float64: 16}
 
 
-def choose(kind: str, dtype: torch.dtype, H: int, B: int, R: int, device: Device | None) -> LaunchConfig:
+def arithmetic(dtype: torch.dtype, tf32: bool) -> str:
+    """The key of :data:`TILES` for a dtype, with fp32 products in TF32 or not."""
+    if dtype == torch.float32:
+        return "tf32" if tf32 else "fp32"
+    return "fp64" if dtype == torch.float64 else "half"
+
+
+def choose(dtype: torch.dtype, tf32: bool, H: int, B: int, R: int, device: Device | None) -> LaunchConfig:
     """The stepwise configuration of a problem; a pure function, so that it can be tested without a GPU.
 
     Args:
-        kind: ``"forward"`` or ``"backward"``.
-        dtype, H, B, R: data type, hidden size, batch rows, recurrences.
+        dtype, tf32: data type, and whether fp32 products may be TF32.
+        H, B, R: hidden size, batch rows, recurrences.
         device: the GPU, or None in Triton's interpreter.
 
     A heuristic that was not measured on any device: the largest tile of hidden units that still gives every
     multiprocessor a program.
     """
-    if kind not in ("forward", "backward"):
-        raise ValueError(f"kind must be 'forward' or 'backward', got {kind!r}")
-    block_b = min(max(triton.next_power_of_2(B), 16), MAX_BLOCK_B[dtype])
-    wanted = device.multiprocessors if device else 1
-    sizes = [size for size in BLOCK_H[dtype] if size <= max(triton.next_power_of_2(H), 16)]
-    for block_h in sizes:
-        config = LaunchConfig(block_b, block_h, BLOCK_K[dtype], num_warps=8 if block_b * block_h >= 4096 else 4)
-        x, y, z = config.grid(H, B, R)
-        if x * y * z >= wanted:
+    tiles = TILES[arithmetic(dtype, tf32)]
+    block_b = min(max(triton.next_power_of_2(B), 16), tiles.max_block_b)
+    for block_h in tiles.blocks_h:
+        x, y, z = tiles.config(block_b, block_h).grid(H, B, R)
+        if block_h <= H and x * y * z >= (device.multiprocessors if device else 1):
             break
-    return config
+    return tiles.config(block_b, block_h)
 
 
-def shipped(dtype: torch.dtype) -> list[LaunchConfig]:
+def shipped(dtype: torch.dtype, tf32: bool) -> list[LaunchConfig]:
     """Every configuration that :func:`choose` can return for a dtype."""
-    found = {
-        choose("forward", dtype, H, B, 1, Device("any", sms))
-        for H in (1, 16, 32, 64, 4096)
-        for B in (1, 16, 32, 64, 4096)
-        for sms in (1, 10**9)
-    }
-    return sorted(found, key=lambda c: (c.block_b, c.block_h))
+    tiles = TILES[arithmetic(dtype, tf32)]
+    return [
+        tiles.config(block_b, block_h)
+        for block_b in (16, 32, 64)
+        if block_b <= tiles.max_block_b
+        for block_h in tiles.blocks_h
+    ]
 
 
 def _meta(gates: Tensor, rows: Rows, config: LaunchConfig, R: int, H: int, has_h0: bool) -> dict:
-    fp32 = gates.dtype == torch.float32
     return dict(
         R=R, H=H, DIRECTIONS=rows.directions, HAS_H0=has_h0,
         LENGTHS=rows.lengths is not None, PACKED=rows.batch_sizes is not None,
-        PRECISION="tf32" if fp32 and tf32_allowed() and not INTERPRETED else "ieee",
-        UPCAST=INTERPRETED and gates.dtype == torch.bfloat16,
+        PRECISION="tf32" if _tf32(gates) else "ieee",
+        INTERPRET_BF16=INTERPRETED and gates.dtype == torch.bfloat16,
         BLOCK_B=config.block_b, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def _tf32(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.is_cuda and tf32_allowed()
 
 
 def _guard(tensor: Tensor):
@@ -130,16 +150,14 @@ def recurrence_forward(
     c_all: Tensor | None,  # (N, R, H) out
 ) -> tuple[Tensor, Tensor]:
     """One launch per time step. Returns h_n and c_n, (R, B, H)."""
-    from .ops import accumulator_dtype
-
     R, B, H = c0.shape
-    ragged = rows.lengths is not None
-    c_n = c0.to(accumulator_dtype(c0.dtype), copy=ragged) if ragged else c0.new_empty(c0.shape, dtype=accumulator_dtype(c0.dtype))
-    h_n = torch.empty_like(c0)
-    if ragged:  # a row without steps keeps its initial state
-        h_n.copy_(h0) if h0 is not None else h_n.zero_()
+    dtype = accumulator_dtype(c0.dtype)
+    if rows.lengths is None:
+        h_n, c_n = torch.empty_like(c0), c0.new_empty(c0.shape, dtype=dtype)
+    else:  # a row without steps keeps its initial state
+        h_n, c_n = torch.zeros_like(c0) if h0 is None else h0.clone(), c0.to(dtype, copy=True)
     if B:
-        config = choose("forward", gates.dtype, H, B, R, _device(gates))
+        config = choose(gates.dtype, _tf32(gates), H, B, R, _device(gates))
         meta = _meta(gates, rows, config, R, H, h0 is not None)
         starts = rows.starts()
         with _guard(gates):
@@ -166,12 +184,10 @@ def recurrence_backward(
     h_prev: Tensor,  # (N, R, H) out
 ) -> Tensor:
     """One launch per time step, last step first. Returns dc_0, (R, B, H)."""
-    from .ops import accumulator_dtype
-
     R, B, H = c0.shape
     dc = dc_n.to(accumulator_dtype(dc_n.dtype), copy=True)
     if B:
-        config = choose("backward", gates.dtype, H, B, R, _device(gates))
+        config = choose(gates.dtype, _tf32(gates), H, B, R, _device(gates))
         meta = _meta(gates, rows, config, R, H, h0 is not None)
         starts = rows.starts()
         with _guard(gates):

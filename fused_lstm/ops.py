@@ -18,10 +18,6 @@ from .rows import Rows
 from .tf32 import tf32_as_cudnn
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _engine(name: str):
     if name == "reference":
         return reference
@@ -30,11 +26,6 @@ def _engine(name: str):
 
         return launch
     raise ValueError(f"engine must be 'triton' or 'reference', got {name!r}")
-
-
-def _first(buffer: Tensor, rows: Rows, r: int) -> Tensor:
-    """The rows of recurrence r in an (N, R, ...) buffer at the first step, (B, ...)."""
-    return buffer[rows.at(0, r, rows.B), r]
 
 
 @torch.library.custom_op("fused_lstm::layer_forward", mutates_args=())
@@ -83,7 +74,7 @@ def layer_forward(
         gates = F.linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
         if w_h0 is not None:
             for r in range(R):
-                gates[rows.at(0, r, rows.B), r] += (h0[r] @ w_h0[r].t()).view(-1, 4, H)
+                gates[rows.at(0, r), r] += (h0[r] @ w_h0[r].t()).view(-1, 4, H)
         y = x.new_zeros(N, R, H) if lengths is not None else x.new_empty(N, R, H)
         c_all = x.new_empty(N, R, H) if save else None
         start = h0.contiguous() if w_h0 is None else None
@@ -140,18 +131,19 @@ def layer_backward(
             dy.reshape(N, R, H), dh_n.contiguous(), dc_n.contiguous(), gates, c_all, y.view(N, R, H),
             start, c0.contiguous(), w_hh.contiguous(), rows, dgates, h_prev,
         )  # fmt: skip
-        flat, empty = dgates.view(N, -1), x.new_empty(0)
-        dx = (flat @ w_ih.flatten(0, 1)).view(x.shape) if needs[0] else empty
-        dw_ih = (flat.t() @ x.reshape(N, -1)).view(w_ih.shape) if needs[3] else empty
-        dw_hh = torch.bmm(dgates.flatten(2).permute(1, 2, 0), h_prev.transpose(0, 1)) if needs[4] else empty
-        dbias = flat.sum(0).view(R, -1) if needs[5] else empty
-        first = [_first(dgates, rows, r).flatten(1) for r in range(R)] if needs[1] or needs[6] else []
+        flat = dgates.view(N, -1)
+        dx = (flat @ w_ih.flatten(0, 1)).view(x.shape) if needs[0] else None
+        dw_ih = (flat.t() @ x.reshape(N, -1)).view(w_ih.shape) if needs[3] else None
+        dw_hh = torch.bmm(dgates.flatten(2).permute(1, 2, 0), h_prev.transpose(0, 1)) if needs[4] else None
+        dbias = flat.sum(0).view(R, -1) if needs[5] else None
+        first = [dgates[rows.at(0, r), r].flatten(1) for r in range(R)] if needs[1] or needs[6] else []
         w = w_hh if w_h0 is None else w_h0
-        dh0 = torch.stack([da @ w[r] for r, da in enumerate(first)]) if needs[1] else empty
-        dw_h0 = torch.stack([da.t() @ h0[r] for r, da in enumerate(first)]) if needs[6] else empty
-    if needs[1] and w_h0 is None and lengths is not None:  # a row without steps hands h0 through
+        dh0 = torch.stack([da @ w[r] for r, da in enumerate(first)]) if needs[1] else None
+        dw_h0 = torch.stack([da.t() @ h0[r] for r, da in enumerate(first)]) if needs[6] else None
+    if dh0 is not None and w_h0 is None and lengths is not None:  # a row without steps hands h0 through
         dh0 = torch.where((lengths == 0)[:, None], dh_n, dh0)
-    return dx, dh0, dc0 if needs[2] else empty, dw_ih, dw_hh, dbias, dw_h0
+    grads = (dx, dh0, dc0 if needs[2] else None, dw_ih, dw_hh, dbias, dw_h0)
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
 @layer_backward.register_fake

@@ -82,3 +82,8 @@ class Rows:
         b = torch.arange(n, device=lengths.device)
         starts = self.starts()
         return t * self.stride_t + b * self.stride_b if starts is None else starts[t] + b
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels add up in, and keep the running cell state in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

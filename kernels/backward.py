@@ -6,7 +6,7 @@ The buffers and their shapes are in the glossary of this package (kernels/__init
 import triton
 import triton.language as tl
 
-from .cell import cell_backward
+from .cell import cell_backward, narrow
 from .rows import data_rows, row_lengths, runs_backwards
 
 
@@ -37,7 +37,7 @@ def lstm_backward_kernel(
     LENGTHS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    INTERPRET_BF16: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,7 +71,7 @@ def lstm_backward_kernel(
         mask_k = k + offs_k < 4 * H
         da = tl.load(next_gates + (k + offs_k)[None, :], mask=mask_next[:, None] & mask_k[None, :], other=0.0)
         w = tl.load(w_rows + (k + offs_k)[:, None].to(tl.int64) * H, mask=mask_k[:, None] & mask_h[None, :], other=0.0)
-        if UPCAST:
+        if INTERPRET_BF16:
             da, w = da.to(ACC), w.to(ACC)
         dh = tl.dot(da, w, dh, input_precision=PRECISION, out_dtype=ACC)
 
@@ -91,9 +91,9 @@ def lstm_backward_kernel(
     o = tl.load(gates_ptr + gate + 3 * H, mask=mask, other=0.0).to(ACC)
 
     da_i, da_f, da_g, da_o, dc = cell_backward(i, f, g, o, c, c_prev, dh, dc)
-    tl.store(dgates_ptr + gate, da_i.to(dtype), mask=mask)
-    tl.store(dgates_ptr + gate + H, da_f.to(dtype), mask=mask)
-    tl.store(dgates_ptr + gate + 2 * H, da_g.to(dtype), mask=mask)
-    tl.store(dgates_ptr + gate + 3 * H, da_o.to(dtype), mask=mask)
+    tl.store(dgates_ptr + gate, narrow(da_i, dtype, INTERPRET_BF16), mask=mask)
+    tl.store(dgates_ptr + gate + H, narrow(da_f, dtype, INTERPRET_BF16), mask=mask)
+    tl.store(dgates_ptr + gate + 2 * H, narrow(da_g, dtype, INTERPRET_BF16), mask=mask)
+    tl.store(dgates_ptr + gate + 3 * H, narrow(da_o, dtype, INTERPRET_BF16), mask=mask)
     tl.store(dc_ptr + state, dc, mask=mask)
     tl.store(h_prev_ptr + offs, h_prev, mask=mask)

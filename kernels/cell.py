@@ -47,3 +47,13 @@ def cell_backward(i, f, g, o, c, c_prev, dh, dc):
     da_f = dc * c_prev * f * (1.0 - f)
     da_g = dc * i * (1.0 - g * g)
     return da_i, da_f, da_g, da_o, dc * f
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, INTERPRET_BF16: tl.constexpr):
+    """x rounded to dtype, to nearest even; Triton's interpreter would truncate fp32 to bf16."""
+    if INTERPRET_BF16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)

@@ -6,7 +6,7 @@ The buffers and their shapes are in the glossary of this package (kernels/__init
 import triton
 import triton.language as tl
 
-from .cell import cell_forward
+from .cell import cell_forward, narrow
 from .rows import data_rows, row_lengths, runs_backwards
 
 
@@ -35,12 +35,13 @@ def lstm_forward_kernel(
     PACKED: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,  # the interpreter's bf16 tl.dot is wrong: give it fp32
+    INTERPRET_BF16: tl.constexpr,  # works around the interpreter's bf16: wrong tl.dot, truncating conversion
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     ACC: tl.constexpr = cn_ptr.dtype.element_ty
+    dtype: tl.constexpr = h_ptr.dtype.element_ty
     r = tl.program_id(2).to(tl.int64)
     offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -81,7 +82,7 @@ def lstm_forward_kernel(
         w_f = tl.load(w + H * H, mask=mask_w, other=0.0)
         w_g = tl.load(w + 2 * H * H, mask=mask_w, other=0.0)
         w_o = tl.load(w + 3 * H * H, mask=mask_w, other=0.0)
-        if UPCAST:
+        if INTERPRET_BF16:
             h = h.to(ACC)
             w_i, w_f, w_g, w_o = w_i.to(ACC), w_f.to(ACC), w_g.to(ACC), w_o.to(ACC)
         a_i = tl.dot(h, w_i, a_i, input_precision=PRECISION, out_dtype=ACC)
@@ -90,13 +91,13 @@ def lstm_forward_kernel(
         a_o = tl.dot(h, w_o, a_o, input_precision=PRECISION, out_dtype=ACC)
 
     i, f, g, o, c, h_new = cell_forward(a_i, a_f, a_g, a_o, c)
-    h_new = h_new.to(h_ptr.dtype.element_ty)
+    h_new = narrow(h_new, dtype, INTERPRET_BF16)
     tl.store(h_ptr + offs, h_new, mask=mask)
     tl.store(cn_ptr + state, c, mask=mask)
     tl.store(hn_ptr + state, h_new, mask=mask & (s == lengths - 1)[:, None])
     if SAVE:
-        tl.store(c_ptr + offs, c.to(c_ptr.dtype.element_ty), mask=mask)
-        tl.store(gates_ptr + gate, i.to(gates_ptr.dtype.element_ty), mask=mask)
-        tl.store(gates_ptr + gate + H, f.to(gates_ptr.dtype.element_ty), mask=mask)
-        tl.store(gates_ptr + gate + 2 * H, g.to(gates_ptr.dtype.element_ty), mask=mask)
-        tl.store(gates_ptr + gate + 3 * H, o.to(gates_ptr.dtype.element_ty), mask=mask)
+        tl.store(c_ptr + offs, narrow(c, dtype, INTERPRET_BF16), mask=mask)
+        tl.store(gates_ptr + gate, narrow(i, dtype, INTERPRET_BF16), mask=mask)
+        tl.store(gates_ptr + gate + H, narrow(f, dtype, INTERPRET_BF16), mask=mask)
+        tl.store(gates_ptr + gate + 2 * H, narrow(g, dtype, INTERPRET_BF16), mask=mask)
+        tl.store(gates_ptr + gate + 3 * H, narrow(o, dtype, INTERPRET_BF16), mask=mask)

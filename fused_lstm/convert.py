@@ -1,0 +1,44 @@
+"""To and from torch.nn.LSTM, and what would run."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .dispatch import Plan, choose_backend
+from .layer import LSTM
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def explain(lstm: LSTM, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> Plan:
+    """What would run for this call, without running it: the backend, how, why, and why not the others.
+
+    Takes what ``lstm(input, hx)`` takes and raises what it would raise. ``print`` the result to read it.
+    """
+    return choose_backend(lstm.problem(input, hx), lstm.backend)
+
+
+def replace_lstm(model: M, backend: str = "auto") -> M:
+    """Swap every :class:`torch.nn.LSTM` inside a model for a :class:`fused_lstm.LSTM` that shares its parameters.
+
+    The model is changed in place and returned; a model that itself is an nn.LSTM is returned converted. Parameters stay
+    the same objects, so that optimizers and ties keep working, and a module that occurs twice is replaced by one.
+    Subclasses of nn.LSTM, which may compute something else, are left alone.
+    """
+    done: dict[nn.Module, LSTM] = {}
+
+    def convert(module: nn.Module) -> nn.Module:
+        if type(module) is not nn.LSTM:
+            return module
+        if module not in done:
+            done[module] = LSTM.from_torch(module, backend=backend)
+        return done[module]
+
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None:
+                parent._modules[name] = convert(child)
+    return convert(model)

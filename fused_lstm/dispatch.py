@@ -1,0 +1,147 @@
+"""Which backend runs a call, and why: an ordered list of verifiers, each of which answers with a reason."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+BACKENDS = ("auto", "triton", "aten", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What one call of the layer asks for; all that a choice of backend may depend on."""
+
+    device: str  # device type: "cpu", "cuda", ...
+    dtype: torch.dtype
+    T: int
+    B: int
+    hidden_size: int
+    proj_size: int = 0
+    num_layers: int = 1
+    bidirectional: bool = False
+    packed: bool = False
+    needs_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The outcome: a backend, how it will run, the reason, and why the others were not taken."""
+
+    backend: str
+    how: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend} ({self.how})", f"because: {self.reason}"]
+        return "\n".join(lines + [f"not {name}: {why}" for name, why in self.rejected.items()])
+
+
+@cache
+def triton_interpreted() -> bool | None:
+    """Whether the kernels run in Triton's interpreter; None where there is no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import launch
+
+    return launch.INTERPRETED
+
+
+def supports_triton(p: Problem) -> tuple[bool, str]:
+    if p.dtype not in FLOATS:
+        return False, f"the kernels know {', '.join(map(str, FLOATS))}, not {p.dtype}"
+    if p.device not in ("cuda", "cpu"):
+        return False, f"the kernels run on CUDA and ROCm devices, not on {p.device!r}"
+    interpreted = triton_interpreted()
+    if interpreted is None:
+        return False, "Triton is not installed (pip install triton)"
+    if p.device == "cpu" and not interpreted:
+        return False, (
+            "the kernels need a GPU and the input is on the CPU; only in Triton's interpreter (TRITON_INTERPRET=1 "
+            "set before the first call, for tests) do they take CPU tensors"
+        )
+    if p.device == "cuda" and interpreted:
+        return False, "TRITON_INTERPRET is set, and Triton's interpreter takes CPU tensors only"
+    return True, "a fused launch per time step"
+
+
+def supports_aten(p: Problem) -> tuple[bool, str]:
+    if p.dtype not in FLOATS:
+        return False, f"torch's LSTM knows {', '.join(map(str, FLOATS))}, not {p.dtype}"
+    return True, "torch's own LSTM: " + ("cuDNN or MIOpen" if p.device == "cuda" else "oneDNN where it serves")
+
+
+def supports_reference(p: Problem) -> tuple[bool, str]:
+    if not p.dtype.is_floating_point:
+        return False, f"an LSTM needs a floating-point dtype, not {p.dtype}"
+    return True, "plain PyTorch with the explicit backward pass"
+
+
+SUPPORTS: dict[str, Callable[[Problem], tuple[bool, str]]] = {
+    "triton": supports_triton,
+    "aten": supports_aten,
+    "reference": supports_reference,
+}
+
+
+def how_aten(p: Problem) -> tuple[str, str]:
+    """The form in which the aten backend serves a problem, and the reason for that form."""
+    if p.device == "cpu" and p.T == 1 and not p.packed:
+        return "cell", "T = 1: one torch.lstm_cell per layer and direction, since torch's LSTM reorders its weights on every call"
+    if p.device == "cpu" and p.dtype == torch.float16:
+        return "fp32", "fp16 on a CPU: computed in fp32, which is many times faster, and rounded at the end"
+    return "fused", "torch's own fused LSTM"
+
+
+def prefers_reference(p: Problem) -> str | None:
+    """Why a CPU is better served by the explicit PyTorch path, as measured by bench/cpu.py; None if it is not."""
+    if p.packed or p.T == 1:
+        return None
+    if p.dtype == torch.float64:
+        return "fp64 on a CPU, where oneDNN has no LSTM: the explicit forward and backward are faster than torch's"
+    if p.dtype == torch.float32 and p.needs_grad and p.hidden_size >= 256 and p.B * p.T <= 128:
+        return "a short fp32 training problem (H >= 256, B*T <= 128), which torch's LSTM spends reordering weights"
+    return None
+
+
+def choose_backend(p: Problem, backend: str = "auto") -> Plan:
+    """The plan for a problem.
+
+    Raises:
+        ValueError: ``backend`` is no backend's name.
+        RuntimeError: the backend that was asked for cannot serve the problem; says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
+    if backend != "auto":
+        ok, reason = SUPPORTS[backend](p)
+        if not ok:
+            raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
+        how, why = how_aten(p) if backend == "aten" else (backend, reason)
+        return Plan(backend, how, f"asked for; {why}")
+    rejected = {}
+    if p.device == "cuda":
+        ok, reason = supports_triton(p)
+        if ok:
+            return Plan("triton", "triton", f"{reason}; not measured on this device")
+        rejected["triton"] = reason
+    else:
+        rejected["triton"] = "slower than torch's LSTM in the interpreter" if triton_interpreted() else supports_triton(p)[1]
+        why = prefers_reference(p)
+        if why is not None:
+            return Plan("reference", "reference", why, rejected)
+    ok, reason = supports_aten(p)
+    if ok:
+        how, why = how_aten(p)
+        return Plan("aten", how, why, rejected)
+    rejected["aten"] = reason
+    ok, reason = supports_reference(p)
+    if not ok:
+        raise RuntimeError(f"no backend can serve this call: {reason}")
+    return Plan("reference", "reference", reason, rejected)

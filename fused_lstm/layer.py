@@ -1,0 +1,150 @@
+"""The modules: a drop-in for torch.nn.LSTM, and one for torch.nn.LSTMCell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .dispatch import BACKENDS, Problem
+from .functional import Stack, check_like, problem_of, run
+
+
+class LSTM(nn.RNNBase):
+    """A drop-in for :class:`torch.nn.LSTM`: the same arguments, parameters, ``state_dict``, results and errors.
+
+    Args:
+        input_size: features I of the input.
+        hidden_size: hidden units H.
+        num_layers: stacked layers.
+        bias: whether the gates have biases.
+        batch_first: input and output are (B, T, ...) instead of (T, B, ...).
+        dropout: probability of zeroing an element of every layer's output but the last's, while training.
+        bidirectional: run each layer in both directions of time.
+        proj_size: size P of a projection of the hidden state; 0 for none.
+        device, dtype: of the parameters; fp16, bf16, fp32 or fp64.
+        backend: ``"auto"``, ``"triton"`` (the fused kernels), ``"aten"`` (torch's own LSTM) or ``"reference"`` (plain
+            PyTorch). All but ``"auto"`` fail rather than let another backend step in. See :func:`fused_lstm.explain`.
+
+    Call with ``input`` of shape (T, B, I), (B, T, I) if ``batch_first``, (T, I) unbatched, or a PackedSequence, and
+    optionally ``hx = (h0, c0)`` of shapes (D*num_layers, B, Hout) and (D*num_layers, B, H), without B when unbatched; D is
+    the number of directions, Hout is P, or H without a projection. Returns ``output, (h_n, c_n)``: output like input with
+    D*Hout features, the states shaped like h0 and c0.
+
+    Raises:
+        TypeError, ValueError: on construction, as torch.nn.LSTM.
+        ValueError: wrong number of dimensions or wrong dtype of the input.
+        RuntimeError: wrong sizes or devices, T = 0, or a backend that cannot serve the call.
+
+    The equations, in torch's gate order i, f, g, o (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000)::
+
+        f = sigmoid(W_if x + b_if + W_hf h + b_hf)      forget gate
+        g = tanh   (W_ig x + b_ig + W_hg h + b_hg)      candidate
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      update (input) gate
+        c' = f * c + i * g                              cell
+        o = sigmoid(W_io x + b_io + W_ho h + b_ho)      output gate
+        h' = o * tanh(c')                               hidden state; W_hr (o * tanh(c')) with a projection
+    """
+
+    backend: str = "auto"  # on the class too, so that pickles from before an option existed still load
+
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
+    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
+        super().__init__("LSTM", *args, **kwargs)
+        self.backend = backend
+
+    @classmethod
+    def from_torch(cls, module: nn.LSTM, backend: str = "auto") -> LSTM:
+        """The same layer as ``module``, sharing its parameters, hooks and mode of training."""
+        if not isinstance(module, nn.LSTM):
+            raise TypeError(f"from_torch expects a torch.nn.LSTM, got: {type(module).__name__}")
+        new = cls(1, 1, backend=backend)
+        new.__dict__ = {**_share(module), "backend": backend}
+        return new
+
+    def to_torch(self) -> nn.LSTM:
+        """A torch.nn.LSTM that shares this layer's parameters, hooks and mode of training."""
+        new = nn.LSTM(1, 1)
+        new.__dict__ = {k: v for k, v in _share(self).items() if k != "backend"}
+        new._init_flat_weights()
+        return new
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: there is no flat weight buffer to keep in order. Here for code that calls it."""
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", backend={self.backend}" if self.backend != "auto" else "")
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        x, hx, batch_sizes = self._prepare(input, hx)
+        output, h_n, c_n = run(x, hx, self._weights(), self._stack(), batch_sizes, self.backend)
+        if batch_sizes is not None:
+            packed = PackedSequence(output, batch_sizes, input.sorted_indices, input.unsorted_indices)
+            return packed, self.permute_hidden((h_n, c_n), input.unsorted_indices)
+        if input.dim() == 2:
+            return output.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
+        return output, (h_n, c_n)
+
+    def problem(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> Problem:
+        """What ``self(input, hx)`` would ask of a backend; raises what the call would raise."""
+        x, hx, batch_sizes = self._prepare(input, hx)
+        return problem_of(x, *hx, self._weights(), self._stack(), batch_sizes)
+
+    def _stack(self) -> Stack:
+        dropout = self.dropout if self.training else 0.0
+        return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first)
+
+    def _weights(self) -> list[Tensor]:
+        # Asked of the module each time: weight_norm, parametrizations, functional_call and tying need nothing more.
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _prepare(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """Check the arguments; returns batched data, batched states and the batch sizes of packed data."""
+        batch_sizes = None
+        if isinstance(input, PackedSequence):
+            x, batch_sizes = input.data, input.batch_sizes
+            batch = int(batch_sizes[0])
+            if hx is not None:
+                hx = self.permute_hidden(hx, input.sorted_indices)
+        else:
+            if input.dim() not in (2, 3):
+                raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+            batched = input.dim() == 3
+            x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
+            batch = x.shape[0 if self.batch_first else 1]
+            if hx is not None:
+                dims = 3 if batched else 2
+                if hx[0].dim() != dims or hx[1].dim() != dims:
+                    raise RuntimeError(
+                        f"For {'batched' if batched else 'unbatched'} {dims}-D input, hx and cx should "
+                        f"also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                    )
+                if not batched:
+                    hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        if hx is None:
+            layers = self.num_layers * (2 if self.bidirectional else 1)
+            c0 = x.new_zeros(layers, batch, self.hidden_size)
+            hx = (x.new_zeros(layers, batch, self.proj_size) if self.proj_size else c0, c0)
+        self.check_forward_args(x, hx, batch_sizes)
+        check_like(x, hx, (getattr(self, self._flat_weights_names[0]),))
+        return x, (hx[0], hx[1]), batch_sizes
+
+
+def _share(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes for a module of another class: containers are copied, what they hold is shared."""
+    containers = (dict, list, set)
+    return {k: v.copy() if isinstance(v, containers) else v for k, v in module.__dict__.items()}
+
+
+class LSTMCell(nn.LSTMCell):
+    """A drop-in for :class:`torch.nn.LSTMCell`; h and c of one step, (B, H) or (H,)."""
