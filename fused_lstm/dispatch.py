@@ -92,8 +92,8 @@ SUPPORTS: dict[str, Callable[[Problem], tuple[bool, str]]] = {
 
 def how_aten(p: Problem) -> tuple[str, str]:
     """The form in which the aten backend serves a problem, and the reason for that form."""
-    if p.device == "cpu" and p.T == 1 and not p.packed:
-        return "cell", "T = 1: one torch.lstm_cell per layer and direction, since torch's LSTM reorders its weights on every call"
+    if p.device == "cpu" and p.T == 1 and not p.packed and max(16, p.hidden_size // 4) >= p.B:
+        return "cell", "T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call"
     if p.device == "cpu" and p.dtype == torch.float16:
         return "fp32", "fp16 on a CPU: computed in fp32, which is many times faster, and rounded at the end"
     return "fused", "torch's own fused LSTM"
@@ -101,12 +101,8 @@ def how_aten(p: Problem) -> tuple[str, str]:
 
 def prefers_reference(p: Problem) -> str | None:
     """Why a CPU is better served by the explicit PyTorch path, as measured by bench/cpu.py; None if it is not."""
-    if p.packed or p.T == 1:
-        return None
-    if p.dtype == torch.float64:
-        return "fp64 on a CPU, where oneDNN has no LSTM: the explicit forward and backward are faster than torch's"
-    if p.dtype == torch.float32 and p.needs_grad and p.hidden_size >= 256 and p.B * p.T <= 128:
-        return "a short fp32 training problem (H >= 256, B*T <= 128), which torch's LSTM spends reordering weights"
+    if p.dtype == torch.float64 and p.needs_grad and p.T > 1 and not p.packed:
+        return "fp64 training on a CPU, where oneDNN has no LSTM: the explicit backward pass is faster than torch's"
     return None
 
 

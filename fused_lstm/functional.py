@@ -12,6 +12,8 @@ from torch import Tensor, _VF
 from . import ops
 from .autograd import FusedLSTMFunction
 from .dispatch import Problem, choose_backend
+from .gemm import linear, uses_onednn
+from .reference import cell, lstm_cell
 
 Result = tuple[Tensor, Tensor, Tensor]
 
@@ -295,14 +297,17 @@ def _cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], has_biases
         h, c = _cell(x.float(), h.float(), c.float(), [w.float() for w in weights], has_biases)
         return h.to(x.dtype), c.to(x.dtype)
     w_ih, w_hh, *rest = weights
-    biases = rest[:2] if has_biases else [None, None]
-    w_hr = rest[-1] if len(rest) % 2 else None
-    if w_hr is None:
-        return torch.lstm_cell(x, (h, c), w_ih, w_hh, *biases)
-    from .reference import lstm_cell
-
-    h, c = lstm_cell(x, h, c, w_ih, w_hh, *biases)
-    return h @ w_hr.t(), c
+    b_ih, b_hh = rest[:2] if has_biases else (None, None)
+    projected = len(rest) % 2 == 1
+    if torch.is_grad_enabled():
+        if not projected:
+            return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+        h, c = lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    elif projected or uses_onednn(h, w_hh):
+        h, c = cell(linear(x, w_ih, b_ih).add_(linear(h, w_hh, b_hh)), c)
+    else:
+        return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+    return (linear(h, rest[-1]) if not torch.is_grad_enabled() else h @ rest[-1].t()) if projected else h, c
 
 
 RUNNERS: dict[str, Callable[..., Result]] = {

@@ -10,10 +10,10 @@ recurrences (directions), K is the size of h0: H, or the projection's size when 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .gemm import linear
 from .rows import Rows
 from .tf32 import tf32_as_cudnn
 
@@ -26,6 +26,11 @@ def _engine(name: str):
 
         return launch
     raise ValueError(f"engine must be 'triton' or 'reference', got {name!r}")
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a^T @ b for a (N, M), b (N, K): the sum over rows of outer products; in the order that oneDNN is quickest at."""
+    return linear(b.t(), a.t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
 
 
 @torch.library.custom_op("fused_lstm::layer_forward", mutates_args=())
@@ -71,10 +76,10 @@ def layer_forward(
     flat = x.reshape(-1, x.shape[-1])
     N = flat.shape[0]
     with tf32_as_cudnn(x):
-        gates = F.linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
+        gates = linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
         if w_h0 is not None:
             for r in range(R):
-                gates[rows.at(0, r), r] += (h0[r] @ w_h0[r].t()).view(-1, 4, H)
+                gates[rows.at(0, r), r] += linear(h0[r], w_h0[r]).view(-1, 4, H)
         y = x.new_zeros(N, R, H) if lengths is not None else x.new_empty(N, R, H)
         c_all = x.new_empty(N, R, H) if save else None
         start = h0.contiguous() if w_h0 is None else None
@@ -132,14 +137,14 @@ def layer_backward(
             start, c0.contiguous(), w_hh.contiguous(), rows, dgates, h_prev,
         )  # fmt: skip
         flat = dgates.view(N, -1)
-        dx = (flat @ w_ih.flatten(0, 1)).view(x.shape) if needs[0] else None
-        dw_ih = (flat.t() @ x.reshape(N, -1)).view(w_ih.shape) if needs[3] else None
-        dw_hh = torch.bmm(dgates.flatten(2).permute(1, 2, 0), h_prev.transpose(0, 1)) if needs[4] else None
+        dx = linear(flat, w_ih.flatten(0, 1).t()).view(x.shape) if needs[0] else None
+        dw_ih = _products(flat, x.reshape(N, -1)).view(w_ih.shape) if needs[3] else None
+        dw_hh = torch.stack([_products(dgates[:, r].flatten(1), h_prev[:, r]) for r in range(R)]) if needs[4] else None
         dbias = flat.sum(0).view(R, -1) if needs[5] else None
         first = [dgates[rows.at(0, r), r].flatten(1) for r in range(R)] if needs[1] or needs[6] else []
         w = w_hh if w_h0 is None else w_h0
-        dh0 = torch.stack([da @ w[r] for r, da in enumerate(first)]) if needs[1] else None
-        dw_h0 = torch.stack([da.t() @ h0[r] for r, da in enumerate(first)]) if needs[6] else None
+        dh0 = torch.stack([linear(da, w[r].t()) for r, da in enumerate(first)]) if needs[1] else None
+        dw_h0 = torch.stack([_products(da, h0[r]) for r, da in enumerate(first)]) if needs[6] else None
     if dh0 is not None and w_h0 is None and lengths is not None:  # a row without steps hands h0 through
         dh0 = torch.where((lengths == 0)[:, None], dh_n, dh0)
     grads = (dx, dh0, dc0 if needs[2] else None, dw_ih, dw_hh, dbias, dw_h0)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from .gemm import linear
 from .rows import Rows
 
 
@@ -93,7 +94,7 @@ def layer(
 
 
 def recurrence_forward(
-    gates: Tensor,  # (N, R, 4, H) in: x @ W_ih^T + biases; out, if save: activated gates
+    gates: Tensor,  # (N, R, 4, H) in: x @ W_ih^T + biases; out: activated gates
     w_hh: Tensor,  # (R, 4H, H)
     h0: Tensor | None,  # (R, B, H); None: zero
     c0: Tensor,  # (R, B, H)
@@ -102,28 +103,32 @@ def recurrence_forward(
     c_all: Tensor | None,  # (N, R, H) out: the cell state after each step
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, explicitly. Returns h_n and c_n, (R, B, H)."""
-    h_n = c0.new_zeros(c0.shape) if h0 is None else h0.clone()
+    h_n = torch.zeros_like(c0) if h0 is None else h0.clone()
     c_n = c0.clone()
     for r in range(w_hh.shape[0]):
-        w_t = w_hh[r].t()
+        h, c = h_n[r], c_n[r]
         for s in range(rows.T):
             at, n, valid = rows.at(s, r), rows.active(s), rows.valid(s)
-            h_prev, c_prev = h_n[r, :n], c_n[r, :n]
             a = gates[at, r]
-            a = torch.addmm(a.flatten(1), h_prev, w_t).view(a.shape)
-            i, f, o = torch.sigmoid(a[:, 0]), torch.sigmoid(a[:, 1]), torch.sigmoid(a[:, 3])
-            g = torch.tanh(a[:, 2])
-            c = torch.addcmul(f * c_prev, i, g)
-            h = o * torch.tanh(c)
-            if valid is not None:
-                y[at, r] = torch.where(valid, h, 0)
-                h, c = torch.where(valid, h, h_prev), torch.where(valid, c, c_prev)
+            a += linear(h[:n], w_hh[r]).view(a.shape)
+            i, f, g, o = a.unbind(1)
+            torch.sigmoid_(a[:, :2])  # i and f
+            torch.tanh_(g)
+            torch.sigmoid_(o)
+            c_new = (f * c[:n]).addcmul_(i, g)
+            h_new = torch.tanh(c_new).mul_(o)
+            if valid is not None:  # a row without this step keeps its state and shows nothing
+                y[at, r] = torch.where(valid, h_new, 0)
+                h_new, c_new = torch.where(valid, h_new, h), torch.where(valid, c_new, c)
             else:
-                y[at, r] = h
+                y[at, r] = h_new
             if c_all is not None:
-                c_all[at, r] = c
-                gates[at, r] = torch.stack((i, f, g, o), 1)
-            h_n[r, :n], c_n[r, :n] = h, c
+                c_all[at, r] = c_new
+                if isinstance(at, Tensor):  # then a is a copy of the buffer's rows
+                    gates[at, r] = a
+            h = h_new if n == rows.B else torch.cat((h_new, h[n:]))
+            c = c_new if n == rows.B else torch.cat((c_new, c[n:]))
+        h_n[r], c_n[r] = h, c
     return h_n, c_n
 
 
@@ -142,29 +147,53 @@ def recurrence_backward(
     h_prev: Tensor,  # (N, R, H) out
 ) -> Tensor:
     """Gradients through the recurrence, by hand. Returns dc_0, (R, B, H)."""
+    c_prev = torch.empty_like(c_all)
+    for r in range(w_hh.shape[0]):
+        _previous(y, None if h0 is None else h0[r], rows, r, out=h_prev)
+        _previous(c_all, c0[r], rows, r, out=c_prev)
+    # What each pre-activation does to c, or in the output gate's case to h, is known for all steps before the loop.
+    i, f, g, o = gates.unbind(2)
+    tanh_c = torch.tanh(c_all)
+    torch.stack((d_sigmoid(g, i), d_sigmoid(c_prev, f), d_tanh(i, g), d_sigmoid(tanh_c, o)), 2, out=dgates)
+    dc_dh = d_tanh(o, tanh_c)  # h_s = o * tanh(c_s)
     dc_0 = dc_n.clone()
     for r in range(w_hh.shape[0]):
-        dh_next = dh_n[r].clone()  # gradient by h_s that comes from the steps after s, or from h_n
+        dh_next = dh_n[r]  # gradient by h_s that comes from the steps after s, or from h_n
+        dc_next = dc_0[r]  # and by c_s
         for s in range(rows.T - 1, -1, -1):
             at, n, valid = rows.at(s, r), rows.active(s), rows.valid(s)
-            if s > 0:
-                before = rows.at(s - 1, r, n)
-                hp, cp = y[before, r], c_all[before, r]
-            else:
-                hp, cp = (y.new_zeros(n, y.shape[-1]) if h0 is None else h0[r, :n]), c0[r, :n]
-            i, f, g, o = gates[at, r].unbind(1)
-            tanh_c = torch.tanh(c_all[at, r])
             dh = dy[at, r] + dh_next[:n]  # h_s is seen by the loss and by step s+1
-            dc = dc_0[r, :n] + dh * o * (1 - tanh_c * tanh_c)  # through tanh(c), and from c_{s+1}
-            da_o = dh * tanh_c * o * (1 - o)
-            da_i = dc * g * i * (1 - i)
-            da_f = dc * cp * f * (1 - f)
-            da_g = dc * i * (1 - g * g)
-            da = torch.stack((da_i, da_f, da_g, da_o), 1)
-            dc, dh = dc * f, da.flatten(1) @ w_hh[r]
+            dc = torch.addcmul(dc_next[:n], dh, dc_dh[at, r])  # c_s by step s+1 and by h_s
+            da = dgates[at, r]
+            da[:, :3] *= dc[:, None]  # i, f and g act through c
+            da[:, 3] *= dh
+            if valid is not None:
+                da = torch.where(valid[..., None], da, 0)
+            if valid is not None or isinstance(at, Tensor):  # then da is a copy of the buffer's rows
+                dgates[at, r] = da
+            dh, dc = linear(da.flatten(1), w_hh[r].t()), dc * f[at, r]
             if valid is not None:  # a row without this step hands its gradients through
-                da, hp = torch.where(valid[..., None], da, 0), torch.where(valid, hp, 0)
-                dc, dh = torch.where(valid, dc, dc_0[r, :n]), torch.where(valid, dh, dh_next[:n])
-            dgates[at, r], h_prev[at, r] = da, hp
-            dc_0[r, :n], dh_next[:n] = dc, dh
+                dh, dc = torch.where(valid, dh, dh_next), torch.where(valid, dc, dc_next)
+            dh_next = dh if n == rows.B else torch.cat((dh, dh_next[n:]))
+            dc_next = dc if n == rows.B else torch.cat((dc, dc_next[n:]))
+        dc_0[r] = dc_next
     return dc_0
+
+
+def _previous(states: Tensor, first: Tensor | None, rows: Rows, r: int, out: Tensor) -> None:
+    """Put the state before each step, ``first`` (B, H) or zero before step 0, where ``states`` has the one after it."""
+    out[rows.at(0, r), r] = 0 if first is None else first
+    for s in range(1, rows.T):
+        n, valid = rows.active(s), rows.valid(s)
+        before = states[rows.at(s - 1, r, n), r]
+        out[rows.at(s, r), r] = before if valid is None else torch.where(valid, before, 0)
+
+
+def d_sigmoid(grad: Tensor, y: Tensor) -> Tensor:
+    """Gradient by x of y = sigmoid(x): grad * y * (1 - y)."""
+    return torch.ops.aten.sigmoid_backward(grad, y)
+
+
+def d_tanh(grad: Tensor, y: Tensor) -> Tensor:
+    """Gradient by x of y = tanh(x): grad * (1 - y^2)."""
+    return torch.ops.aten.tanh_backward(grad, y)

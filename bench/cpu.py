@@ -1,0 +1,139 @@
+"""Compare fused_lstm.LSTM with torch.nn.LSTM on this CPU, side by side in one process.
+
+    python bench/cpu.py [--threads 1 2] [--backend auto] [--only train] [--seconds 1.0] [--json FILE]
+
+Every case is checked for equal results first; then the two layers take turns, and each turn of both gives one ratio
+nn.LSTM's time / fused_lstm's time. Above 1 fused_lstm is faster. Printed: the ratios' median and quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import fused_lstm
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    kind: str  # "infer" or "train"
+    B: int
+    T: int
+    I: int  # noqa: E741
+    H: int
+    layers: int = 1
+    bidirectional: bool = False
+    dtype: str = "float32"
+
+
+SIZES = [(8, 32, 64, 64), (8, 128, 64, 256), (16, 128, 64, 128), (32, 64, 256, 256), (64, 100, 128, 128), (8, 32, 512, 512)]
+CASES = [
+    *(Case("ordinary", kind, *size) for kind in ("infer", "train") for size in SIZES),
+    *(Case("stacked", kind, 16, 64, 64, 128, layers=2, bidirectional=True) for kind in ("infer", "train")),
+    *(Case("bf16", kind, 16, 64, 128, 128, dtype="bfloat16") for kind in ("infer", "train")),
+    *(Case("one step", "infer", B, 1, H, H) for B in (1, 8, 64) for H in (128, 512)),
+    *(Case("one step", "train", B, 1, H, H) for B in (1, 16, 64) for H in (128, 512)),
+    Case("one step, stacked", "infer", 8, 1, 512, 512, layers=2, bidirectional=True),
+    *(Case("half", kind, 16, 32, 128, 128, dtype="float16") for kind in ("infer", "train")),
+    *(Case("double", kind, *size, dtype="float64") for kind in ("infer", "train") for size in SIZES[1:4]),
+]
+
+
+def step_of(module: torch.nn.Module, x: torch.Tensor, kind: str) -> Callable[[], torch.Tensor]:
+    def infer() -> torch.Tensor:
+        with torch.no_grad():
+            return module(x)[0]
+
+    def train() -> torch.Tensor:
+        module.zero_grad()
+        output, _ = module(x)
+        output.sum().backward()
+        return output
+
+    return train if kind == "train" else infer
+
+
+def measure(case: Case, backend: str, seconds: float) -> dict[str, float | str]:
+    dtype = getattr(torch, case.dtype)
+    torch.manual_seed(0)
+    theirs = torch.nn.LSTM(case.I, case.H, case.layers, bidirectional=case.bidirectional, dtype=dtype)
+    ours = fused_lstm.LSTM.from_torch(theirs, backend=backend)
+    ours.train()
+    x = torch.randn(case.T, case.B, case.I, dtype=dtype)
+    a, b = step_of(theirs, x, case.kind), step_of(ours, x, case.kind)
+    tolerance = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[case.dtype]
+    difference = (a().double() - b().double()).abs().max().item()
+    if not difference <= tolerance:
+        raise RuntimeError(f"{case}: results differ by {difference:.1e}, more than {tolerance:.0e}: nothing was timed")
+    b()
+    start = time.perf_counter()
+    a()
+    once = time.perf_counter() - start
+    inner = max(1, int(2e-3 / once))
+    ratios = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(ratios) < 9:
+        times = []
+        for step in (a, b) if len(ratios) % 2 else (b, a):  # neither side always goes first
+            start = time.perf_counter()
+            for _ in range(inner):
+                step()
+            times.append(time.perf_counter() - start)
+        ratios.append(times[0] / times[1] if len(ratios) % 2 else times[1] / times[0])
+    low, median, high = statistics.quantiles(ratios, n=4)
+    plan = fused_lstm.explain(ours, x) if case.kind == "train" else _plan(ours, x)
+    return {"ratio": median, "low": low, "high": high, "runs": len(ratios), "plan": f"{plan.backend}/{plan.how}"}
+
+
+def _plan(module: fused_lstm.LSTM, x: torch.Tensor) -> fused_lstm.Plan:
+    with torch.no_grad():
+        return fused_lstm.explain(module, x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--backend", default="auto", choices=["auto", "aten", "reference"])
+    parser.add_argument("--only", default="", help="run cases whose description contains this text")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each case")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    args = parser.parse_args()
+    records = []
+    print(f"{'threads':>7} {'case':18} {'kind':5} {'B':>4} {'T':>4} {'I':>4} {'H':>4} {'dtype':8} {'ratio':>6} quartiles  plan")
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for case in CASES:
+            if args.only not in f"{case.name} {case.kind} {case.dtype}":
+                continue
+            result = measure(case, args.backend, args.seconds)
+            records.append({"threads": threads, **asdict(case), **result})
+            print(
+                f"{threads:7} {case.name:18} {case.kind:5} {case.B:4} {case.T:4} {case.I:4} {case.H:4} {case.dtype:8} "
+                f"{result['ratio']:6.2f} {result['low']:.2f}-{result['high']:.2f}  {result['plan']}",
+                flush=True,
+            )
+    if args.json:
+        about = {"date": date.today().isoformat(), "device": _cpu(), "torch": torch.__version__, "python": platform.python_version()}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({**about, "fused_lstm": fused_lstm.__version__, "rows": records}, indent=1) + "\n")
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,359 @@
+"""A character-level language model with fused_lstm.LSTM, beside the same model with torch.nn.LSTM.
+
+    python examples/char_lm.py                          # two minutes on the source of Python's standard library
+    python examples/char_lm.py --text FILE --steps 5000 --hidden 512 --sample 2000
+    python examples/char_lm.py --resume --seconds 600   # goes on from runs/char_lm.pt, exactly where it stopped
+
+Both models start from the same seed and see the same batches in turn, each step timed, so that their loss curves should
+lie on each other and their times can be compared. Prints text from the fused model and saves a plot to runs/char_lm.png.
+Ctrl-C saves a checkpoint and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import pickle
+import signal
+import sys
+import sysconfig
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_lstm
+
+SKIP = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "turtledemo", "site-packages", "dist-packages"}
+MAX_CHARACTERS = 8_000_000  # of the standard library: more than two minutes on a CPU get through
+VOCABULARY = 255  # the most frequent characters; all others are read as one
+EVERY = 200  # steps between two validations, each of which also saves the checkpoint
+VALIDATION = 2048  # characters of each stream that a validation reads
+DECAY = 1000  # steps after which the learning rate has come down by sqrt(2)
+TORCH, FUSED = "nn.LSTM", "fused_lstm.LSTM"
+State = tuple[Tensor, Tensor] | None
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"char_lm.py: error: {message}")
+
+
+def read_text(path: Path | None) -> str:
+    """The text to learn: a file, or the standard library's source, its files in a fixed order that mixes the packages."""
+    if path is not None:
+        try:
+            return path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            fail(f"--text: expected a readable text file, got {path} ({error.strerror})")
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [p for p in (q.relative_to(root) for q in root.rglob("*.py")) if not SKIP.intersection(p.parts)]
+    text = ""
+    for name in sorted(names, key=lambda p: (zlib.crc32(p.as_posix().encode()), p)):
+        if len(text) < MAX_CHARACTERS:
+            text += (root / name).read_text(encoding="utf-8", errors="replace")
+    return text[:MAX_CHARACTERS]
+
+
+def encode(text: str, characters: list[str]) -> Tensor:
+    index = {c: i for i, c in enumerate(characters)}
+    return torch.tensor([index.get(c, 0) for c in text])
+
+
+class Streams:
+    """A text cut into ``batch`` contiguous streams that are read side by side, chunk by chunk, over and over."""
+
+    def __init__(self, ids: Tensor, batch: int, chunk: int) -> None:
+        self.rows = ids[: len(ids) // batch * batch].view(batch, -1)
+        self.chunk = chunk
+        self.position = self.rows.shape[1]
+
+    def next(self) -> tuple[Tensor, bool]:
+        """The next (batch, chunk + 1) characters, and whether they begin a new pass, into which no state is carried."""
+        fresh = self.position + self.chunk >= self.rows.shape[1]
+        if fresh:  # a random start, so that the text is cut at other places than in the pass before
+            self.position = int(torch.randint(self.chunk, ()))
+        piece = self.rows[:, self.position : self.position + self.chunk + 1]
+        self.position += self.chunk
+        return piece, fresh
+
+
+class CharLM(nn.Module):
+    def __init__(self, vocabulary: int, hidden: int, layers: int, lstm: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, min(hidden, 128))
+        self.lstm = lstm(self.embedding.embedding_dim, hidden, layers, batch_first=True)
+        self.head = nn.Linear(hidden, vocabulary)
+
+    def forward(self, ids: Tensor, state: State = None) -> tuple[Tensor, State]:
+        y, state = self.lstm(self.embedding(ids), state)
+        return self.head(y), state
+
+
+class Learner:
+    """A model with what belongs to its training: optimizer, carried state, curves and times."""
+
+    KEPT = ("state", "losses", "validation", "seconds")
+
+    def __init__(self, args: argparse.Namespace, vocabulary: int, lstm: Callable[..., nn.Module]) -> None:
+        torch.manual_seed(args.seed)  # anew for each model: both layers draw the same initial weights
+        self.model = CharLM(vocabulary, args.hidden, args.layers, lstm).to(args.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr)
+        self.autocast = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+        self.lr, self.device = args.lr, args.device
+        self.state: State = None
+        self.losses: list[float] = []  # one a step, in nats per character
+        self.validation: list[tuple[int, float]] = []
+        self.seconds: list[float] = []  # one a step
+
+    def loss(self, piece: Tensor, state: State = None) -> tuple[Tensor, State]:
+        with self.autocast():
+            logits, state = self.model(piece[:, :-1], state)
+        return F.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten()), state
+
+    def step(self, piece: Tensor, fresh: bool) -> None:
+        started = time.perf_counter()
+        # A decay that does not depend on how long the training is to be, so that it can be stopped and resumed anywhere.
+        self.optimizer.param_groups[0]["lr"] = self.lr / math.sqrt(1 + len(self.losses) / DECAY)
+        loss, state = self.loss(piece, None if fresh else self.state)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.state = state[0].detach(), state[1].detach()  # the values go on, the gradient ends here
+        self.losses.append(loss.item())
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self.seconds.append(time.perf_counter() - started)
+
+    @torch.no_grad()
+    def validate(self, piece: Tensor) -> None:
+        self.validation.append((len(self.losses), self.loss(piece)[0].item()))
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor, length: int, temperature: float, seed: int) -> tuple[Tensor, list[float]]:
+        """Characters drawn one by one, and the seconds that each took."""
+        draw = torch.Generator().manual_seed(seed)
+        drawn, seconds = [], []
+        with self.autocast():
+            logits, state = self.model(prompt[None].to(self.device))  # the prompt in one call
+            for _ in range(length):  # then one character a call: T = 1, with the state carried along
+                started = time.perf_counter()
+                chances = (logits[0, -1].float() / temperature).softmax(-1).cpu()
+                drawn.append(torch.multinomial(chances, 1, generator=draw))
+                logits, state = self.model(drawn[-1][None].to(self.device), state)
+                seconds.append(time.perf_counter() - started)
+        return torch.cat(drawn), seconds
+
+    def state_dict(self) -> dict:
+        kept = {name: getattr(self, name) for name in self.KEPT}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **kept}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for name in self.KEPT:
+            setattr(self, name, saved[name])
+
+
+class Run:
+    """The learners on their common stream of batches, with the budget, the checkpoint and the line of progress."""
+
+    def __init__(self, args: argparse.Namespace, settings: dict, learners: dict[str, Learner], streams: Streams) -> None:
+        self.args, self.settings, self.learners, self.streams = args, settings, learners, streams
+        self.step, self.spent, self.shown = 0, 0.0, -math.inf
+
+    def done(self) -> float:
+        """The fraction of the budget of steps or seconds that is spent."""
+        return min(1.0, self.step / self.args.steps if self.args.steps else self.spent / self.args.seconds)
+
+    def train(self, held_out: Tensor) -> int:
+        """Train until the budget is spent, or until a signal comes: returns its number, or 0. Saves in both cases."""
+        signals: list[int] = []
+        before = {s: signal.signal(s, lambda s, _: signals.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
+        begun, learners = time.perf_counter() - self.spent, list(self.learners.values())
+        while self.done() < 1 and not signals:
+            piece, fresh = self.streams.next()
+            for learner in learners[:: 1 if self.step % 2 else -1]:  # each is first in half of the steps
+                learner.step(piece, fresh)
+            self.step += 1
+            self.spent = time.perf_counter() - begun
+            if self.step % EVERY == 0 or (self.done() == 1 and not signals):
+                for learner in learners:
+                    learner.validate(held_out)
+                self.save()
+            self.progress(learners[-1], piece.numel(), last=bool(self.done() == 1 or signals))
+        self.save()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        return signals[0] if signals else 0
+
+    def progress(self, learner: Learner, characters: int, last: bool) -> None:
+        """One line on stderr: redrawn in place on a terminal, a new one every ten seconds elsewhere."""
+        bar = sys.stderr.isatty()
+        if last or time.perf_counter() - self.shown > (0.2 if bar else 10):
+            self.shown, left = time.perf_counter(), round(self.spent / self.done() - self.spent)
+            loss, speed = fmean(learner.losses[-50:]), characters / median(learner.seconds[-50:])
+            line = f"step {self.step}  loss {loss:.3f}  {loss / math.log(2):.3f} bits/char  {speed:,.0f} char/s  "
+            line += f"{left // 60}:{left % 60:02} left"
+            line = f"\r[{'#' * round(20 * self.done()):20}] {line}\x1b[K" if bar else line
+            print(line, end="" if bar and not last else "\n", file=sys.stderr, flush=True)
+
+    def save(self) -> None:
+        beside = self.args.checkpoint.with_suffix(".tmp")  # a crash while writing leaves the old checkpoint whole
+        learners = {name: learner.state_dict() for name, learner in self.learners.items()}
+        own = {"step": self.step, "spent": self.spent, "position": self.streams.position}
+        torch.save({"settings": self.settings, "learners": learners, "rng": torch.get_rng_state(), **own}, beside)
+        beside.replace(self.args.checkpoint)
+
+    def resume(self) -> None:
+        path = self.args.checkpoint
+        try:
+            saved = torch.load(path, map_location=self.args.device, weights_only=True)
+            theirs = saved["settings"]
+        except OSError as error:
+            fail(f"--resume: expected a checkpoint at {path} ({error.strerror})")
+        except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError):
+            fail(f"--resume: expected a checkpoint of this script, got some other file: {path}")
+        differ = [f"{k} is {theirs.get(k)} there and {v} here" for k, v in self.settings.items() if theirs.get(k) != v]
+        if differ:
+            fail(f"--resume: expected the settings that {path} was made with, but {', '.join(differ)}")
+        for name, learner in self.learners.items():
+            learner.load_state_dict(saved["learners"][name])
+        self.step, self.spent, self.streams.position = saved["step"], saved["spent"], saved["position"]
+        torch.set_rng_state(saved["rng"].cpu())
+
+
+def compare(losses: dict[str, list[float]]) -> str: ...
+
+
+def plot(path: Path, learners: dict[str, Learner], rates: dict[str, tuple[float, float]]) -> None:
+    """Loss curves, and characters a second, as a picture; needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: it needs matplotlib (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")  # needs no display
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=(2, 1), layout="constrained")
+    # What comes first is drawn wide and pale, so that it stays visible under what comes second when both coincide.
+    for (name, learner), (width, style, color, size) in zip(
+        learners.items(), [(5, "-", "tab:orange", 10), (1.3, "--", "tab:blue", 5)][-len(learners) :], strict=True
+    ):
+        nats = torch.tensor(learner.losses)
+        window = max(1, len(nats) // 200)
+        bits = nats[: len(nats) // window * window].view(-1, window).mean(1) / math.log(2)
+        steps = [window * (i + 1) for i in range(len(bits))]
+        left.plot(steps, bits, style, color=color, linewidth=width, label=f"{name}, training")
+        steps, values = zip(*learner.validation, strict=True)
+        left.plot(steps, [v / math.log(2) for v in values], "o", color=color, markersize=size, label=f"{name}, validation")
+    left.set(xlabel="step", ylabel="bits per character", title="Loss")
+    left.legend()
+    figure.savefig(path, dpi=120)
+    print(f"plot: {path}")
+
+
+def positive(text: str, kind: type = int) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < kind(text) < math.inf:
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text!r}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, fraction = parser.add_argument, partial(positive, kind=float)
+    add("--text", type=Path, metavar="FILE", help="what to learn (default: the source of Python's standard library)")
+    add("--hidden", type=positive, default=256)
+    add("--layers", type=positive, default=1)
+    add("--batch", type=positive, default=32, help="streams read side by side (default: %(default)s)")
+    add("--chunk", type=positive, default=64, help="characters through which a gradient goes (default: %(default)s)")
+    add("--lr", type=fraction, default=4e-3)
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=positive, help="train for so many steps, instead of --seconds")
+    budget.add_argument("--seconds", type=fraction, default=120, help="train for so long (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: mixed precision by autocast")
+    add("--backend", choices=["auto", "triton", "aten", "reference"], default="auto", help="of fused_lstm.LSTM")
+    add("--seed", type=int, default=0)
+    add("--no-compare", action="store_true", help="train the fused model only")
+    add("--sample", type=positive, default=800, metavar="N", help="characters to generate (default: %(default)s)")
+    add("--prompt", default="def ", help="what they follow (default: %(default)r)")
+    add("--temperature", type=fraction, default=0.7)
+    add("--out", type=Path, default=Path("runs"), metavar="DIR", help="where plot and checkpoint go (default: runs)")
+    add("--checkpoint", type=Path, metavar="FILE", help="default: DIR/char_lm.pt")
+    add("--resume", action="store_true", help="go on from the checkpoint")
+    args = parser.parse_args()
+    args.checkpoint = args.checkpoint or args.out / "char_lm.pt"
+    try:
+        args.device = torch.device(args.device)
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device: expected one that torch can use here, such as cpu, got {args.device} ({str(error).splitlines()[0]})")
+    for folder in (args.out, args.checkpoint.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"expected a folder to write to, got {folder} ({error.strerror})")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    text = read_text(args.text)
+    needed = 10 * args.batch * (args.chunk + 1)
+    if len(text) < needed:
+        fail(
+            f"expected a text of at least {needed:,} characters for --batch {args.batch} and --chunk {args.chunk}, "
+            f"got {len(text):,} from {args.text or 'the standard library'}"
+        )
+    characters = ["\ufffd", *(c for c, _ in Counter(text).most_common(VOCABULARY))]
+    ids = encode(text, characters).to(args.device)
+    split = len(ids) * 9 // 10
+    streams = Streams(ids[:split], args.batch, args.chunk)
+    held_out = Streams(ids[split:], args.batch, args.chunk).rows[:, : VALIDATION + 1]
+    layers = {TORCH: nn.LSTM, FUSED: partial(fused_lstm.LSTM, backend=args.backend)}
+    if args.no_compare:
+        del layers[TORCH]
+    learners = {name: Learner(args, len(characters), layer) for name, layer in layers.items()}
+    fused = learners[FUSED]
+    try:
+        explain = partial(fused_lstm.explain, fused.model.lstm)
+        plan = explain(fused.model.embedding(ids[: args.batch * args.chunk].view(args.batch, args.chunk)))
+        with torch.no_grad():
+            single = explain(fused.model.embedding(ids[None, :1]))
+    except RuntimeError as error:
+        fail(str(error))
+    print(f"text: {len(text):,} characters, {len(characters)} different ones\ntraining, {plan}\ngenerating, {single}\n", flush=True)
+
+    keys = ("hidden", "layers", "batch", "chunk", "lr", "dtype", "seed", "no_compare")
+    settings = {k: getattr(args, k) for k in keys} | {"text": f"{len(text)} characters of CRC {zlib.crc32(text.encode()):08x}"}
+    run = Run(args, settings, learners, streams)
+    if args.resume:
+        run.resume()
+    interrupted = run.train(held_out)
+    if interrupted:
+        print(f"interrupted after step {run.step}: saved {args.checkpoint}; the same command with --resume goes on from there")
+        sys.exit(128 + interrupted)
+
+    prompt = encode(args.prompt, characters)
+    samples = {name: l.generate(prompt, args.sample, args.temperature, args.seed) for name, l in learners.items()}
+    print(args.prompt + "".join(characters[i] for i in samples[FUSED][0]), end="\n\n")
+    plot(args.out / "char_lm.png", learners, {})
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted")

@@ -1,0 +1,113 @@
+"""The error rule, and problems to try it on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import fused_lstm
+
+
+def assert_rule(names: Sequence[str], ours: Sequence[Tensor], torchs: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    """Our error against fp64 is at most twice torch's in the same precision, plus half a unit in the last place of the
+    largest value, which is what rounding an exact result may cost. Both RMS and maximum; printed on failure."""
+    for name, a, b, e in zip(names, ours, torchs, exact, strict=True):
+        assert a.shape == e.shape, f"{name}: shape {tuple(a.shape)}, expected {tuple(e.shape)}"
+        assert a.dtype == b.dtype, f"{name}: dtype {a.dtype}, expected {b.dtype}"
+        if e.numel() == 0:
+            continue
+        ours_error, torch_error = (a.double() - e).abs(), (b.double() - e).abs()
+        tiny = torch.finfo(a.dtype).eps / 2
+        for kind, of in (("max", torch.amax), ("rms", lambda t: t.square().mean().sqrt())):
+            got, allowed = of(ours_error).item(), 2 * of(torch_error).item() + tiny * of(e.abs()).item()
+            assert got <= allowed, f"{name}: {kind} error {got:.2e}, allowed {allowed:.2e} (torch {of(torch_error).item():.2e})"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One random call of an LSTM."""
+
+    seed: int
+    dtype: torch.dtype
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    layers: int
+    bidirectional: bool
+    proj: int
+    bias: bool
+    batch_first: bool
+    mode: str  # padded, unbatched, packed, packed sorted
+    hx: bool
+
+    @staticmethod
+    def random(seed: int, dtypes: Sequence[torch.dtype], largest: int) -> Config:
+        r = random.Random(seed)
+        H = r.choice([1, 2, 3, 7, 16, r.randint(1, largest)])
+        return Config(
+            seed, r.choice(dtypes), r.randint(1, 6), r.randint(1, 5), r.randint(1, 9), H, r.randint(1, 3), r.random() < 0.5,
+            r.randint(1, H - 1) if H > 1 and r.random() < 0.3 else 0, r.random() < 0.7, r.random() < 0.5,
+            r.choice(["padded", "padded", "unbatched", "packed", "packed sorted"]), r.random() < 0.6,
+        )  # fmt: skip
+
+    def module(self) -> nn.LSTM:
+        torch.manual_seed(self.seed)
+        return nn.LSTM(
+            self.I, self.H, self.layers, self.bias, self.batch_first, 0.0, self.bidirectional, self.proj, dtype=torch.float64
+        )
+
+    def data(self) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor] | None]:
+        """Input and initial states that are numbers of ``dtype``, held in fp64."""
+        g = torch.Generator().manual_seed(self.seed)
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64).to(self.dtype).double()
+
+        groups = self.layers * (2 if self.bidirectional else 1)
+        batch = () if self.mode == "unbatched" else (self.B,)
+        hx = (numbers(groups, *batch, self.proj or self.H), numbers(groups, *batch, self.H)) if self.hx else None
+        if self.mode == "unbatched":
+            return numbers(self.T, self.I), hx
+        if self.mode.startswith("packed"):
+            lengths = [self.T, *(random.Random(self.seed + b).randint(1, self.T) for b in range(1, self.B))]
+            if self.mode == "packed sorted":
+                lengths.sort(reverse=True)
+            rows = [numbers(length, self.I) for length in lengths]
+            return pack_sequence(rows, enforce_sorted=self.mode == "packed sorted"), hx
+        return numbers(self.B, self.T, self.I) if self.batch_first else numbers(self.T, self.B, self.I), hx
+
+
+def results(module: nn.Module, config: Config, dtype: torch.dtype) -> tuple[list[str], list[Tensor]]:
+    """Output, states and all gradients, with cotangents on output, h_n and c_n at once, computed in ``dtype``."""
+    x, hx = config.data()
+    packed = isinstance(x, PackedSequence)
+    data = (x.data if packed else x).to(dtype).requires_grad_()
+    given = x._replace(data=data) if packed else data
+    states = [] if hx is None else [t.to(dtype).requires_grad_() for t in hx]
+    output, (h_n, c_n) = module(given, tuple(states) or None)
+    if packed:
+        assert torch.equal(output.batch_sizes, x.batch_sizes)
+        output = output.data
+    g = torch.Generator().manual_seed(config.seed + 1)
+    cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(config.dtype).to(dtype) for t in (output, h_n, c_n)]
+    parameters = dict(module.named_parameters())
+    inputs = [data, *states, *parameters.values()]
+    grads = torch.autograd.grad((output, h_n, c_n), inputs, cotangents)
+    names = ["output", "h_n", "c_n", "dx", *(["dh0", "dc0"] if hx else []), *("d" + n for n in parameters)]
+    return names, [output.detach(), h_n.detach(), c_n.detach(), *grads]
+
+
+def check_config(config: Config, backend: str) -> None:
+    """fused_lstm.LSTM against nn.LSTM of the same dtype, both measured against nn.LSTM in fp64."""
+    rounded = config.module().to(config.dtype)
+    names, exact = results(rounded.double(), config, torch.float64)
+    rounded = rounded.to(config.dtype)
+    _, torchs = results(rounded, config, config.dtype)
+    _, ours = results(fused_lstm.LSTM.from_torch(rounded, backend=backend), config, config.dtype)
+    assert_rule(names, ours, torchs, exact)

@@ -1,0 +1,43 @@
+"""Which tests can run here. A test that cannot is skipped with its reason; `make test` runs both kinds of kernel tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the tests are small, and pytest-xdist runs several of them
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _reason(item: pytest.Item) -> str | None:
+    if item.get_closest_marker("interpreter") and not (HAS_TRITON and INTERPRET):
+        return "needs Triton and TRITON_INTERPRET=1"
+    if item.get_closest_marker("compile") and (INTERPRET or not HAS_TRITON):
+        return "needs Triton, without TRITON_INTERPRET=1"
+    if item.get_closest_marker("gpu") and (INTERPRET or not torch.cuda.is_available()):
+        return "needs a GPU"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        reason = _reason(item)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def nan_memory():
+    """Every tensor that torch allocates uninitialized holds NaN, so that an element nobody writes shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
