@@ -92,7 +92,10 @@ SUPPORTS: dict[str, Callable[[Problem], tuple[bool, str]]] = {
 
 def how_aten(p: Problem) -> tuple[str, str]:
     """The form in which the aten backend serves a problem, and the reason for that form."""
-    if p.device == "cpu" and p.T == 1 and not p.packed and max(16, p.hidden_size // 4) >= p.B:
+    if (
+        p.device == "cpu" and p.T == 1 and not p.packed and p.dtype != torch.bfloat16
+        and max(16, p.hidden_size // 4) >= p.B
+    ):  # fmt: skip
         return "cell", "T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call"
     if p.device == "cpu" and p.dtype == torch.float16:
         return "fp32", "fp16 on a CPU: computed in fp32, which is many times faster, and rounded at the end"

@@ -265,12 +265,19 @@ def _aten(
     )
 
 
-def _aten_fp32(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None
-) -> Result:
-    """torch's LSTM in fp32 for fp16 tensors, rounded at the end."""
-    y, h_n, c_n = _aten(x.float(), h0.float(), c0.float(), [w.float() for w in weights], stack, batch_sizes)
-    return y.to(x.dtype), h_n.to(x.dtype), c_n.to(x.dtype)
+def _in_fp32(runner: Callable[..., Result]) -> Callable[..., Result]:
+    """A runner that computes fp16 and bf16 in fp32 and rounds at the end."""
+
+    def run_in_fp32(
+        x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None
+    ) -> Result:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            return runner(x, h0, c0, weights, stack, batch_sizes)
+        wide = runner(x.float(), h0.float(), c0.float(), [w.float() for w in weights], stack, batch_sizes)
+        y, h_n, c_n = (t.to(x.dtype) for t in wide)
+        return y, h_n, c_n
+
+    return run_in_fp32
 
 
 def _aten_cell(
@@ -293,9 +300,6 @@ def _aten_cell(
 
 
 def _cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor, Tensor]:
-    if x.dtype == torch.float16 and x.device.type == "cpu":  # computed in fp32, as longer sequences are
-        h, c = _cell(x.float(), h.float(), c.float(), [w.float() for w in weights], has_biases)
-        return h.to(x.dtype), c.to(x.dtype)
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if has_biases else (None, None)
     projected = len(rest) % 2 == 1
@@ -312,8 +316,8 @@ def _cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], has_biases
 
 RUNNERS: dict[str, Callable[..., Result]] = {
     "triton": _engine_layers("triton"),
-    "reference": _engine_layers("reference"),
+    "reference": _in_fp32(_engine_layers("reference")),
     "fused": _aten,
-    "fp32": _aten_fp32,
-    "cell": _aten_cell,
+    "fp32": _in_fp32(_aten),
+    "cell": _in_fp32(_aten_cell),
 }

@@ -10,19 +10,27 @@ import triton.language as tl
 @triton.jit
 def tanh(x):
     """tanh without libdevice, so that it also runs in the interpreter; right at saturation and near zero."""
-    # 1 - 2/(e^2x + 1) ends at exactly -1 and 1, but cancels near zero, where an odd polynomial takes over: our own
-    # minimax fit for |x| < 0.6, relative error 3e-9 before rounding. In fp64 the cancellation costs 1e-16 and stays.
-    wide = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    # 1 - 2/(e^2x + 1) ends at exactly -1 and 1, but cancels near zero. There tanh(x) = x + x^3 p(x^2), with our own minimax
+    # fits of p for |x| < 0.6: relative error 3e-9 in fp32 and 1e-18 in fp64, before rounding.
+    z = x * x
     if x.dtype == tl.float64:
-        result = wide
+        p = 6.91884965347099e-6 * z - 3.205780559712358e-5
+        p = p * z + 9.3300789445011479e-5
+        p = p * z - 0.00023794117580839186
+        p = p * z + 0.00058976500810057781
+        p = p * z - 0.0014557953207693851
+        p = p * z + 0.0035921241839503764
+        p = p * z - 0.0088632352880040329
+        p = p * z + 0.021869488527165524
+        p = p * z - 0.053968253968080941
+        p = p * z + 0.13333333333333203
+        p = p * z - 0.33333333333333333
     else:
-        z = x * x
         p = -5.863521735e-03 * z + 2.077075846e-02
         p = p * z - 5.377698486e-02
         p = p * z + 1.333185196e-01
         p = p * z - 3.333329568e-01
-        result = tl.where(tl.abs(x) < 0.6, x + x * (z * p), wide)
-    return result
+    return tl.where(tl.abs(x) < 0.6, x + x * (z * p), 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
 
 
 @triton.jit

@@ -2,32 +2,29 @@
 
 import pytest
 import torch
-from checks import Config, check_config
+from checks import Config, Rule, add_config
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+pytestmark = [
+    pytest.mark.usefixtures("nan_memory"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+]
+
+
+def run(backend: str, seeds: range, largest: int) -> None:
+    rule = Rule()
+    for seed in seeds:
+        add_config(rule, Config.random(seed, DTYPES, largest), backend)
+    rule.check()
 
 
 @pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
-@pytest.mark.parametrize("block", range(10))
-@pytest.mark.usefixtures("nan_memory")
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("block", range(4))
 def test_random_configurations(backend: str, block: int) -> None:
-    for seed in range(30 * block, 30 * (block + 1)):
-        config = Config.random(seed, DTYPES, largest=70)
-        try:
-            check_config(config, backend)
-        except Exception as error:
-            raise AssertionError(f"{config}: {error}") from error
+    run(backend, range(75 * block, 75 * (block + 1)), largest=70)
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("block", range(10))
-@pytest.mark.usefixtures("nan_memory")
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("block", range(4))
 def test_random_configurations_in_the_interpreter(block: int) -> None:
-    for seed in range(30 * block, 30 * (block + 1)):
-        config = Config.random(seed, DTYPES, largest=40)
-        try:
-            check_config(config, "triton")
-        except Exception as error:
-            raise AssertionError(f"{config}: {error}") from error
+    run("triton", range(75 * block, 75 * (block + 1)), largest=40)
