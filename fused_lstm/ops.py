@@ -73,8 +73,8 @@ def layer_forward(
     """
     R, H = w_hh.shape[0], w_hh.shape[2]
     rows = Rows.of(x, c0, lengths, batch_sizes, directions, batch_first)
-    flat = x.reshape(-1, x.shape[-1])
-    N = flat.shape[0]
+    N = x.shape[:-1].numel()
+    flat = x.reshape(N, x.shape[-1])
     with tf32_as_cudnn(x):
         gates = linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
         if w_h0 is not None:
@@ -136,11 +136,11 @@ def layer_backward(
             dy.reshape(N, R, H), dh_n.contiguous(), dc_n.contiguous(), gates, c_all, y.view(N, R, H),
             start, c0.contiguous(), w_hh.contiguous(), rows, dgates, h_prev,
         )  # fmt: skip
-        flat = dgates.view(N, -1)
+        flat = dgates.view(N, R * 4 * H)
         dx = linear(flat, w_ih.flatten(0, 1).t()).view(x.shape) if needs[0] else None
         dw_ih = _products(flat, x.reshape(N, -1)).view(w_ih.shape) if needs[3] else None
         dw_hh = torch.stack([_products(dgates[:, r].flatten(1), h_prev[:, r]) for r in range(R)]) if needs[4] else None
-        dbias = flat.sum(0).view(R, -1) if needs[5] else None
+        dbias = flat.sum(0).view(R, 4 * H) if needs[5] else None
         first = [dgates[rows.at(0, r), r].flatten(1) for r in range(R)] if needs[1] or needs[6] else []
         w = w_hh if w_h0 is None else w_h0
         dh0 = torch.stack([linear(da, w[r].t()) for r, da in enumerate(first)]) if needs[1] else None
