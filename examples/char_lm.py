@@ -75,22 +75,9 @@ def encode(text: str, characters: list[str]) -> Tensor:
     return torch.tensor([index.get(c, 0) for c in text])
 
 
-class Streams:
-    """A text cut into ``batch`` contiguous streams that are read side by side, chunk by chunk, over and over."""
-
-    def __init__(self, ids: Tensor, batch: int, chunk: int) -> None:
-        self.rows = ids[: len(ids) // batch * batch].view(batch, -1)
-        self.chunk = chunk
-        self.position = self.rows.shape[1]
-
-    def next(self) -> tuple[Tensor, bool]:
-        """The next (batch, chunk + 1) characters, and whether they begin a new pass, into which no state is carried."""
-        fresh = self.position + self.chunk >= self.rows.shape[1]
-        if fresh:  # a random start, so that the text is cut at other places than in the pass before
-            self.position = int(torch.randint(self.chunk, ()))
-        piece = self.rows[:, self.position : self.position + self.chunk + 1]
-        self.position += self.chunk
-        return piece, fresh
+def streams(ids: Tensor, batch: int) -> Tensor:
+    """A text as ``batch`` contiguous streams of equal length, to be read side by side."""
+    return ids[: len(ids) // batch * batch].view(batch, -1)
 
 
 class CharLM(nn.Module):
@@ -166,15 +153,22 @@ class Learner:
 class Run:
     """The learners on their common batches, with the budget, the checkpoint and the line of progress."""
 
-    def __init__(
-        self, args: argparse.Namespace, settings: dict, learners: dict[str, Learner], streams: Streams
-    ) -> None:
-        self.args, self.settings, self.learners, self.streams = args, settings, learners, streams
-        self.step, self.spent, self.shown = 0, 0.0, -math.inf
+    def __init__(self, args: argparse.Namespace, settings: dict, learners: dict[str, Learner], text: Tensor) -> None:
+        self.args, self.settings, self.learners, self.text = args, settings, learners, text
+        self.step, self.spent, self.shown, self.position = 0, 0.0, -math.inf, text.shape[1]
 
     def done(self) -> float:
         """The fraction of the budget of steps or seconds that is spent."""
         return min(1.0, self.step / self.args.steps if self.args.steps else self.spent / self.args.seconds)
+
+    def piece(self) -> tuple[Tensor, bool]:
+        """The next chunk of each stream, and whether it begins a new pass, into which no state is carried."""
+        chunk = self.args.chunk
+        fresh = self.position + chunk >= self.text.shape[1]
+        if fresh:  # a random start, so that the text is cut at other places than in the pass before
+            self.position = int(torch.randint(chunk, ()))
+        self.position += chunk
+        return self.text[:, self.position - chunk : self.position + 1], fresh
 
     def train(self, held_out: Tensor) -> int:
         """Train until the budget is spent, or until a signal comes: returns its number, or 0. Saves in both cases."""
@@ -182,18 +176,20 @@ class Run:
         before = {s: signal.signal(s, lambda s, _: signals.append(s)) for s in (signal.SIGINT, signal.SIGTERM)}
         begun, learners = time.perf_counter() - self.spent, list(self.learners.values())
         while self.done() < 1 and not signals:
-            piece, fresh = self.streams.next()
+            piece, fresh = self.piece()
             for learner in learners[:: 1 if self.step % 2 else -1]:  # each is first in half of the steps
                 learner.step(piece, fresh)
             self.step += 1
             self.spent = time.perf_counter() - begun
             self.progress(learners[-1], last=bool(self.done() == 1 or signals))
-            if self.step % EVERY == 0 or (self.done() == 1 and not signals):
+            if self.step % EVERY == 0:
                 for learner in learners:
                     learner.validate(held_out)
                 self.save()
-        if signals:
-            self.save()
+        if not signals:
+            for learner in learners:
+                learner.validate(held_out)
+        self.save()
         for number, handler in before.items():
             signal.signal(number, handler)
         return signals[0] if signals else 0
@@ -211,7 +207,7 @@ class Run:
 
     def save(self) -> None:
         learners = {name: learner.state_dict() for name, learner in self.learners.items()}
-        own = {"step": self.step, "spent": self.spent, "position": self.streams.position, "rng": torch.get_rng_state()}
+        own = {"step": self.step, "spent": self.spent, "position": self.position, "rng": torch.get_rng_state()}
         beside = self.args.checkpoint.with_suffix(".tmp")  # a crash while writing leaves the old checkpoint whole
         torch.save({"settings": self.settings, "learners": learners, **own}, beside)
         beside.replace(self.args.checkpoint)
@@ -228,28 +224,26 @@ class Run:
             fail(f"--resume: expected the settings that {path} was made with, but {', '.join(differ)}")
         for name, learner in self.learners.items():
             learner.load_state_dict(saved["learners"][name])
-        self.step, self.spent, self.streams.position = saved["step"], saved["spent"], saved["position"]
+        self.step, self.spent, self.position = saved["step"], saved["spent"], saved["position"]
         torch.set_rng_state(saved["rng"].cpu())
 
 
-def compare(fused: list[float], torchs: list[float]) -> str:
+def compare(a: Tensor, b: Tensor) -> str:
     """The largest difference of two loss curves, and whether rounding explains it."""
-    a, b = torch.tensor(fused) / math.log(2), torch.tensor(torchs) / math.log(2)
     difference, at = (a - b).abs().max(0)
     if difference == 0:
         return "loss curves: identical at every step"
     # Training amplifies rounding: with weights changed in the last digit, single losses came to differ by up to 0.9
     # times the median change of the loss from one batch to the next, and without the carried state by twice that.
-    scatter = (a[1:] - a[:-1]).abs().median()
-    noise = difference < 1.5 * scatter and (a[0] - b[0]).abs() < 1e-3
+    first, scatter = (a[0] - b[0]).abs(), (a[1:] - a[:-1]).abs().median()
+    noise = difference < 1.5 * scatter and first < 1e-3
     return (
-        f"loss curves: largest difference {difference:.1e} bits/char, at step {at + 1}, the first step's "
-        f"{(a[0] - b[0]).abs():.1e}; {'no more' if noise else 'MORE'} than the noise to be expected "
-        f"(the loss changes by {scatter:.1e} from one batch to the next)"
+        f"loss curves: largest difference {difference:.4f} bits/char (step {at + 1}; {first:.1e} at step 1): "
+        f"{'no more' if noise else 'MORE'} than rounding explains; one batch differs from the next by {scatter:.4f}"
     )
 
 
-def plot(path: Path, learners: dict[str, Learner], rates: dict[str, list[float]]) -> None:
+def plot(path: Path, learners: dict[str, Learner], work: list[tuple[str, int, list[float]]]) -> None:
     """Loss curves, and characters a second, side by side."""
     try:
         import matplotlib
@@ -268,12 +262,12 @@ def plot(path: Path, learners: dict[str, Learner], rates: dict[str, list[float]]
         loss.plot(steps, nats / math.log(2), line, color=color, linewidth=width, label=f"{name}, training")
         steps, nats = torch.tensor(learner.validation).unbind(1)
         loss.plot(steps, nats / math.log(2), "o", color=color, markersize=marker, label=f"{name}, validation")
-        relative = [values[k] / values[0] for values in rates.values()]
-        bars = speed.bar([x + 0.4 * k for x in range(len(rates))], relative, 0.38, color=color, label=name)
-        speed.bar_label(bars, [f"{values[k]:,.0f}/s" for values in rates.values()], padding=2, fontsize=9)
+        places = [x + 0.4 * k for x in range(len(work))]
+        bars = speed.bar(places, [times[0] / times[k] for _, _, times in work], 0.38, color=color, label=name)
+        speed.bar_label(bars, [f"{size / times[k]:,.0f}/s" for _, size, times in work], padding=2, fontsize=9)
     loss.set(xlabel="step", ylabel="bits per character", title="Loss")
     speed.set(ylabel=f"relative to {next(iter(learners))}", title="Characters per second")
-    speed.set_xticks([x + 0.2 * (len(learners) - 1) for x in range(len(rates))], list(rates))
+    speed.set_xticks([x + 0.2 * (len(learners) - 1) for x in range(len(work))], [name for name, _, _ in work])
     speed.set_ylim(0, 1.35 * speed.get_ylim()[1])  # room for the legend
     loss.legend()
     speed.legend()
@@ -333,8 +327,7 @@ def main() -> None:
     characters = ["\ufffd", *(c for c, _ in Counter(text).most_common(VOCABULARY))]
     ids = encode(text, characters).to(args.device)
     split = len(ids) * 9 // 10
-    streams = Streams(ids[:split], args.batch, args.chunk)
-    held_out = Streams(ids[split:], args.batch, args.chunk).rows[:, : VALIDATION + 1]
+    held_out = streams(ids[split:], args.batch)[:, : VALIDATION + 1]
 
     layers = {TORCH: nn.LSTM, FUSED: partial(fused_lstm.LSTM, backend=args.backend)}
     learners = {}
@@ -352,7 +345,7 @@ def main() -> None:
 
     settings = {k: getattr(args, k) for k in ("hidden", "layers", "batch", "chunk", "lr", "seed", "no_compare")}
     settings["text"] = f"{len(text)} characters of CRC {zlib.crc32(text.encode()):08x}"
-    run = Run(args, settings, learners, streams)
+    run = Run(args, settings, learners, streams(ids[:split], args.batch))
     if args.resume:
         run.resume()
     interrupted = run.train(held_out)
@@ -367,16 +360,15 @@ def main() -> None:
     print(f"\n{args.prompt}{''.join(characters[i] for i in drawn[FUSED][0])}\n")
     steps = [median(learner.seconds) for learner in learners.values()]
     singles = [median(seconds) for _, seconds in drawn.values()]
-    print(f"{'':30}" + "".join(f"{name:>17}" for name in learners) + "  ratio")
-    for what, times in (f"training step, T = {args.chunk}", steps), ("generated character, T = 1", singles):
-        print(f"{what:30}" + "".join(f"{1e3 * t:14.2f} ms" for t in times) + f"{times[0] / times[-1]:7.2f}")
+    work = [(f"training, T = {args.chunk}", args.batch * args.chunk, steps), ("generating, T = 1", 1, singles)]
+    print(f"{'median time of a step':24}" + "".join(f"{name:>17}" for name in learners) + "   ratio")
+    for what, _, times in work:
+        print(f"{what:24}" + "".join(f"{1e3 * t:14.3f} ms" for t in times) + f"{times[0] / times[-1]:8.2f}")
     final = [learner.validation[-1][1] / math.log(2) for learner in learners.values()]
-    print(f"{'validation, bits/char':30}" + "".join(f"{bits:17.4f}" for bits in final))
+    print(f"{'validation, bits/char':24}" + "".join(f"{bits:17.4f}" for bits in final))
     if not args.no_compare:
-        print(compare(*(learners[name].losses for name in (FUSED, TORCH))))
-    training, generating = [args.batch * args.chunk / t for t in steps], [1 / t for t in singles]
-    rates = {f"training, T = {args.chunk}": training, "generating, T = 1": generating}
-    plot(args.out / "char_lm.png", learners, rates)
+        print(compare(*(torch.tensor(learner.losses) / math.log(2) for learner in learners.values())))
+    plot(args.out / "char_lm.png", learners, work)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from .dispatch import BACKENDS, Problem
 from .functional import Stack, check_like, problem_of, run
+
+L = TypeVar("L", bound=nn.RNNBase)
 
 
 class LSTM(nn.RNNBase):
@@ -28,9 +31,9 @@ class LSTM(nn.RNNBase):
             PyTorch). All but ``"auto"`` fail rather than let another backend step in. See :func:`fused_lstm.explain`.
 
     Call with ``input`` of shape (T, B, I), (B, T, I) if ``batch_first``, (T, I) unbatched, or a PackedSequence, and
-    optionally ``hx = (h0, c0)`` of shapes (D*num_layers, B, Hout) and (D*num_layers, B, H), without B when unbatched; D is
-    the number of directions, Hout is P, or H without a projection. Returns ``output, (h_n, c_n)``: output like input with
-    D*Hout features, the states shaped like h0 and c0.
+    optionally ``hx = (h0, c0)`` of shapes (D*num_layers, B, Hout) and (D*num_layers, B, H), without B when unbatched;
+    D is the number of directions, Hout is P, or H without a projection. Returns ``output, (h_n, c_n)``: output like
+    input with D*Hout features, the states shaped like h0 and c0.
 
     Raises:
         TypeError, ValueError: on construction, as torch.nn.LSTM.
@@ -54,26 +57,39 @@ class LSTM(nn.RNNBase):
     permute_hidden = nn.LSTM.permute_hidden
 
     def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
+        _checked(backend)
         super().__init__("LSTM", *args, **kwargs)
         self.backend = backend
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        # RNNBase keeps a list, which functional_call and parametrizations would leave behind the times.
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
+        pass
+
+    def _init_flat_weights(self) -> None:
+        # RNNBase refers to its weights weakly, to see that its list is old; torch cannot swap a tensor so referred to.
+        self._flat_weight_refs = [None] * len(self._flat_weights_names)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
+        self._init_flat_weights()
 
     @classmethod
     def from_torch(cls, module: nn.LSTM, backend: str = "auto") -> LSTM:
         """The same layer as ``module``, sharing its parameters, hooks and mode of training."""
-        if not isinstance(module, nn.LSTM):
+        if not isinstance(module, nn.LSTM) or is_parametrized(module):
             raise TypeError(f"from_torch expects a torch.nn.LSTM, got: {type(module).__name__}")
-        new = cls(1, 1, backend=backend)
-        new.__dict__ = {**_share(module), "backend": backend}
-        return new
+        return _share(module, cls, backend=_checked(backend))
 
     def to_torch(self) -> nn.LSTM:
         """A torch.nn.LSTM that shares this layer's parameters, hooks and mode of training."""
-        new = nn.LSTM(1, 1)
-        new.__dict__ = {k: v for k, v in _share(self).items() if k != "backend"}
-        new._init_flat_weights()
-        return new
+        if is_parametrized(self):
+            raise TypeError(f"to_torch expects no parametrizations, got: {type(self).__name__}")
+        return _share(self, nn.LSTM)
 
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flat weight buffer to keep in order. Here for code that calls it."""
@@ -110,6 +126,8 @@ class LSTM(nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
         """Check the arguments; returns batched data, batched states and the batch sizes of packed data."""
+        if hx is not None and len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
         batch_sizes = None
         if isinstance(input, PackedSequence):
             x, batch_sizes = input.data, input.batch_sizes
@@ -140,10 +158,25 @@ class LSTM(nn.RNNBase):
         return x, (hx[0], hx[1]), batch_sizes
 
 
-def _share(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes for a module of another class: containers are copied, what they hold is shared."""
-    containers = (dict, list, set)
-    return {k: v.copy() if isinstance(v, containers) else v for k, v in module.__dict__.items()}
+def _checked(backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
+    return backend
+
+
+OWN = ("_flat_weights", "backend")  # what one of the two classes keeps in its modules and the other does not
+
+
+def _share(module: nn.RNNBase, cls: type[L], **own: Any) -> L:
+    """A module of another class with a module's attributes: containers are copied, what they hold is shared."""
+    new = cls.__new__(cls)  # not initialized, which would draw from the random generator
+    attributes = {k: v for k, v in module.__dict__.items() if k not in OWN}
+    new.__dict__.update({k: v.copy() if isinstance(v, (dict, list, set)) else v for k, v in attributes.items()}, **own)
+    for key, hook in new._load_state_dict_pre_hooks.items():  # the only hooks that hold on to their module
+        if getattr(hook, "with_module", False):
+            new._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, new)
+    new._init_flat_weights()
+    return new
 
 
 class LSTMCell(nn.LSTMCell):

@@ -138,7 +138,7 @@ def layer_backward(
         )  # fmt: skip
         flat = dgates.view(N, R * 4 * H)
         dx = linear(flat, w_ih.flatten(0, 1).t()).view(x.shape) if needs[0] else None
-        dw_ih = _products(flat, x.reshape(N, -1)).view(w_ih.shape) if needs[3] else None
+        dw_ih = _products(flat, x.reshape(N, x.shape[-1])).view(w_ih.shape) if needs[3] else None
         dw_hh = torch.stack([_products(dgates[:, r].flatten(1), h_prev[:, r]) for r in range(R)]) if needs[4] else None
         dbias = flat.sum(0).view(R, 4 * H) if needs[5] else None
         first = [dgates[rows.at(0, r), r].flatten(1) for r in range(R)] if needs[1] or needs[6] else []

@@ -84,7 +84,7 @@ def layer(
             order = [rows.at(s, r) for s in range(T)]
             index = torch.arange(T * B, device=x.device)
             y = y[torch.cat([index[o] for o in order])]
-        outputs.append(y.view(T, B, -1))
+        outputs.append(y.view(T, B, y.shape[-1]))
     output = torch.cat(outputs, -1)
     if batch_sizes is not None:
         output = torch.cat([output[t, :n] for t, n in enumerate(batch_sizes.tolist())])

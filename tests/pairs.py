@@ -1,0 +1,56 @@
+"""torch.nn.LSTM and fused_lstm.LSTM side by side: what the tests of the public layer share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import fused_lstm
+
+BACKENDS = ("auto", "aten", "reference", pytest.param("triton", marks=pytest.mark.interpreter))
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+both_classes = pytest.mark.parametrize("cls", [nn.LSTM, fused_lstm.LSTM])
+
+
+def pair(*args: Any, backend: str = "auto", **kwargs: Any) -> tuple[nn.LSTM, fused_lstm.LSTM]:
+    """torch's layer and ours, with the same weights."""
+    theirs, ours = nn.LSTM(*args, **kwargs), fused_lstm.LSTM(*args, backend=backend, **kwargs)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Numbers that depend on nothing but the shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+def states(*shape: int, proj: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """h0 and c0 for c0's shape."""
+    return randn(*shape[:-1], proj or shape[-1], dtype=dtype), randn(*shape, dtype=dtype) / 2
+
+
+def flat(result: tuple) -> list[Tensor]:
+    """output, h_n and c_n of a call."""
+    output, (h_n, c_n) = result
+    return [output.data if isinstance(output, PackedSequence) else output, h_n, c_n]
+
+
+def assert_all_close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def all_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def failure(call: Callable[[], Any]) -> tuple[type[BaseException], str]:
+    """Type and message of the error that a call raises."""
+    with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)) as info:
+        call()
+    return info.type, str(info.value)
