@@ -37,7 +37,14 @@ class Case:
     dtype: str = "float32"
 
 
-SIZES = [(8, 32, 64, 64), (8, 128, 64, 256), (16, 128, 64, 128), (32, 64, 256, 256), (64, 100, 128, 128), (8, 32, 512, 512)]
+SIZES = [
+    (8, 32, 64, 64),
+    (8, 128, 64, 256),
+    (16, 128, 64, 128),
+    (32, 64, 256, 256),
+    (64, 100, 128, 128),
+    (8, 32, 512, 512),
+]
 CASES = [
     *(Case("ordinary", kind, *size) for kind in ("infer", "train") for size in SIZES),
     *(Case("stacked", kind, 16, 64, 64, 128, layers=2, bidirectional=True) for kind in ("infer", "train")),
@@ -110,7 +117,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
     records = []
-    print(f"{'threads':>7} {'case':18} {'kind':5} {'B':>4} {'T':>4} {'I':>4} {'H':>4} {'dtype':8} {'ratio':>6} quartiles  plan")
+    print(
+        f"{'threads':>7} {'case':18} {'kind':5} {'B':>4} {'T':>4} {'I':>4} {'H':>4} {'dtype':8} {'ratio':>6} quartiles  plan"
+    )
     for threads in args.threads:
         torch.set_num_threads(threads)
         for case in CASES:
@@ -124,9 +133,16 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        about = {"date": date.today().isoformat(), "device": _cpu(), "torch": torch.__version__, "python": platform.python_version()}
+        about = {
+            "date": date.today().isoformat(),
+            "device": _cpu(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**about, "fused_lstm": fused_lstm.__version__, "rows": records}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({**about, "fused_lstm": fused_lstm.__version__, "rows": records}, indent=1) + "\n"
+        )
 
 
 def _cpu() -> str:

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import triton
+from fused_lstm.kernels.backward import lstm_backward_kernel
+from fused_lstm.kernels.forward import lstm_forward_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lstm.kernels.backward import lstm_backward_kernel
-from fused_lstm.kernels.forward import lstm_forward_kernel
 from fused_lstm.launch import LaunchConfig, arithmetic, shipped
 
 KERNELS = {"forward": lstm_forward_kernel, "backward": lstm_backward_kernel}
@@ -100,7 +100,13 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 # The most demanding flags of each kernel.
 TRAINING = {"forward": {"SAVE": True, "LENGTHS": True, "PACKED": True}, "backward": {"LENGTHS": True, "PACKED": True}}
-ARITHMETIC = [(torch.float16, False), (torch.bfloat16, False), (torch.float32, True), (torch.float32, False), (torch.float64, False)]
+ARITHMETIC = [
+    (torch.float16, False),
+    (torch.bfloat16, False),
+    (torch.float32, True),
+    (torch.float32, False),
+    (torch.float64, False),
+]
 
 
 def rows(target: str, H: int = 512) -> list[dict[str, Any]]:

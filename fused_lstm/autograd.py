@@ -88,6 +88,4 @@ class FusedLSTMBackward(torch.autograd.Function):
 
 
 for _op, _function in (("layer_forward", FusedLSTMFunction), ("layer_backward", FusedLSTMBackward)):
-    torch.library.register_autograd(
-        f"fused_lstm::{_op}", _function.backward, setup_context=_function.setup_context
-    )
+    torch.library.register_autograd(f"fused_lstm::{_op}", _function.backward, setup_context=_function.setup_context)

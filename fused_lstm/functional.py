@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, _VF
+from torch import _VF, Tensor
 
 from . import ops
 from .autograd import FusedLSTMFunction
@@ -209,7 +209,13 @@ ALIGNMENT = 16
 
 
 def _layer(
-    engine: str, x: Tensor, h0: Tensor, c0: Tensor, groups: Sequence[Sequence[Tensor]], stack: Stack, batch_sizes: Tensor | None
+    engine: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    groups: Sequence[Sequence[Tensor]],
+    stack: Stack,
+    batch_sizes: Tensor | None,
 ) -> Result:
     """One layer, both directions at once. h0 (D, B, Hout), c0 (D, B, H)."""
     join = (lambda k: torch.stack([g[k] for g in groups])) if len(groups) > 1 else (lambda k: groups[0][k].unsqueeze(0))
@@ -258,10 +264,26 @@ def _aten(
     weights = list(weights)
     if batch_sizes is not None:
         return _VF.lstm(
-            x, batch_sizes, (h0, c0), weights, stack.has_biases, stack.num_layers, stack.dropout, train, stack.bidirectional
+            x,
+            batch_sizes,
+            (h0, c0),
+            weights,
+            stack.has_biases,
+            stack.num_layers,
+            stack.dropout,
+            train,
+            stack.bidirectional,
         )
     return _VF.lstm(
-        x, (h0, c0), weights, stack.has_biases, stack.num_layers, stack.dropout, train, stack.bidirectional, stack.batch_first
+        x,
+        (h0, c0),
+        weights,
+        stack.has_biases,
+        stack.num_layers,
+        stack.dropout,
+        train,
+        stack.bidirectional,
+        stack.batch_first,
     )
 
 

@@ -80,13 +80,16 @@ def layer_forward(
         if w_h0 is not None:
             for r in range(R):
                 gates[rows.at(0, r), r] += linear(h0[r], w_h0[r]).view(-1, 4, H)
-        y = x.new_zeros(N, R, H) if lengths is not None else x.new_empty(N, R, H)
-        c_all = x.new_empty(N, R, H) if save else None
+        new = x.new_empty if lengths is None else x.new_zeros  # no one writes what lies past a row's length
+        y = new(*x.shape[:-1], R * H)
+        c_all = new(N, R, H) if save else None
         start = h0.contiguous() if w_h0 is None else None
-        h_n, c_n = _engine(engine).recurrence_forward(gates, w_hh.contiguous(), start, c0.contiguous(), rows, y, c_all)
+        h_n, c_n = _engine(engine).recurrence_forward(
+            gates, w_hh.contiguous(), start, c0.contiguous(), rows, y.view(N, R, H), c_all
+        )
     if c_all is None:
         gates, c_all = x.new_empty(0), x.new_empty(0)
-    return y.view(*x.shape[:-1], R * H), h_n, c_n, gates, c_all
+    return y, h_n, c_n, gates, c_all
 
 
 @layer_forward.register_fake
@@ -129,11 +132,11 @@ def layer_backward(
     rows = Rows.of(x, c0, lengths, batch_sizes, directions, batch_first)
     N = gates.shape[0]
     with tf32_as_cudnn(x):
-        dgates = torch.zeros_like(gates) if lengths is not None else torch.empty_like(gates)
-        h_prev = x.new_zeros(N, R, H) if lengths is not None else x.new_empty(N, R, H)
+        new = x.new_empty if lengths is None else x.new_zeros
+        dgates, h_prev = new(N, R, 4, H), new(N, R, H)
         start = h0.contiguous() if w_h0 is None else None
         dc0 = _engine(engine).recurrence_backward(
-            dy.reshape(N, R, H), dh_n.contiguous(), dc_n.contiguous(), gates, c_all, y.view(N, R, H),
+            dy.contiguous().view(N, R, H), dh_n.contiguous(), dc_n.contiguous(), gates, c_all, y.view(N, R, H),
             start, c0.contiguous(), w_hh.contiguous(), rows, dgates, h_prev,
         )  # fmt: skip
         flat = dgates.view(N, R * 4 * H)

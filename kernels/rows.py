@@ -25,9 +25,7 @@ def row_lengths(offs_b, mask_b, T, lengths_ptr, LENGTHS: tl.constexpr):
 
 
 @triton.jit
-def data_rows(
-    s, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED: tl.constexpr
-):
+def data_rows(s, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED: tl.constexpr):
     """Data row of step s for each batch row, int64. Meaningless, but in range of int64, where s is not a step of the row."""
     t = tl.where(backwards, lengths - 1 - s, s)
     if PACKED:

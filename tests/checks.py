@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_lstm
 
-
 SMALL = 256  # elements below which a tensor's error is too few samples to be judged alone
 
 
@@ -31,7 +30,12 @@ class Rule:
         self.small: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
 
     def add(
-        self, what: object, names: Sequence[str], ours: Sequence[Tensor], torchs: Sequence[Tensor], exact: Sequence[Tensor]
+        self,
+        what: object,
+        names: Sequence[str],
+        ours: Sequence[Tensor],
+        torchs: Sequence[Tensor],
+        exact: Sequence[Tensor],
     ) -> None:
         for name, a, b, e in zip(names, ours, torchs, exact, strict=True):
             assert a.shape == e.shape, f"{what}: {name}: shape {tuple(a.shape)}, expected {tuple(e.shape)}"
@@ -93,7 +97,15 @@ class Config:
     def module(self) -> nn.LSTM:
         torch.manual_seed(self.seed)
         return nn.LSTM(
-            self.I, self.H, self.layers, self.bias, self.batch_first, 0.0, self.bidirectional, self.proj, dtype=torch.float64
+            self.I,
+            self.H,
+            self.layers,
+            self.bias,
+            self.batch_first,
+            0.0,
+            self.bidirectional,
+            self.proj,
+            dtype=torch.float64,
         )
 
     def data(self) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor] | None]:
@@ -129,7 +141,9 @@ def results(module: nn.Module, config: Config, dtype: torch.dtype) -> tuple[list
         assert torch.equal(output.batch_sizes, x.batch_sizes)
         output = output.data
     g = torch.Generator().manual_seed(config.seed + 1)
-    cotangents = [torch.randn(t.shape, generator=g, dtype=torch.float64).to(config.dtype).to(dtype) for t in (output, h_n, c_n)]
+    cotangents = [
+        torch.randn(t.shape, generator=g, dtype=torch.float64).to(config.dtype).to(dtype) for t in (output, h_n, c_n)
+    ]
     parameters = dict(module.named_parameters())
     inputs = [data, *states, *parameters.values()]
     grads = torch.autograd.grad((output, h_n, c_n), inputs, cotangents)

@@ -28,6 +28,7 @@ FLAGS = {
 @pytest.mark.parametrize("name", ARITHMETIC)
 def test_shipped_configurations(name: str, target: str) -> None:
     import ledger
+
     from fused_lstm import launch
 
     dtype, tf32 = ARITHMETIC[name]
@@ -39,12 +40,15 @@ def test_shipped_configurations(name: str, target: str) -> None:
                 assert built.shared <= ledger.SHARED_LIMIT[target], f"{what}: {built.shared} bytes of shared memory"
                 if target == "sm_90":
                     assert built.spills == 0, f"{what}: {built.spills} bytes spilled"
-                    assert (built.tensor_core > 0) == (name != "fp32"), f"{what}: {built.tensor_core} tensor-core instructions"
+                    assert (built.tensor_core > 0) == (name != "fp32"), (
+                        f"{what}: {built.tensor_core} tensor-core instructions"
+                    )
 
 
 @pytest.mark.parametrize("H", [16, 64, 128, 256, 528, 656, 768, 1024, 1152, 2048])
 def test_hidden_sizes_of_real_workloads(H: int) -> None:
     import ledger
+
     from fused_lstm import launch
 
     device = launch.Device("H100", 132)
@@ -58,6 +62,7 @@ def test_hidden_sizes_of_real_workloads(H: int) -> None:
 
 def test_a_spilling_configuration_is_seen() -> None:
     import ledger
+
     from fused_lstm import launch
 
     greedy = launch.LaunchConfig(block_b=128, block_h=64, block_k=64, num_warps=4)
@@ -69,6 +74,7 @@ def test_a_spilling_configuration_is_seen() -> None:
 def test_offsets_are_64_bit(kind: str) -> None:
     """T*B*4H passes 2^31 in real use, so no tensor of offsets is multiplied in 32 bits."""
     import ledger
+
     from fused_lstm import launch
 
     config = launch.shipped(torch.float16, False)[0]
