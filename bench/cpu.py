@@ -140,9 +140,7 @@ def main() -> None:
             "python": platform.python_version(),
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({**about, "fused_lstm": fused_lstm.__version__, "rows": records}, indent=1) + "\n"
-        )
+        args.json.write_text(json.dumps({**about, "fused_lstm": fused_lstm.__version__, "rows": records}, indent=1) + "\n")
 
 
 def _cpu() -> str:

@@ -350,9 +350,7 @@ def main() -> None:
         run.resume()
     interrupted = run.train(held_out)
     if interrupted:
-        print(
-            f"interrupted after step {run.step} and saved to {args.checkpoint}: --resume, with all else equal, goes on"
-        )
+        print(f"interrupted after step {run.step} and saved to {args.checkpoint}: --resume, with all else equal, goes on")
         sys.exit(128 + interrupted)
 
     prompt = encode(args.prompt, characters)

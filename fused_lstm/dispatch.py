@@ -131,9 +131,7 @@ def choose_backend(p: Problem, backend: str = "auto") -> Plan:
             return Plan("triton", "triton", f"{reason}; not measured on this device")
         rejected["triton"] = reason
     else:
-        rejected["triton"] = (
-            "slower than torch's LSTM in the interpreter" if triton_interpreted() else supports_triton(p)[1]
-        )
+        rejected["triton"] = "slower than torch's LSTM in the interpreter" if triton_interpreted() else supports_triton(p)[1]
         why = prefers_reference(p)
         if why is not None:
             return Plan("reference", "reference", why, rejected)

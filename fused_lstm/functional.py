@@ -226,7 +226,7 @@ def _layer(
     if w_hr is not None:
         # With h = W_hr m, W_hh h = (W_hh W_hr) m: a plain recurrence over m, which h0 enters through the first step.
         w_h0, w_hh = w_hh, w_hh @ w_hr
-    R, B, H = c0.shape
+    R, _, H = c0.shape
     pad = -H % ALIGNMENT if engine == "triton" else 0
     if pad:  # units of zero weight stay at zero: the results are the same, and every row is aligned
         w_ih, w_hh = _pad_gates(w_ih, pad), F.pad(_pad_gates(w_hh, pad), (0, pad))
@@ -255,9 +255,7 @@ def _pad_gates(w: Tensor, pad: int) -> Tensor:
     return F.pad(w, (0, 0) * (w.dim() - 3) + (0, pad)).flatten(1, 2)
 
 
-def _aten(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None
-) -> Result:
+def _aten(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None) -> Result:
     """torch's own LSTM. Its training flag is set whenever dropout acts or a gradient is needed: cuDNN keeps what its
     backward pass needs only then, and with dropout at 0 the flag changes nothing else."""
     train = stack.dropout > 0 or torch.is_grad_enabled()

@@ -32,6 +32,4 @@ A program owns BLOCK_H hidden units, of all four gates, for BLOCK_B batch rows o
 """
 
 if __name__ != "fused_lstm.kernels":
-    raise ImportError(
-        f"this package is fused_lstm.kernels, and was imported as {__name__!r}: import it through fused_lstm"
-    )
+    raise ImportError(f"this package is fused_lstm.kernels, and was imported as {__name__!r}: import it through fused_lstm")

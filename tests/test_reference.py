@@ -32,10 +32,7 @@ def test_loop_is_torchs_lstm(bidirectional: bool, ragged: bool) -> None:
     D = 2 if bidirectional else 1
     lstm = nn.LSTM(5, 7, bidirectional=bidirectional).double()
     x, h0, c0, lengths = numbers(6, 3, 5), numbers(D, 3, 7), numbers(D, 3, 7), torch.tensor([4, 6, 1])
-    w = [
-        torch.stack([p for n, p in lstm.named_parameters() if n.startswith(kind)])
-        for kind in ("weight_ih", "weight_hh")
-    ]
+    w = [torch.stack([p for n, p in lstm.named_parameters() if n.startswith(kind)]) for kind in ("weight_ih", "weight_hh")]
     bias = torch.stack([p for n, p in lstm.named_parameters() if n.startswith("bias_ih")])
     bias = bias + torch.stack([p for n, p in lstm.named_parameters() if n.startswith("bias_hh")])
     got = reference.layer(x, h0, c0, *w, bias, None, lengths if ragged else None, None, D, False)

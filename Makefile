@@ -1,0 +1,36 @@
+# Set-up, tests, demo. Everything lives in a virtual environment of this folder; nothing else has to be prepared.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+JOBS ?= auto
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test bench lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); say make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[test,examples,bench]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/char_lm.py
+
+test: setup
+	$(BIN)/pytest -n $(JOBS)
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m interpreter
+
+bench: setup
+	$(BIN)/python bench/cpu.py
+
+lint: setup
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .venv-* dist build *.egg-info
