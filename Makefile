@@ -22,7 +22,7 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n $(JOBS)
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m kernels
 
 bench: setup
 	$(BIN)/python bench/cpu.py

@@ -89,9 +89,10 @@ def run(
     device = input.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        input, h0, c0 = input.to(dtype), h0.to(dtype), c0.to(dtype)
-        weights = [w.to(dtype) for w in weights]
+        # As torch's own autocast does, which leaves fp64 alone.
+        input, h0, c0, *weights = (t if t.dtype == torch.float64 else t.to(dtype) for t in (input, h0, c0, *weights))
         with torch.autocast(device, enabled=False):
+            check_like(input, (h0, c0), weights)
             return run(input, (h0, c0), weights, stack, batch_sizes, backend)
     plan = choose_backend(problem_of(input, h0, c0, weights, stack, batch_sizes), backend)
     return RUNNERS[plan.how](input, h0, c0, weights, stack, batch_sizes)

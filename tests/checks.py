@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_lstm
+
+# Kernels are tested on a GPU where there is one, else in the interpreter.
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available() else "cuda"
 
 SMALL = 256  # elements below which a tensor's error is too few samples to be judged alone
 
@@ -129,26 +133,28 @@ class Config:
         return numbers(self.B, self.T, self.I) if self.batch_first else numbers(self.T, self.B, self.I), hx
 
 
-def results(module: nn.Module, config: Config, dtype: torch.dtype) -> tuple[list[str], list[Tensor]]:
+def results(module: nn.Module, config: Config, dtype: torch.dtype, device: str = "cpu") -> tuple[list[str], list[Tensor]]:
     """Output, states and all gradients, with cotangents on output, h_n and c_n at once, computed in ``dtype``."""
     x, hx = config.data()
     packed = isinstance(x, PackedSequence)
     data = (x.data if packed else x).to(dtype).requires_grad_()
-    given = x._replace(data=data) if packed else data
+    given = x._replace(data=data.to(device)) if packed else data.to(device)
+    if packed and x.sorted_indices is not None:
+        given = given._replace(sorted_indices=x.sorted_indices.to(device), unsorted_indices=x.unsorted_indices.to(device))
     states = [] if hx is None else [t.to(dtype).requires_grad_() for t in hx]
-    output, (h_n, c_n) = module(given, tuple(states) or None)
+    output, (h_n, c_n) = module.to(device)(given, tuple(s.to(device) for s in states) or None)
     if packed:
         assert torch.equal(output.batch_sizes, x.batch_sizes)
         output = output.data
     g = torch.Generator().manual_seed(config.seed + 1)
     cotangents = [
-        torch.randn(t.shape, generator=g, dtype=torch.float64).to(config.dtype).to(dtype) for t in (output, h_n, c_n)
+        torch.randn(t.shape, generator=g, dtype=torch.float64).to(config.dtype).to(device, dtype) for t in (output, h_n, c_n)
     ]
     parameters = dict(module.named_parameters())
     inputs = [data, *states, *parameters.values()]
     grads = torch.autograd.grad((output, h_n, c_n), inputs, cotangents)
     names = ["output", "h_n", "c_n", "dx", *(["dh0", "dc0"] if hx else []), *("d" + n for n in parameters)]
-    return names, [output.detach(), h_n.detach(), c_n.detach(), *grads]
+    return names, [t.detach().cpu() for t in (output, h_n, c_n, *grads)]
 
 
 def add_config(rule: Rule, config: Config, backend: str) -> None:
@@ -157,5 +163,6 @@ def add_config(rule: Rule, config: Config, backend: str) -> None:
     names, exact = results(rounded.double(), config, torch.float64)
     rounded = rounded.to(config.dtype)
     _, torchs = results(rounded, config, config.dtype)
-    _, ours = results(fused_lstm.LSTM.from_torch(rounded, backend=backend), config, config.dtype)
+    ours = fused_lstm.LSTM.from_torch(rounded, backend=backend)
+    _, ours = results(ours, config, config.dtype, DEVICE if backend == "triton" else "cpu")
     rule.add(config, names, ours, torchs, exact)

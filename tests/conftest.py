@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
+torch.backends.cudnn.allow_tf32 = False  # the yardstick is strict fp32
 torch.set_num_threads(1)  # the tests are small, and pytest-xdist runs several of them
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -15,8 +17,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _reason(item: pytest.Item) -> str | None:
-    if item.get_closest_marker("interpreter") and not (HAS_TRITON and INTERPRET):
-        return "needs Triton and TRITON_INTERPRET=1"
+    if item.get_closest_marker("kernels") and not (HAS_TRITON and (INTERPRET or torch.cuda.is_available())):
+        return "needs Triton, and either TRITON_INTERPRET=1 or a GPU"
     if item.get_closest_marker("compile") and (INTERPRET or not HAS_TRITON):
         return "needs Triton, without TRITON_INTERPRET=1"
     if item.get_closest_marker("gpu") and (INTERPRET or not torch.cuda.is_available()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fused_lstm
 
-BACKENDS = ("auto", "aten", "reference", pytest.param("triton", marks=pytest.mark.interpreter))
+IN_INTERPRETER = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors: interpreter only")
+BACKENDS = ("auto", "aten", "reference", pytest.param("triton", marks=[pytest.mark.kernels, IN_INTERPRETER]))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-both_classes = pytest.mark.parametrize("cls", [nn.LSTM, fused_lstm.LSTM])
 
 
 def pair(*args: Any, backend: str = "auto", **kwargs: Any) -> tuple[nn.LSTM, fused_lstm.LSTM]:

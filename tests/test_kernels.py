@@ -1,19 +1,20 @@
-"""The Triton kernels in Triton's interpreter, against the reference in fp64."""
+"""The Triton kernels, in Triton's interpreter or on a GPU, against the reference in fp64."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
 import torch
-from checks import Rule
+from checks import DEVICE, Rule
 from torch import Tensor
 
 from fused_lstm import ops, reference
 from fused_lstm.autograd import FusedLSTMFunction
 
 pytestmark = [
-    pytest.mark.interpreter,
+    pytest.mark.kernels,
     pytest.mark.usefixtures("nan_memory"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # NumPy's, on the way to saturation
 ]
@@ -63,9 +64,11 @@ class Problem:
         if engine == "loop":
             outputs = reference.layer(*tensors, self.lengths, self.batch_sizes, *self.options)
         else:
-            outputs = FusedLSTMFunction.apply(*tensors, self.lengths, self.batch_sizes, *self.options, True, engine)[:3]
+            given = [None if t is None else t.to(DEVICE) for t in (*tensors, self.lengths)]
+            outputs = FusedLSTMFunction.apply(*given, self.batch_sizes, *self.options, True, engine)[:3]
         inputs = [t for t in tensors if t is not None]
-        return [*outputs, *torch.autograd.grad(outputs, inputs, [c.to(dtype) for c in self.cotangents])]
+        cotangents = [c.to(o.device, dtype) for c, o in zip(self.cotangents, outputs, strict=True)]
+        return [t.cpu() for t in (*outputs, *torch.autograd.grad(outputs, inputs, cotangents))]
 
     def add(self, rule: Rule) -> None:
         results = (self.run("triton", self.dtype), self.run("loop", self.dtype), self.run("loop", torch.float64))
@@ -100,15 +103,16 @@ def test_any_hidden_size_through_the_layer(H: int, T: int) -> None:
     theirs = torch.nn.LSTM(3, H)
     ours = fused_lstm.LSTM.from_torch(theirs, backend="triton")
     x = torch.randn(T, 2, 3)
+    ours_on_device = copy.deepcopy(ours).to(DEVICE)
     exact_model = torch.nn.LSTM(3, H).double()
     exact_model.load_state_dict(theirs.state_dict())
     outputs = []
-    for module, given in ((ours, x), (theirs, x), (exact_model, x.double())):
+    for module, given in ((ours_on_device, x.to(DEVICE)), (theirs, x), (exact_model, x.double())):
         y, (h, c) = module(given)
         outputs.append([y, h, c, *torch.autograd.grad(y.sum() + (h * c).sum(), list(module.parameters()))])
     rule = Rule()
     names = ["y", "h_n", "c_n", *dict(theirs.named_parameters())]
-    rule.add(H, names, *([t.detach() for t in r] for r in outputs))
+    rule.add(H, names, *([t.detach().cpu() for t in r] for r in outputs))
     rule.check()
 
 
@@ -158,7 +162,7 @@ def test_two_runs_give_equal_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_halves_equal_the_whole(dtype: torch.dtype) -> None:
     p = Problem(dtype, T=6, B=3, H=32)
-    x, h0, c0, *rest = (None if t is None else t.to(dtype) for t in p.tensors)
+    x, h0, c0, *rest = (None if t is None else t.to(DEVICE, dtype) for t in p.tensors)
     options = (None, None, *p.options, False, "triton")
     y, h_n, c_n, _, _ = ops.layer_forward(x, h0, c0, *rest, *options)
     y1, h1, c1, _, _ = ops.layer_forward(x[:2], h0, c0, *rest, *options)
@@ -172,7 +176,7 @@ def test_two_halves_equal_the_whole(dtype: torch.dtype) -> None:
 
 def test_inference_keeps_nothing_and_agrees_with_training() -> None:
     p = Problem(torch.float32, directions=2)
-    tensors = [None if t is None else t.float() for t in p.tensors]
+    tensors = [None if t is None else t.to(DEVICE, torch.float32) for t in p.tensors]
     saved = ops.layer_forward(*tensors, None, None, *p.options, True, "triton")
     plain = ops.layer_forward(*tensors, None, None, *p.options, False, "triton")
     assert plain[3].numel() == plain[4].numel() == 0

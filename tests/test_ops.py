@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import DEVICE
 from test_reference import problem
 from torch import Tensor
 
@@ -18,13 +19,16 @@ CASES: dict[str, dict[str, Any]] = {
     "lengths": dict(T=3, B=3, lengths=[3, 1, 2]),
     "projected, no bias": dict(T=2, B=2, K=2, bias=False),
 }
-ENGINES = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
+ENGINES = ["reference", pytest.param("triton", marks=pytest.mark.kernels)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("case", CASES)
 def test_opcheck(case: str, engine: str) -> None:
     tensors, options = problem(**CASES[case])
+    if engine == "triton":
+        tensors = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in tensors]
+        options = (None if options[0] is None else options[0].to(DEVICE), *options[1:])
     torch.library.opcheck(ops.layer_forward, (*tensors, *options, True, engine))
     with torch.no_grad():
         y, h_n, c_n, gates, c_all = ops.layer_forward(*tensors, *options, True, engine)

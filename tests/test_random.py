@@ -24,7 +24,7 @@ def test_random_configurations(backend: str, block: int) -> None:
     run(backend, range(75 * block, 75 * (block + 1)), largest=70)
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 @pytest.mark.parametrize("block", range(4))
-def test_random_configurations_in_the_interpreter(block: int) -> None:
+def test_random_configurations_of_the_kernels(block: int) -> None:
     run("triton", range(75 * block, 75 * (block + 1)), largest=40)

@@ -1,0 +1,229 @@
+"""Which backend runs a call: choose_backend on hand-made problems, explain on real calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pairs import failure, flat, randn, states
+from torch.nn.utils.rnn import pack_sequence
+
+import fused_lstm
+from fused_lstm import dispatch
+from fused_lstm.dispatch import FLOATS, Plan, Problem, choose_backend
+
+UNSUPPORTED = (torch.complex64, torch.int32, torch.float8_e4m3fn)
+X = randn(5, 2, 3, dtype=torch.float32)
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool | None], None]:
+    """Sets what dispatch believes of Triton: compiled (False), interpreted (True) or not installed (None)."""
+    return lambda state: monkeypatch.setattr(dispatch, "triton_interpreted", lambda: state)
+
+
+def problem(device: str = "cpu", dtype: torch.dtype = torch.float32, T: int = 5, B: int = 2, **options: Any) -> Problem:
+    return Problem(device, dtype, T, B, **{"hidden_size": 4, **options})
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", [{}, {"T": 1}, {"packed": True}, {"needs_grad": True, "proj_size": 2}])
+def test_cuda_takes_triton(dtype: torch.dtype, options: dict, triton: Callable) -> None:
+    triton(False)
+    plan = choose_backend(problem("cuda", dtype, **options))
+    assert (plan.backend, plan.how, plan.rejected) == ("triton", "triton", {})
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"), [(None, "Triton is not installed"), (True, "interpreter takes CPU tensors only")]
+)
+@pytest.mark.parametrize("T", [1, 5])
+def test_cuda_without_triton(state: bool | None, reason: str, T: int, triton: Callable) -> None:
+    triton(state)
+    plan = choose_backend(problem("cuda", T=T))
+    assert (plan.backend, plan.how) == ("aten", "fused"), "the CPU's rules for T = 1 are not CUDA's"
+    assert reason in plan.rejected["triton"]
+    assert choose_backend(problem("cuda", torch.float16)).how == "fused"
+    assert choose_backend(problem("cuda", torch.float64, needs_grad=True)).backend == "aten"
+    error, message = failure(lambda: choose_backend(problem("cuda", T=T), "triton"))
+    assert error is RuntimeError
+    assert message.startswith("backend='triton' cannot serve this call: ")
+    assert reason in message
+
+
+@pytest.mark.parametrize("state", [None, False, True])
+@pytest.mark.parametrize(
+    ("options", "backend", "how"),
+    [
+        ({}, "aten", "fused"),
+        ({"needs_grad": True}, "aten", "fused"),
+        ({"packed": True}, "aten", "fused"),
+        ({"dtype": torch.bfloat16}, "aten", "fused"),
+        ({"dtype": torch.float16}, "aten", "fp32"),
+        ({"dtype": torch.float16, "packed": True, "T": 1}, "aten", "fp32"),
+        ({"dtype": torch.float64}, "aten", "fused"),
+        ({"dtype": torch.float64, "needs_grad": True}, "reference", "reference"),
+        ({"dtype": torch.float64, "needs_grad": True, "packed": True}, "aten", "fused"),
+        ({"dtype": torch.float64, "needs_grad": True, "T": 1}, "aten", "cell"),
+        ({"T": 1}, "aten", "cell"),
+        ({"T": 1, "needs_grad": True, "proj_size": 2}, "aten", "cell"),
+        ({"T": 1, "packed": True}, "aten", "fused"),
+        ({"T": 1, "dtype": torch.float16}, "aten", "cell"),
+        ({"T": 1, "dtype": torch.bfloat16}, "aten", "fused"),
+        ({"T": 1, "B": 16}, "aten", "cell"),
+        ({"T": 1, "B": 17}, "aten", "fused"),
+        ({"T": 1, "B": 128, "hidden_size": 512}, "aten", "cell"),
+        ({"T": 1, "B": 129, "hidden_size": 512}, "aten", "fused"),
+        ({"T": 1, "B": 0}, "aten", "cell"),
+    ],
+)
+def test_cpu(options: dict, backend: str, how: str, state: bool | None, triton: Callable) -> None:
+    triton(state)
+    plan = choose_backend(problem(**options))
+    assert (plan.backend, plan.how) == (backend, how)
+    assert plan.rejected["triton"]
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
+def test_other_devices(device: str, triton: Callable) -> None:
+    triton(False)
+    plan = choose_backend(problem(device, T=1))
+    assert (plan.backend, plan.how) == ("aten", "fused")
+    assert repr(device) in plan.rejected["triton"]
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_asked_for(dtype: torch.dtype, backend: str) -> None:
+    for options in ({}, {"T": 1}, {"needs_grad": True}, {"device": "cuda"}):
+        plan = choose_backend(problem(dtype=dtype, **options), backend)
+        assert plan.backend == backend
+        assert plan.reason.startswith("asked for; ")
+        assert plan.rejected == {}
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "aten", "reference"])
+@pytest.mark.parametrize("dtype", UNSUPPORTED)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_unsupported_dtypes(device: str, dtype: torch.dtype, backend: str, triton: Callable) -> None:
+    triton(device == "cpu")
+    error, message = failure(lambda: choose_backend(problem(device, dtype), backend))
+    assert error is RuntimeError
+    assert "no backend can serve" in message if backend == "auto" else repr(backend) in message
+    assert message.endswith(f"not {dtype}")
+
+
+def test_triton_on_the_cpu(triton: Callable) -> None:
+    triton(False)
+    layer = fused_lstm.LSTM(3, 4, backend="triton")
+    expected = (
+        RuntimeError,
+        "backend='triton' cannot serve this call: the kernels need a GPU and the input is on the CPU; only in Triton's "
+        "interpreter (TRITON_INTERPRET=1 set before the first call, for tests) do they take CPU tensors",
+    )
+    assert failure(lambda: layer(X)) == expected
+    assert failure(lambda: fused_lstm.explain(layer, X)) == expected
+    triton(None)
+    assert "Triton is not installed (pip install triton)" in failure(lambda: layer(X))[1]
+    triton(True)
+    assert fused_lstm.explain(layer, X).backend == "triton"
+
+
+def test_unknown_backend() -> None:
+    message = "backend should be one of 'auto', 'triton', 'aten', 'reference', got: 'cudnn'"
+    assert failure(lambda: choose_backend(problem(), "cudnn")) == (ValueError, message)
+
+
+def test_a_plan_reads_well(triton: Callable) -> None:
+    triton(None)
+    assert str(choose_backend(problem(T=1))) == (
+        "backend: aten (cell)\n"
+        "because: T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call\n"
+        "not triton: Triton is not installed (pip install triton)"
+    )
+    assert str(Plan("triton", "triton", "a reason")) == "backend: triton (triton)\nbecause: a reason"
+
+
+# --- explain
+
+
+def layer_for(**options: Any) -> fused_lstm.LSTM:
+    return fused_lstm.LSTM(3, 4, 2, bidirectional=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "x", "expected"),
+    [
+        ({}, X, ("aten", "fused")),
+        ({}, X[:1], ("aten", "cell")),
+        ({"batch_first": True}, X.transpose(0, 1), ("aten", "fused")),
+        ({"batch_first": True}, X[:, :1], ("aten", "cell")),
+        ({}, X[:, 0], ("aten", "fused")),
+        ({"batch_first": True}, X[:1, 0], ("aten", "cell")),
+        ({}, X[:1].expand(1, 2, 3)[:, [0] * 17], ("aten", "fused")),
+        ({"dtype": torch.float16}, X.half(), ("aten", "fp32")),
+        ({"dtype": torch.float64}, X.double(), ("reference", "reference")),
+        ({}, pack_sequence([X[:, 0], X[:2, 1]]), ("aten", "fused")),
+        ({"backend": "reference"}, X, ("reference", "reference")),
+        ({"backend": "aten"}, X[:1], ("aten", "cell")),
+    ],
+)
+def test_explain(options: dict, x: Any, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan says what the call then does."""
+    from fused_lstm import functional
+
+    ran = []
+    for how, runner in functional.RUNNERS.items():
+        monkeypatch.setitem(functional.RUNNERS, how, lambda *a, how=how, runner=runner: ran.append(how) or runner(*a))
+    layer = layer_for(**options)
+    plan = fused_lstm.explain(layer, x)
+    assert (plan.backend, plan.how) == expected
+    assert plan.reason
+    assert ran == []
+    layer(x)
+    assert ran == [plan.how]
+    if "dtype" in options:
+        hx = states(4, 2, 4, dtype=options["dtype"])
+        assert fused_lstm.explain(layer, x, hx) == plan
+
+
+def test_explain_knows_whether_a_gradient_is_needed() -> None:
+    layer = layer_for(dtype=torch.float64)
+    x, hx = X.double(), states(4, 2, 4)
+    assert fused_lstm.explain(layer, x).backend == "reference"
+    with torch.no_grad():
+        assert fused_lstm.explain(layer, x).backend == "aten"
+    layer.requires_grad_(False)
+    assert fused_lstm.explain(layer, x, hx).backend == "aten"
+    for tensor in (x, *hx):
+        tensor.requires_grad_(True)
+        assert fused_lstm.explain(layer, x, hx).backend == "reference"
+        tensor.requires_grad_(False)
+
+
+def test_explain_knows_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast the call runs in its dtype, and so does what explain thinks of."""
+    layer = layer_for()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flat(layer(X))[0].dtype == torch.bfloat16
+        assert layer.problem(X).dtype == torch.bfloat16
+        assert fused_lstm.explain(layer, X[:1]).how == "fused"
+
+
+def test_the_problem_of_a_call() -> None:
+    layer = fused_lstm.LSTM(3, 4, 2, bidirectional=True, proj_size=2, batch_first=True)
+    assert layer.problem(randn(7, 5, 3).float()) == Problem(
+        "cpu", torch.float32, T=5, B=7, hidden_size=4, proj_size=2, num_layers=2, bidirectional=True, needs_grad=True
+    )
+    packed = pack_sequence([randn(n, 3).float() for n in (4, 2, 1)])
+    assert layer.requires_grad_(False).problem(packed) == Problem(
+        "cpu", torch.float32, T=4, B=3, hidden_size=4, proj_size=2, num_layers=2, bidirectional=True, packed=True
+    )
+
+
+def test_explain_raises_what_the_call_raises() -> None:
+    layer = fused_lstm.LSTM(3, 4)
+    for x, hx in ((X[..., :2], None), (X.double(), None), (X[:0], None), (X[0, 0], None), (X, states(2, 2, 4))):
+        assert failure(lambda x=x, hx=hx: fused_lstm.explain(layer, x, hx)) == failure(lambda x=x, hx=hx: layer(x, hx))
