@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -106,6 +107,25 @@ def measure(case: Case, backend: str, seconds: float) -> dict[str, float | str]:
 def _plan(module: fused_lstm.LSTM, x: torch.Tensor) -> fused_lstm.Plan:
     with torch.no_grad():
         return fused_lstm.explain(module, x)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A table of results: for each kind of case and number of threads, the lowest and highest median ratio of its sizes."""
+    rows: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in results["rows"]:
+        rows.setdefault((row["name"], row["kind"]), {}).setdefault(row["threads"], []).append(row["ratio"])
+    threads = sorted({row["threads"] for row in results["rows"]})
+    lines = [
+        "| case | " + " | ".join(f"{n} thread{'s' * (n > 1)}" for n in threads) + " |",
+        "|---" * (len(threads) + 1) + "|",
+    ]
+    for (name, kind), ratios in sorted(rows.items(), key=lambda item: (item[0][1], item[0][0])):
+        cells = [
+            f"{min(ratios[n]):.2f} to {max(ratios[n]):.2f}" if len(ratios[n]) > 1 else f"{ratios[n][0]:.2f}" for n in threads
+        ]
+        lines.append(f"| {name}, {'training' if kind == 'train' else 'inference'} | " + " | ".join(cells) + " |")
+    about = f"{results['device']}, torch {results['torch']}, {results['date']}"
+    return "\n".join(lines) + f"\n\n({about}; lowest to highest over the sizes of a case.)"
 
 
 def main() -> None:

@@ -1,0 +1,46 @@
+"""What the documentation says is so."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "backend: aten" in capsys.readouterr().out
+
+
+def test_math_quotes_lines_that_exist() -> None:
+    blocks = BLOCK.findall((ROOT / "docs" / "math.md").read_text())
+    assert len(blocks) > 10
+    for block in blocks:
+        name, *quoted = block.strip().splitlines()
+        lines = {line.strip() for line in (ROOT / name.removeprefix("# ")).read_text().splitlines()}
+        for line in quoted:
+            assert line in lines, f"{name}: {line}"
+
+
+def test_cpu_table_holds_what_was_measured() -> None:
+    from cpu import markdown
+
+    text = (ROOT / "README.md").read_text()
+    records = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
+    assert markdown(records) in text
