@@ -64,7 +64,7 @@ def compile_kernel(
         BLOCK_B=config.block_b, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
     ) | flags  # fmt: skip
     accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
-    types = {"cn_ptr": accumulator, "dc_ptr": accumulator, "lengths_ptr": "*i64", "starts_ptr": "*i64"}
+    types = {"cn_ptr": accumulator, "dc_ptr": accumulator, "lengths_ptr": "*i64", "starts_ptr": "*i64", "resets_ptr": "*u8"}
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -99,7 +99,10 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 # The most demanding flags of each kernel.
-TRAINING = {"forward": {"SAVE": True, "LENGTHS": True, "PACKED": True}, "backward": {"LENGTHS": True, "PACKED": True}}
+TRAINING = {
+    "forward": {"SAVE": True, "LENGTHS": True, "PACKED": True, "RESETS": True},
+    "backward": {"LENGTHS": True, "PACKED": True, "RESETS": True},
+}
 ARITHMETIC = [
     (torch.float16, False),
     (torch.bfloat16, False),

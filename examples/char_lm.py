@@ -118,6 +118,8 @@ class Learner:
         self.optimizer.step()
         self.state = state[0].detach(), state[1].detach()  # the values go on, the gradient ends here
         self.losses.append(loss.item())
+        if not math.isfinite(self.losses[-1]):
+            fail(f"the loss is {self.losses[-1]} at step {len(self.losses)}: a smaller --lr than {self.lr} may help")
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         self.seconds.append(time.perf_counter() - started)
@@ -148,6 +150,7 @@ class Learner:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         vars(self).update(saved["plain"])
+        self.state = self.state and (self.state[0].to(self.device), self.state[1].to(self.device))
 
 
 class Run:
@@ -215,7 +218,7 @@ class Run:
     def resume(self) -> None:
         path = self.args.checkpoint
         try:
-            saved = torch.load(path, map_location=self.args.device, weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             theirs = saved["settings"]
         except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError):
             fail(f"--resume: expected a checkpoint of this script, got some other file: {path}")
@@ -225,7 +228,7 @@ class Run:
         for name, learner in self.learners.items():
             learner.load_state_dict(saved["learners"][name])
         self.step, self.spent, self.position = saved["step"], saved["spent"], saved["position"]
-        torch.set_rng_state(saved["rng"].cpu())
+        torch.set_rng_state(saved["rng"])
 
 
 def compare(a: Tensor, b: Tensor) -> str:
@@ -248,7 +251,8 @@ def plot(path: Path, learners: dict[str, Learner], work: list[tuple[str, int, li
     try:
         import matplotlib
     except ImportError:
-        return print("no plot: it needs matplotlib (pip install matplotlib)")
+        print("no plot: it needs matplotlib (pip install matplotlib)")
+        return
     matplotlib.use("Agg")  # a file needs no display
     from matplotlib import pyplot
 

@@ -41,7 +41,7 @@ class FusedLSTMFunction(torch.autograd.Function):
         dc_n = state.new_zeros(state.shape) if dc_n is None else dc_n
         needs = list(ctx.needs_input_grad[:N_INPUTS])
         grads = FusedLSTMBackward.apply(dy, dh_n, dc_n, *tensors, y, gates, c_all, *ctx.options, needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 6
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7
 
 
 class FusedLSTMBackward(torch.autograd.Function):
@@ -64,7 +64,7 @@ class FusedLSTMBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        *tensors, lengths, batch_sizes = ctx.saved_tensors  # dy, dh_n, dc_n and the seven inputs
+        *tensors, lengths, batch_sizes, resets = ctx.saved_tensors  # dy, dh_n, dc_n and the seven inputs
         wanted = [i for i, t in enumerate(tensors) if t is not None and ctx.needs_input_grad[i]]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
@@ -72,7 +72,7 @@ class FusedLSTMBackward(torch.autograd.Function):
             fresh = [None if t is None else (t.view_as(t) if t.requires_grad else t) for t in tensors]
             inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in fresh[3:]]
             fresh[3:] = inputs
-            outputs = reference.layer(*inputs, lengths, batch_sizes, *ctx.options)
+            outputs = reference.layer(*inputs, lengths, batch_sizes, resets, *ctx.options)
             by = [t for t, need in zip(inputs, ctx.needs, strict=True) if need]
             first = torch.autograd.grad(outputs, by, fresh[:3], create_graph=True, allow_unused=True)
             given = [g for g, need in zip(grads, ctx.needs, strict=True) if need]

@@ -239,7 +239,7 @@ def _layer(
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     call = FusedLSTMFunction.apply if save else ops.layer_forward
     directions = 2 if stack.bidirectional else 1
-    y, h_n, c_n, _, _ = call(*tensors, None, batch_sizes, directions, stack.batch_first, save, engine)
+    y, h_n, c_n, _, _ = call(*tensors, None, batch_sizes, None, directions, stack.batch_first, save, engine)
     if pad or w_hr is not None:
         y = y.unflatten(-1, (R, H + pad))[..., :H]
         h_n, c_n = h_n[..., :H], c_n[..., :H]

@@ -121,7 +121,7 @@ def shipped(dtype: torch.dtype, tf32: bool) -> list[LaunchConfig]:
 def _meta(gates: Tensor, rows: Rows, config: LaunchConfig, R: int, H: int, has_h0: bool) -> dict:
     return dict(
         R=R, H=H, DIRECTIONS=rows.directions, HAS_H0=has_h0,
-        LENGTHS=rows.lengths is not None, PACKED=rows.batch_sizes is not None,
+        LENGTHS=rows.lengths is not None, PACKED=rows.batch_sizes is not None, RESETS=rows.resets is not None,
         PRECISION="tf32" if _tf32(gates) else "ieee",
         INTERPRET_BF16=INTERPRETED and gates.dtype == torch.bfloat16,
         BLOCK_B=config.block_b, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
@@ -161,12 +161,12 @@ def recurrence_forward(
     if B:
         config = choose(gates.dtype, _tf32(gates), H, B, R, _device(gates))
         meta = _meta(gates, rows, config, R, H, h0 is not None)
-        starts = rows.starts()
+        starts, resets = rows.starts(), None if rows.resets is None else rows.resets.view(torch.uint8)
         with _guard(gates):
             for s in range(rows.T):
                 lstm_forward_kernel[config.grid(H, B, R)](
                     gates, w_hh, y, y if c_all is None else c_all, c0 if h0 is None else h0, c0, h_n, c_n,
-                    rows.lengths, starts, s, rows.T, B, rows.stride_t, rows.stride_b, SAVE=c_all is not None, **meta,
+                    rows.lengths, starts, resets, s, rows.T, B, rows.stride_t, rows.stride_b, SAVE=c_all is not None, **meta,
                 )  # fmt: skip
     return h_n, c_n.to(c0.dtype)
 
@@ -191,11 +191,11 @@ def recurrence_backward(
     if B:
         config = choose(gates.dtype, _tf32(gates), H, B, R, _device(gates))
         meta = _meta(gates, rows, config, R, H, h0 is not None)
-        starts = rows.starts()
+        starts, resets = rows.starts(), None if rows.resets is None else rows.resets.view(torch.uint8)
         with _guard(gates):
             for s in range(rows.T - 1, -1, -1):
                 lstm_backward_kernel[config.grid(H, B, R)](
                     dy, dh_n, dc, gates, c_all, y, c0 if h0 is None else h0, c0, w_hh, dgates, h_prev,
-                    rows.lengths, starts, s, rows.T, B, rows.stride_t, rows.stride_b, **meta,
+                    rows.lengths, starts, resets, s, rows.T, B, rows.stride_t, rows.stride_b, **meta,
                 )  # fmt: skip
     return dc.to(dc_n.dtype)

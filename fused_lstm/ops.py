@@ -28,6 +28,12 @@ def _engine(name: str):
     raise ValueError(f"engine must be 'triton' or 'reference', got {name!r}")
 
 
+def _kept(t: Tensor, rows: Rows, r: int) -> Tensor:
+    """t (B, ...) at the first step, cleared in the rows that begin with a reset."""
+    keep = rows.kept(0, r)
+    return t if keep is None else torch.where(keep, t, 0)
+
+
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """a^T @ b for a (N, M), b (N, K): the sum over rows of outer products; in the order that oneDNN is quickest at."""
     return linear(b.t(), a.t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
@@ -44,6 +50,7 @@ def layer_forward(
     w_h0: Tensor | None,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     directions: int,
     batch_first: bool,
     save: bool,
@@ -62,6 +69,8 @@ def layer_forward(
             into ``w_hh``, the recurrence's own state starts at zero and h0 enters through the first pre-activations.
         lengths: (B,) int64 on x's device, padded data only.
         batch_sizes: (T,) int64 on the CPU, packed data only.
+        resets: bool, x's shape without the features: no state and no gradient passes from time t-1 to t, in either
+            direction, where resets is True at t; at t = 0, none from h0 and c0 of the forward direction.
         directions: 1 forward, -1 backwards in time, 2 both (odd r backwards).
         batch_first: whether padded data is (B, T, ...).
         save: keep what the backward pass needs.
@@ -72,14 +81,14 @@ def layer_forward(
         states (N, R, H), both empty unless ``save``.
     """
     R, H = w_hh.shape[0], w_hh.shape[2]
-    rows = Rows.of(x, c0, lengths, batch_sizes, directions, batch_first)
+    rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
     N = x.shape[:-1].numel()
     flat = x.reshape(N, x.shape[-1])
     with tf32_as_cudnn(x):
         gates = linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
         if w_h0 is not None:
             for r in range(R):
-                gates[rows.at(0, r), r] += linear(h0[r], w_h0[r]).view(-1, 4, H)
+                gates[rows.at(0, r), r] += linear(_kept(h0[r], rows, r), w_h0[r]).view(-1, 4, H)
         new = x.new_empty if lengths is None else x.new_zeros  # no one writes what lies past a row's length
         y = new(*x.shape[:-1], R * H)
         c_all = new(N, R, H) if save else None
@@ -93,7 +102,7 @@ def layer_forward(
 
 
 @layer_forward.register_fake
-def _(x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, directions, batch_first, save, engine):
+def _(x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, resets, directions, batch_first, save, engine):
     R, H = w_hh.shape[0], w_hh.shape[2]
     N = x.shape[:-1].numel()
     gates = x.new_empty(N, R, 4, H) if save else x.new_empty(0)
@@ -115,6 +124,7 @@ def layer_backward(
     w_h0: Tensor | None,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     y: Tensor,
     gates: Tensor,
     c_all: Tensor,
@@ -129,7 +139,7 @@ def layer_backward(
     empty and costs nothing.
     """
     R, H = w_hh.shape[0], w_hh.shape[2]
-    rows = Rows.of(x, c0, lengths, batch_sizes, directions, batch_first)
+    rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
     N = gates.shape[0]
     with tf32_as_cudnn(x):
         new = x.new_empty if lengths is None else x.new_zeros
@@ -144,7 +154,7 @@ def layer_backward(
         dw_ih = _products(flat, x.reshape(N, x.shape[-1])).view(w_ih.shape) if needs[3] else None
         dw_hh = torch.stack([_products(dgates[:, r].flatten(1), h_prev[:, r]) for r in range(R)]) if needs[4] else None
         dbias = flat.sum(0).view(R, 4 * H) if needs[5] else None
-        first = [dgates[rows.at(0, r), r].flatten(1) for r in range(R)] if needs[1] or needs[6] else []
+        first = [_kept(dgates[rows.at(0, r), r].flatten(1), rows, r) for r in range(R)] if needs[1] or needs[6] else []
         w = w_hh if w_h0 is None else w_h0
         dh0 = torch.stack([linear(da, w[r].t()) for r, da in enumerate(first)]) if needs[1] else None
         dw_h0 = torch.stack([_products(da, h0[r]) for r, da in enumerate(first)]) if needs[6] else None
@@ -156,7 +166,7 @@ def layer_backward(
 
 @layer_backward.register_fake
 def _(
-    dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, y, gates, c_all,
+    dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, resets, y, gates, c_all,
     directions, batch_first, engine, needs,
 ):  # fmt: skip
     inputs = (x, h0, c0, w_ih, w_hh, bias, w_h0)

@@ -50,6 +50,7 @@ def layer(
     w_h0: Tensor | None,
     lengths: Tensor | None,
     batch_sizes: Tensor | None,
+    resets: Tensor | None,
     directions: int,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,16 +59,22 @@ def layer(
         packed = PackedSequence(x, batch_sizes)
         x, lengths = pad_packed_sequence(packed)
         lengths = lengths.to(x.device)
+        if resets is not None:
+            resets, _ = pad_packed_sequence(PackedSequence(resets, batch_sizes))
     elif batch_first:
         x = x.transpose(0, 1)
+        resets = None if resets is None else resets.transpose(0, 1)
     T, B = x.shape[:2]
-    rows = Rows(T, B, False, directions, lengths, None)
+    rows = Rows(T, B, False, directions, lengths, None, None if resets is None else resets.flatten())
     outputs, h_n, c_n = [], [], []
     for r in range(w_hh.shape[0]):
         gates = F.linear(x, w_ih[r], None if bias is None else bias[r]).flatten(0, 1)
         h, c, w, hs = h0[r], c0[r], (w_hh if w_h0 is None else w_h0)[r], []
         for s in range(T):
-            h_new, c_new = cell(gates[rows.at(s, r)] + h @ w.t(), c)
+            h_prev, c_prev, keep = h, c, rows.kept(s, r)
+            if keep is not None:  # a new episode begins with no memory
+                h_prev, c_prev = torch.where(keep, h, 0), torch.where(keep, c, 0)
+            h_new, c_new = cell(gates[rows.at(s, r)] + h_prev @ w.t(), c_prev)
             if s == 0 and w_h0 is not None:  # from here on the state has the recurrence's width, not h0's
                 h, w = c.new_zeros(c.shape), w_hh[r]
             valid = rows.valid(s)
@@ -108,14 +115,17 @@ def recurrence_forward(
     for r in range(w_hh.shape[0]):
         h, c = h_n[r], c_n[r]
         for s in range(rows.T):
-            at, n, valid = rows.at(s, r), rows.active(s), rows.valid(s)
+            at, n, valid, keep = rows.at(s, r), rows.active(s), rows.valid(s), rows.kept(s, r)
+            h_prev, c_prev = h[:n], c[:n]
+            if keep is not None:  # a new episode begins with no memory
+                h_prev, c_prev = torch.where(keep, h_prev, 0), torch.where(keep, c_prev, 0)
             a = gates[at, r]
-            a += linear(h[:n], w_hh[r]).view(a.shape)
+            a += linear(h_prev, w_hh[r]).view(a.shape)
             i, f, g, o = a.unbind(1)
             torch.sigmoid_(a[:, :2])  # i and f
             torch.tanh_(g)
             torch.sigmoid_(o)
-            c_new = (f * c[:n]).addcmul_(i, g)
+            c_new = (f * c_prev).addcmul_(i, g)
             h_new = torch.tanh(c_new).mul_(o)
             if valid is not None:  # a row without this step keeps its state and shows nothing
                 y[at, r] = torch.where(valid, h_new, 0)
@@ -161,7 +171,7 @@ def recurrence_backward(
         dh_next = dh_n[r]  # gradient by h_s that comes from the steps after s, or from h_n
         dc_next = dc_0[r]  # and by c_s
         for s in range(rows.T - 1, -1, -1):
-            at, n, valid = rows.at(s, r), rows.active(s), rows.valid(s)
+            at, n, valid, keep = rows.at(s, r), rows.active(s), rows.valid(s), rows.kept(s, r)
             dh = dy[at, r] + dh_next[:n]  # h_s is seen by the loss and by step s+1
             dc = torch.addcmul(dc_next[:n], dh, dc_dh[at, r])  # c_s by step s+1 and by h_s
             da = dgates[at, r]
@@ -172,6 +182,8 @@ def recurrence_backward(
             if valid is not None or isinstance(at, Tensor):  # then da is a copy of the buffer's rows
                 dgates[at, r] = da
             dh, dc = linear(da.flatten(1), w_hh[r].t()), dc * f[at, r]
+            if keep is not None:  # gradients stay within the episode
+                dh, dc = torch.where(keep, dh, 0), torch.where(keep, dc, 0)
             if valid is not None:  # a row without this step hands its gradients through
                 dh, dc = torch.where(valid, dh, dh_next), torch.where(valid, dc, dc_next)
             dh_next = dh if n == rows.B else torch.cat((dh, dh_next[n:]))
@@ -182,11 +194,11 @@ def recurrence_backward(
 
 def _previous(states: Tensor, first: Tensor | None, rows: Rows, r: int, out: Tensor) -> None:
     """Put the state before each step, ``first`` (B, H) or zero before step 0, where ``states`` has the one after it."""
-    out[rows.at(0, r), r] = 0 if first is None else first
-    for s in range(1, rows.T):
-        n, valid = rows.active(s), rows.valid(s)
-        before = states[rows.at(s - 1, r, n), r]
-        out[rows.at(s, r), r] = before if valid is None else torch.where(valid, before, 0)
+    for s in range(rows.T):
+        before = states[rows.at(s - 1, r, rows.active(s)), r] if s > 0 else out.new_zeros(()) if first is None else first
+        for mask in (rows.valid(s), rows.kept(s, r)):
+            before = before if mask is None else torch.where(mask, before, 0)
+        out[rows.at(s, r), r] = before
 
 
 def d_sigmoid(grad: Tensor, y: Tensor) -> Tensor:

@@ -23,17 +23,25 @@ class Rows:
     directions: int
     lengths: Tensor | None  # (B,) int64, on the data's device
     batch_sizes: Tensor | None  # (T,) int64, on the CPU; packed data only
+    resets: Tensor | None = None  # (N,) bool: no state and no gradient passes between this row's time and the one before
 
     @staticmethod
     def of(
-        x: Tensor, c0: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None, directions: int, batch_first: bool
+        x: Tensor,
+        c0: Tensor,
+        lengths: Tensor | None,
+        batch_sizes: Tensor | None,
+        resets: Tensor | None,
+        directions: int,
+        batch_first: bool,
     ) -> Rows:
         if batch_sizes is not None:
             T = batch_sizes.shape[0]
             lengths = (batch_sizes[:, None] > torch.arange(c0.shape[1])).sum(0).to(x.device, non_blocking=True)
         else:
             T = x.shape[1 if batch_first else 0]
-        return Rows(T, c0.shape[1], batch_first, directions, lengths, batch_sizes)
+        resets = None if resets is None else resets.flatten()
+        return Rows(T, c0.shape[1], batch_first, directions, lengths, batch_sizes, resets)
 
     @property
     def stride_t(self) -> int:
@@ -60,6 +68,13 @@ class Rows:
     def valid(self, s: int) -> Tensor | None:
         """(B, 1) bool: which of the active batch rows have a step s; None if all."""
         return None if self.lengths is None or self.batch_sizes is not None else (s < self.lengths)[:, None]
+
+    def kept(self, s: int, r: int) -> Tensor | None:
+        """(n, 1) bool: which of the active batch rows take over the state of the step before s; None if all."""
+        if self.resets is None or (s == 0 and self.backwards(r)):
+            return None
+        # Between t-1 and t lies the reset of t: of this step forwards, of the step before it backwards in time.
+        return ~self.resets[self.at(s - 1, r, self.active(s)) if self.backwards(r) else self.at(s, r)][:, None]
 
     def at(self, s: int, r: int, n: int | None = None) -> slice | Tensor:
         """Data rows of step s for the first n batch rows (all active ones by default), as an index.

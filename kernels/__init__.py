@@ -20,6 +20,7 @@ hn_ptr         (R, B, H)           hidden state after each row's last step
 cn_ptr         (R, B, H)           running cell state, in the accumulator's dtype; c_n after the last step
 lengths_ptr    (B,)  int64         steps of each row, 0 .. T (LENGTHS)
 starts_ptr     (T,)  int64         first data row of each time step (PACKED)
+resets_ptr     (N,)  uint8         not 0 at row(t, b): no state and no gradient passes between t-1 and t (RESETS)
 dy_ptr         (N, R, H)           gradient by h_ptr
 dhn_ptr        (R, B, H)           gradient by hn_ptr
 dc_ptr         (R, B, H)           running gradient by the cell state, in the accumulator's dtype: in, dc_n;

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .cell import cell_backward, narrow
-from .rows import data_rows, row_lengths, runs_backwards
+from .rows import data_rows, kept, row_lengths, runs_backwards
 
 
 @triton.jit(do_not_specialize=["s", "T", "B", "row_stride_t", "row_stride_b"])
@@ -25,6 +25,7 @@ def lstm_backward_kernel(
     h_prev_ptr,  # (N, R, H) out
     lengths_ptr,  # (B,) if LENGTHS
     starts_ptr,  # (T,) if PACKED
+    resets_ptr,  # (N,) if RESETS
     s,  # the step to do
     T,
     B,
@@ -36,6 +37,7 @@ def lstm_backward_kernel(
     HAS_H0: tl.constexpr,
     LENGTHS: tl.constexpr,
     PACKED: tl.constexpr,
+    RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET_BF16: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -56,16 +58,18 @@ def lstm_backward_kernel(
     rows = data_rows(s, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)
     prev_rows = data_rows(s - 1, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)
     next_rows = data_rows(s + 1, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)
-    mask = (s < lengths)[:, None] & mask_h[None, :]
+    mask_s = s < lengths
+    mask = mask_s[:, None] & mask_h[None, :]
+    keep = kept(s, rows, prev_rows, mask_s, lengths, backwards, resets_ptr, RESETS)[:, None] & mask_h[None, :]
     state = (r * B + offs_b)[:, None] * H + offs_h[None, :]  # (R, B, H)
     offs = (rows * R + r)[:, None] * H + offs_h[None, :]  # (N, R, H)
     prev_offs = (prev_rows * R + r)[:, None] * H + offs_h[None, :]
     gate = (rows * R + r)[:, None] * (4 * H) + offs_h[None, :]  # (N, R, 4, H), gate i
 
-    # dh from the step after this one, in time of processing; no such step: nothing is read
+    # dh from the step after this one, in time of processing; no such step, or a reset before it: nothing is read
     dh = tl.zeros((BLOCK_B, BLOCK_H), dtype=ACC)
     next_gates = dgates_ptr + (next_rows * R + r)[:, None] * (4 * H)
-    mask_next = s + 1 < lengths
+    mask_next = kept(s + 1, next_rows, rows, s + 1 < lengths, lengths, backwards, resets_ptr, RESETS)
     w_rows = w_hh_ptr + r * (4 * H) * H + offs_h[None, :]
     for k in range(0, 4 * H, BLOCK_K):
         mask_k = k + offs_k < 4 * H
@@ -79,11 +83,11 @@ def lstm_backward_kernel(
     dh += tl.load(dhn_ptr + state, mask=mask & (s == lengths - 1)[:, None], other=0.0).to(ACC)
     dc = tl.load(dc_ptr + state, mask=mask, other=0.0)
     if s == 0:
-        c_prev = tl.load(c0_ptr + state, mask=mask, other=0.0).to(ACC)
-        h_prev = tl.load(h0_ptr + state, mask=mask & HAS_H0, other=0.0)
+        c_prev = tl.load(c0_ptr + state, mask=keep, other=0.0).to(ACC)
+        h_prev = tl.load(h0_ptr + state, mask=keep & HAS_H0, other=0.0)
     else:
-        c_prev = tl.load(c_ptr + prev_offs, mask=mask, other=0.0).to(ACC)
-        h_prev = tl.load(h_ptr + prev_offs, mask=mask, other=0.0)
+        c_prev = tl.load(c_ptr + prev_offs, mask=keep, other=0.0).to(ACC)
+        h_prev = tl.load(h_ptr + prev_offs, mask=keep, other=0.0)
     c = tl.load(c_ptr + offs, mask=mask, other=0.0).to(ACC)
     i = tl.load(gates_ptr + gate, mask=mask, other=0.0).to(ACC)
     f = tl.load(gates_ptr + gate + H, mask=mask, other=0.0).to(ACC)
@@ -95,5 +99,5 @@ def lstm_backward_kernel(
     tl.store(dgates_ptr + gate + H, narrow(da_f, dtype, INTERPRET_BF16), mask=mask)
     tl.store(dgates_ptr + gate + 2 * H, narrow(da_g, dtype, INTERPRET_BF16), mask=mask)
     tl.store(dgates_ptr + gate + 3 * H, narrow(da_o, dtype, INTERPRET_BF16), mask=mask)
-    tl.store(dc_ptr + state, dc, mask=mask)
+    tl.store(dc_ptr + state, tl.where(keep, dc, 0.0), mask=mask)
     tl.store(h_prev_ptr + offs, h_prev, mask=mask)

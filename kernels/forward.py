@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .cell import cell_forward, narrow
-from .rows import data_rows, row_lengths, runs_backwards
+from .rows import data_rows, kept, row_lengths, runs_backwards
 
 
 @triton.jit(do_not_specialize=["s", "T", "B", "row_stride_t", "row_stride_b"])
@@ -22,6 +22,7 @@ def lstm_forward_kernel(
     cn_ptr,  # (R, B, H) in (but for step 0) and out: the running cell state
     lengths_ptr,  # (B,) if LENGTHS
     starts_ptr,  # (T,) if PACKED
+    resets_ptr,  # (N,) if RESETS
     s,  # the step to do
     T,
     B,
@@ -33,6 +34,7 @@ def lstm_forward_kernel(
     HAS_H0: tl.constexpr,
     LENGTHS: tl.constexpr,
     PACKED: tl.constexpr,
+    RESETS: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET_BF16: tl.constexpr,  # works around the interpreter's bf16: wrong tl.dot, truncating conversion
@@ -59,14 +61,15 @@ def lstm_forward_kernel(
     offs = (rows * R + r)[:, None] * H + offs_h[None, :]  # (N, R, H)
     gate = (rows * R + r)[:, None] * (4 * H) + offs_h[None, :]  # (N, R, 4, H), gate i
 
+    mask_r = kept(s, rows, prev_rows, mask_s, lengths, backwards, resets_ptr, RESETS)  # rows with a state from before
+    mask_c = mask_r[:, None] & mask_h[None, :]
     if s == 0:
         h_rows = h0_ptr + (r * B + offs_b)[:, None] * H
-        c = tl.load(c0_ptr + state, mask=mask, other=0.0).to(ACC)
-        mask_r = mask_s & HAS_H0
+        c = tl.load(c0_ptr + state, mask=mask_c, other=0.0).to(ACC)
+        mask_r = mask_r & HAS_H0
     else:
         h_rows = h_ptr + (prev_rows * R + r)[:, None] * H
-        c = tl.load(cn_ptr + state, mask=mask, other=0.0)
-        mask_r = mask_s
+        c = tl.load(cn_ptr + state, mask=mask_c, other=0.0)
     a_i = tl.load(gates_ptr + gate, mask=mask, other=0.0).to(ACC)
     a_f = tl.load(gates_ptr + gate + H, mask=mask, other=0.0).to(ACC)
     a_g = tl.load(gates_ptr + gate + 2 * H, mask=mask, other=0.0).to(ACC)

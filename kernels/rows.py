@@ -33,3 +33,14 @@ def data_rows(s, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_strid
     else:
         rows = t * row_stride_t + offs_b.to(tl.int64) * row_stride_b
     return rows
+
+
+@triton.jit
+def kept(s, rows, prev_rows, mask, lengths, backwards, resets_ptr, RESETS: tl.constexpr):
+    """Which batch rows take over the state of the step before s, of those in mask."""
+    if RESETS:
+        # Between t-1 and t lies the reset of t: of this step forwards, of the step before it backwards in time.
+        at = tl.where(backwards, prev_rows, rows)
+        boundary = mask & (tl.where(backwards, lengths - s, s) < lengths)  # not before the first step backwards in time
+        mask = mask & (tl.load(resets_ptr + at, mask=boundary, other=0) == 0)
+    return mask

@@ -13,13 +13,13 @@ ARITHMETIC = {
 }  # fmt: skip
 FLAGS = {
     "forward": [
-        {"SAVE": True, "LENGTHS": False, "PACKED": False, "DIRECTIONS": 1},
-        {"SAVE": True, "LENGTHS": True, "PACKED": True, "DIRECTIONS": 2, "R": 2},
-        {"SAVE": False, "LENGTHS": True, "PACKED": False, "DIRECTIONS": -1, "HAS_H0": False},
+        {"SAVE": True, "LENGTHS": False, "PACKED": False, "RESETS": False, "DIRECTIONS": 1},
+        {"SAVE": True, "LENGTHS": True, "PACKED": True, "RESETS": True, "DIRECTIONS": 2, "R": 2},
+        {"SAVE": False, "LENGTHS": True, "PACKED": False, "RESETS": True, "DIRECTIONS": -1, "HAS_H0": False},
     ],
     "backward": [
-        {"LENGTHS": False, "PACKED": False, "DIRECTIONS": 1},
-        {"LENGTHS": True, "PACKED": True, "DIRECTIONS": 2, "R": 2, "HAS_H0": False},
+        {"LENGTHS": False, "PACKED": False, "RESETS": False, "DIRECTIONS": 1},
+        {"LENGTHS": True, "PACKED": True, "RESETS": True, "DIRECTIONS": 2, "R": 2, "HAS_H0": False},
     ],
 }
 

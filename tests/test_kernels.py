@@ -38,6 +38,7 @@ class Problem:
         mode: str = "padded",
         scale: float = 0.5,
         batch_first: bool = False,
+        resets: bool = False,
     ) -> None:
         g = torch.Generator().manual_seed(T * 1000 + B * 100 + H)
 
@@ -55,6 +56,7 @@ class Problem:
             numbers(*rows, I), numbers(R, B, K or H), numbers(R, B, H), numbers(R, 4 * H, I), numbers(R, 4 * H, H),
             numbers(R, 4 * H), numbers(R, 4 * H, K) if K else None,
         ]  # fmt: skip
+        self.resets = torch.rand(rows, generator=g) < 0.4 if resets else None
         self.options = (directions, batch_first)
         self.cotangents = [numbers(*rows, R * H), numbers(R, B, H), numbers(R, B, H)]
 
@@ -62,10 +64,11 @@ class Problem:
         """y, h_n, c_n and the gradients of all inputs; ``engine="loop"`` is the autograd reference."""
         tensors = [None if t is None else t.to(dtype).requires_grad_() for t in self.tensors]
         if engine == "loop":
-            outputs = reference.layer(*tensors, self.lengths, self.batch_sizes, *self.options)
+            outputs = reference.layer(*tensors, self.lengths, self.batch_sizes, self.resets, *self.options)
         else:
             given = [None if t is None else t.to(DEVICE) for t in (*tensors, self.lengths)]
-            outputs = FusedLSTMFunction.apply(*given, self.batch_sizes, *self.options, True, engine)[:3]
+            resets = None if self.resets is None else self.resets.to(DEVICE)
+            outputs = FusedLSTMFunction.apply(*given, self.batch_sizes, resets, *self.options, True, engine)[:3]
         inputs = [t for t in tensors if t is not None]
         cotangents = [c.to(o.device, dtype) for c, o in zip(self.cotangents, outputs, strict=True)]
         return [t.cpu() for t in (*outputs, *torch.autograd.grad(outputs, inputs, cotangents))]
@@ -84,10 +87,11 @@ def check(problems: Sequence[Problem]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["padded", "lengths", "packed"])
-def test_directions_layouts_and_projections(dtype: torch.dtype, mode: str) -> None:
+@pytest.mark.parametrize("resets", [False, True])
+def test_directions_layouts_and_projections(dtype: torch.dtype, mode: str, resets: bool) -> None:
     check(
         [
-            Problem(dtype, mode=mode, directions=directions, batch_first=batch_first, K=K, B=5)
+            Problem(dtype, mode=mode, directions=directions, batch_first=batch_first, K=K, B=5, resets=resets)
             for directions in (1, -1, 2)
             for batch_first in ((False,) if mode == "packed" else (False, True))
             for K in (None, 3)
@@ -163,7 +167,7 @@ def test_two_runs_give_equal_bits(dtype: torch.dtype) -> None:
 def test_two_halves_equal_the_whole(dtype: torch.dtype) -> None:
     p = Problem(dtype, T=6, B=3, H=32)
     x, h0, c0, *rest = (None if t is None else t.to(DEVICE, dtype) for t in p.tensors)
-    options = (None, None, *p.options, False, "triton")
+    options = (None, None, None, *p.options, False, "triton")
     y, h_n, c_n, _, _ = ops.layer_forward(x, h0, c0, *rest, *options)
     y1, h1, c1, _, _ = ops.layer_forward(x[:2], h0, c0, *rest, *options)
     y2, h2, c2, _, _ = ops.layer_forward(x[2:], h1, c1, *rest, *options)
@@ -177,8 +181,8 @@ def test_two_halves_equal_the_whole(dtype: torch.dtype) -> None:
 def test_inference_keeps_nothing_and_agrees_with_training() -> None:
     p = Problem(torch.float32, directions=2)
     tensors = [None if t is None else t.to(DEVICE, torch.float32) for t in p.tensors]
-    saved = ops.layer_forward(*tensors, None, None, *p.options, True, "triton")
-    plain = ops.layer_forward(*tensors, None, None, *p.options, False, "triton")
+    saved = ops.layer_forward(*tensors, None, None, None, *p.options, True, "triton")
+    plain = ops.layer_forward(*tensors, None, None, None, *p.options, False, "triton")
     assert plain[3].numel() == plain[4].numel() == 0
     for a, b in zip(saved[:3], plain[:3], strict=True):
         assert torch.equal(a, b)

@@ -17,6 +17,7 @@ CASES: dict[str, dict[str, Any]] = {
     "padded": dict(T=3, B=2),
     "both directions, batch first": dict(T=3, B=2, directions=2, batch_first=True),
     "lengths": dict(T=3, B=3, lengths=[3, 1, 2]),
+    "resets": dict(T=4, B=3, directions=2, resets=True),
     "projected, no bias": dict(T=2, B=2, K=2, bias=False),
 }
 ENGINES = ["reference", pytest.param("triton", marks=pytest.mark.kernels)]
@@ -28,13 +29,14 @@ def test_opcheck(case: str, engine: str) -> None:
     tensors, options = problem(**CASES[case])
     if engine == "triton":
         tensors = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in tensors]
-        options = (None if options[0] is None else options[0].to(DEVICE), *options[1:])
+        lengths, batch_sizes, resets, *rest = options
+        options = (*(None if t is None else t.to(DEVICE) for t in (lengths, batch_sizes, resets)), *rest)
     torch.library.opcheck(ops.layer_forward, (*tensors, *options, True, engine))
     with torch.no_grad():
         y, h_n, c_n, gates, c_all = ops.layer_forward(*tensors, *options, True, engine)
-    lengths, batch_sizes, directions, batch_first = options
+    lengths, batch_sizes, resets, directions, batch_first = options
     needs = [t is not None for t in tensors]
-    args = (y, h_n, c_n, *tensors, lengths, batch_sizes, y, gates, c_all, directions, batch_first, engine, needs)
+    args = (y, h_n, c_n, *tensors, lengths, batch_sizes, resets, y, gates, c_all, directions, batch_first, engine, needs)
     torch.library.opcheck(ops.layer_backward, args)
 
 

@@ -35,7 +35,7 @@ def test_loop_is_torchs_lstm(bidirectional: bool, ragged: bool) -> None:
     w = [torch.stack([p for n, p in lstm.named_parameters() if n.startswith(kind)]) for kind in ("weight_ih", "weight_hh")]
     bias = torch.stack([p for n, p in lstm.named_parameters() if n.startswith("bias_ih")])
     bias = bias + torch.stack([p for n, p in lstm.named_parameters() if n.startswith("bias_hh")])
-    got = reference.layer(x, h0, c0, *w, bias, None, lengths if ragged else None, None, D, False)
+    got = reference.layer(x, h0, c0, *w, bias, None, lengths if ragged else None, None, None, D, False)
     given = pack_padded_sequence(x, lengths, enforce_sorted=False) if ragged else x
     output, (h_n, c_n) = lstm(given, (h0, c0))
     if ragged:
@@ -51,6 +51,10 @@ CASES = {
     "packed, both directions": dict(T=3, B=3, directions=2, batch_sizes=[3, 2, 1]),
     "projected": dict(T=2, B=2, K=2),
     "no bias": dict(T=2, B=2, bias=False),
+    "resets, both directions": dict(T=4, B=3, directions=2, resets=True),
+    "resets and lengths, batch first": dict(T=4, B=4, directions=2, resets=True, lengths=[4, 0, 2, 3], batch_first=True),
+    "resets, packed": dict(T=3, B=3, directions=2, resets=True, batch_sizes=[3, 2, 1]),
+    "resets, projected": dict(T=3, B=3, directions=2, K=2, resets=True),
 }
 
 
@@ -63,6 +67,7 @@ def problem(
     batch_sizes: list[int] | None = None,
     K: int | None = None,
     bias: bool = True,
+    resets: bool = False,
 ) -> tuple[list[Tensor | None], tuple]:
     torch.manual_seed(0)
     I, H, R = 2, 3, 2 if directions == 2 else 1  # noqa: E741
@@ -75,7 +80,8 @@ def problem(
         if t is not None:
             t.requires_grad_()
     ragged = (torch.tensor(lengths) if lengths else None, torch.tensor(batch_sizes) if batch_sizes else None)
-    return tensors, (*ragged, directions, batch_first)
+    begins = torch.rand(rows) < 0.4 if resets else None
+    return tensors, (*ragged, begins, directions, batch_first)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -124,7 +130,7 @@ def test_second_derivative_stays_inside_the_layer() -> None:
 def test_rows_of_packed_data_meet_every_row_once() -> None:
     batch_sizes = torch.tensor([4, 3, 3, 1])
     x, c0 = torch.zeros(11, 1), torch.zeros(2, 4, 1)
-    rows = Rows.of(x, c0, None, batch_sizes, 2, False)
+    rows = Rows.of(x, c0, None, batch_sizes, None, 2, False)
     assert rows.lengths.tolist() == [4, 3, 3, 1]
     index = torch.arange(11)
     for r in (0, 1):
