@@ -363,9 +363,10 @@ def main() -> None:
     steps = [median(learner.seconds) for learner in learners.values()]
     singles = [median(seconds) for _, seconds in drawn.values()]
     work = [(f"training, T = {args.chunk}", args.batch * args.chunk, steps), ("generating, T = 1", 1, singles)]
-    print(f"{'median time of a step':24}" + "".join(f"{name:>17}" for name in learners) + "   ratio")
+    print(f"{'median time of a step':24}" + "".join(f"{name:>17}" for name in learners) + "   ratio" * (len(learners) - 1))
     for what, _, times in work:
-        print(f"{what:24}" + "".join(f"{1e3 * t:14.3f} ms" for t in times) + f"{times[0] / times[-1]:8.2f}")
+        ratios = "".join(f"{times[0] / t:8.2f}" for t in times[1:])
+        print(f"{what:24}" + "".join(f"{1e3 * t:14.3f} ms" for t in times) + ratios)
     final = [learner.validation[-1][1] / math.log(2) for learner in learners.values()]
     print(f"{'validation, bits/char':24}" + "".join(f"{bits:17.4f}" for bits in final))
     if not args.no_compare:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -13,12 +14,19 @@ from .layer import LSTM
 M = TypeVar("M", bound=nn.Module)
 
 
-def explain(lstm: LSTM, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> Plan:
+def explain(
+    lstm: LSTM,
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | None = None,
+) -> Plan:
     """What would run for this call, without running it: the backend, how, why, and why not the others.
 
-    Takes what ``lstm(input, hx)`` takes and raises what it would raise. ``print`` the result to read it.
+    Takes what ``lstm(...)`` takes and raises what it would raise. ``print`` the result to read it.
     """
-    return choose_backend(lstm.problem(input, hx), lstm.backend)
+    return choose_backend(lstm.problem(input, hx, lengths=lengths, resets=resets), lstm.backend)
 
 
 def replace_lstm(model: M, backend: str = "auto") -> M:

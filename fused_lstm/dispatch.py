@@ -26,6 +26,8 @@ class Problem:
     num_layers: int = 1
     bidirectional: bool = False
     packed: bool = False
+    lengths: bool = False
+    resets: bool = False
     needs_grad: bool = False
 
 
@@ -74,6 +76,8 @@ def supports_triton(p: Problem) -> tuple[bool, str]:
 def supports_aten(p: Problem) -> tuple[bool, str]:
     if p.dtype not in FLOATS:
         return False, f"torch's LSTM knows {', '.join(map(str, FLOATS))}, not {p.dtype}"
+    if p.device == "cuda" and p.resets:
+        return False, "resets on torch's LSTM would need the number of resets on the host, and so a synchronisation"
     return True, "torch's own LSTM: " + ("cuDNN or MIOpen" if p.device == "cuda" else "oneDNN where it serves")
 
 
@@ -92,6 +96,11 @@ SUPPORTS: dict[str, Callable[[Problem], tuple[bool, str]]] = {
 
 def how_aten(p: Problem) -> tuple[str, str]:
     """The form in which the aten backend serves a problem, and the reason for that form."""
+    if p.lengths or p.resets:
+        why = "lengths and resets as control columns of torch's own fused LSTM"
+        if p.device == "cpu" and p.dtype == torch.float16:
+            return "ragged fp32", why + ", computed in fp32"
+        return "ragged", why
     if (
         p.device == "cpu" and p.T == 1 and not p.packed and p.dtype != torch.bfloat16
         and max(16, p.hidden_size // 4) >= p.B
@@ -104,7 +113,7 @@ def how_aten(p: Problem) -> tuple[str, str]:
 
 def prefers_reference(p: Problem) -> str | None:
     """Why a CPU is better served by the explicit PyTorch path, as measured by bench/cpu.py; None if it is not."""
-    if p.dtype == torch.float64 and p.needs_grad and p.T > 1 and not p.packed:
+    if p.dtype == torch.float64 and p.needs_grad and p.T > 1 and not (p.packed or p.lengths or p.resets):
         return "fp64 training on a CPU, where oneDNN has no LSTM: the explicit backward pass is faster than torch's"
     return None
 

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import _VF, Tensor
+from torch import Tensor
 
-from . import ops
-from .autograd import FusedLSTMFunction
+from . import aten, engine
 from .dispatch import Problem, choose_backend
-from .gemm import linear, uses_onednn
-from .reference import cell, lstm_cell
-
-Result = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """How the layers of one call are built and fed; the same words as :class:`torch.nn.LSTM`."""
-
-    has_biases: bool
-    num_layers: int
-    dropout: float  # 0 unless training
-    bidirectional: bool
-    batch_first: bool
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
+from .spec import Result, Runner, Sequences, Stack, as_lengths, as_resets
 
 
 def lstm(
@@ -45,6 +24,8 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | None = None,
     backend: str = "auto",
 ) -> Result:
     """Run a stack of LSTM layers; the function behind :class:`fused_lstm.LSTM`.
@@ -62,18 +43,56 @@ def lstm(
         bidirectional: whether each layer also runs backwards in time.
         batch_first: whether input and output are (B, T, ...) rather than (T, B, ...).
         batch_sizes: (T,) int64 on the CPU: input is packed as in :class:`torch.nn.utils.rnn.PackedSequence`.
+        lengths: (B,) integers, 0 to T, on any device: the steps of each batch row. Output past them is zero; h_n and c_n are
+            those of a row's last step; the reverse direction starts there.
+        resets: bool, integer or float, (T, B), or (B, T) if ``batch_first``. Where not zero, a new episode begins at t: h
+            and c are zero before step t, and neither values nor gradients pass, in any layer or direction.
         backend: ``"auto"``, ``"triton"``, ``"aten"`` or ``"reference"``; see :func:`fused_lstm.explain`.
 
     Returns:
         output, like input with D*Hout features; h_n and c_n, like h0 and c0.
 
     Raises:
-        ValueError: wrong number of weights, wrong dtype, or unknown backend.
+        ValueError: wrong number of weights, wrong dtype, lengths or resets that do not fit, or unknown backend.
         RuntimeError: wrong shape or device, T = 0, or a backend that cannot serve the call.
     """
     stack = Stack(has_biases, num_layers, dropout if training else 0.0, bidirectional, batch_first)
     check(input, hx, weights, stack, batch_sizes)
-    return run(input, hx, weights, stack, batch_sizes, backend)
+    hx, sequences = settle(input, hx, stack, batch_sizes, lengths, resets)
+    return run(input, hx, weights, stack, sequences, backend)
+
+
+def settle(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    stack: Stack,
+    batch_sizes: Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
+    resets: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor], Sequences]:
+    """Check what a call says of its sequences, for batched or packed input; returns the states to start from as well."""
+    if lengths is None and resets is None:
+        return hx, Sequences(batch_sizes)
+    if batch_sizes is not None:
+        raise ValueError(
+            "lengths and resets are for padded input, got a packed sequence: pass the padded tensor and lengths= instead "
+            "(torch.nn.utils.rnn.pad_packed_sequence gives both)"
+        )
+    B, T = input.shape[:2] if stack.batch_first else (input.shape[1], input.shape[0])
+    if lengths is not None:
+        lengths = as_lengths(lengths, T, B, input.device)
+    if resets is not None:
+        resets = as_resets(resets, tuple(input.shape[:2]), input.device)
+        if T == 1 and lengths is None:  # then a reset is no more than a state of zero
+            return _cleared(*hx, resets, stack), Sequences()
+    return hx, Sequences(None, lengths, resets)
+
+
+def _cleared(h0: Tensor, c0: Tensor, resets: Tensor, stack: Stack) -> tuple[Tensor, Tensor]:
+    """States of a single step with the rows cleared that begin an episode; backwards in time none begins there."""
+    backwards = torch.arange(h0.shape[0], device=h0.device)[:, None, None] % stack.directions == 1
+    keep = ~resets.reshape(-1, 1) | backwards
+    return torch.where(keep, h0, 0), torch.where(keep, c0, 0)
 
 
 def run(
@@ -81,7 +100,7 @@ def run(
     hx: tuple[Tensor, Tensor],
     weights: Sequence[Tensor],
     stack: Stack,
-    batch_sizes: Tensor | None,
+    sequences: Sequences,
     backend: str,
 ) -> Result:
     """:func:`lstm` for arguments that were checked."""
@@ -93,17 +112,17 @@ def run(
         input, h0, c0, *weights = (t if t.dtype == torch.float64 else t.to(dtype) for t in (input, h0, c0, *weights))
         with torch.autocast(device, enabled=False):
             check_like(input, (h0, c0), weights)
-            return run(input, (h0, c0), weights, stack, batch_sizes, backend)
-    plan = choose_backend(problem_of(input, h0, c0, weights, stack, batch_sizes), backend)
-    return RUNNERS[plan.how](input, h0, c0, weights, stack, batch_sizes)
+            return run(input, (h0, c0), weights, stack, sequences, backend)
+    plan = choose_backend(problem_of(input, h0, c0, weights, stack, sequences), backend)
+    return RUNNERS[plan.how](input, h0, c0, weights, stack, sequences)
 
 
 def problem_of(
-    input: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None
+    input: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences
 ) -> Problem:
     """What dispatch needs to know of a call. Raises RuntimeError for T = 0, as torch does."""
     time_dim = 1 if stack.batch_first else 0
-    T = input.shape[time_dim] if batch_sizes is None else batch_sizes.shape[0]
+    T = input.shape[time_dim] if sequences.batch_sizes is None else sequences.batch_sizes.shape[0]
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     H = c0.shape[2]
@@ -114,7 +133,9 @@ def problem_of(
         B=c0.shape[1],
         hidden_size=H,
         proj_size=h0.shape[2] if h0.shape[2] != H else 0,
-        packed=batch_sizes is not None,
+        packed=sequences.batch_sizes is not None,
+        lengths=sequences.lengths is not None,
+        resets=sequences.resets is not None,
         needs_grad=torch.is_grad_enabled()
         and (input.requires_grad or h0.requires_grad or c0.requires_grad or any(w.requires_grad for w in weights)),
     )
@@ -178,167 +199,4 @@ def check_like(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tenso
             )
 
 
-def _groups(weights: Sequence[Tensor], stack: Stack) -> list[Sequence[Tensor]]:
-    """The weights of each layer and direction."""
-    step = len(weights) // (stack.num_layers * stack.directions)
-    return [weights[k : k + step] for k in range(0, len(weights), step)]
-
-
-def _engine_layers(engine: str) -> Callable[..., Result]:
-    """Runs the stack layer by layer through the custom op, with the recurrence done by ``engine``."""
-
-    def run_layers(
-        x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None
-    ) -> Result:
-        D = stack.directions
-        groups = _groups(weights, stack)
-        states = []
-        for layer in range(stack.num_layers):
-            part = slice(layer * D, (layer + 1) * D)
-            if layer > 0 and stack.dropout > 0:
-                x = F.dropout(x, stack.dropout)
-            x, *state = _layer(engine, x, h0[part], c0[part], groups[part], stack, batch_sizes)
-            states.append(state)
-        h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in zip(*states, strict=True))
-        return x, h_n, c_n
-
-    return run_layers
-
-
-# The kernels read rows of h and W_hh in vectors of 16 elements.
-ALIGNMENT = 16
-
-
-def _layer(
-    engine: str,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    groups: Sequence[Sequence[Tensor]],
-    stack: Stack,
-    batch_sizes: Tensor | None,
-) -> Result:
-    """One layer, both directions at once. h0 (D, B, Hout), c0 (D, B, H)."""
-    join = (lambda k: torch.stack([g[k] for g in groups])) if len(groups) > 1 else (lambda k: groups[0][k].unsqueeze(0))
-    w_ih, w_hh = join(0), join(1)
-    bias = join(2) + join(3) if stack.has_biases else None
-    w_hr = join(-1) if len(groups[0]) > (4 if stack.has_biases else 2) else None
-    w_h0 = None
-    if w_hr is not None:
-        # With h = W_hr m, W_hh h = (W_hh W_hr) m: a plain recurrence over m, which h0 enters through the first step.
-        w_h0, w_hh = w_hh, w_hh @ w_hr
-    R, _, H = c0.shape
-    pad = -H % ALIGNMENT if engine == "triton" else 0
-    if pad:  # units of zero weight stay at zero: the results are the same, and every row is aligned
-        w_ih, w_hh = _pad_gates(w_ih, pad), F.pad(_pad_gates(w_hh, pad), (0, pad))
-        bias = None if bias is None else _pad_gates(bias, pad)
-        c0 = F.pad(c0, (0, pad))
-        w_h0 = None if w_h0 is None else _pad_gates(w_h0, pad)
-        h0 = F.pad(h0, (0, pad)) if w_h0 is None else h0
-    tensors = (x, h0, c0, w_ih, w_hh, bias, w_h0)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    call = FusedLSTMFunction.apply if save else ops.layer_forward
-    directions = 2 if stack.bidirectional else 1
-    y, h_n, c_n, _, _ = call(*tensors, None, batch_sizes, None, directions, stack.batch_first, save, engine)
-    if pad or w_hr is not None:
-        y = y.unflatten(-1, (R, H + pad))[..., :H]
-        h_n, c_n = h_n[..., :H], c_n[..., :H]
-        if w_hr is not None:
-            y = torch.einsum("...rh,rph->...rp", y, w_hr)
-            h_n = h_n @ w_hr.mT
-        y = y.flatten(-2)
-    return y, h_n, c_n
-
-
-def _pad_gates(w: Tensor, pad: int) -> Tensor:
-    """(R, 4H, ...) to (R, 4(H+pad), ...), each gate padded with zeros."""
-    w = w.unflatten(1, (4, -1))
-    return F.pad(w, (0, 0) * (w.dim() - 3) + (0, pad)).flatten(1, 2)
-
-
-def _aten(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None) -> Result:
-    """torch's own LSTM. Its training flag is set whenever dropout acts or a gradient is needed: cuDNN keeps what its
-    backward pass needs only then, and with dropout at 0 the flag changes nothing else."""
-    train = stack.dropout > 0 or torch.is_grad_enabled()
-    weights = list(weights)
-    if batch_sizes is not None:
-        return _VF.lstm(
-            x,
-            batch_sizes,
-            (h0, c0),
-            weights,
-            stack.has_biases,
-            stack.num_layers,
-            stack.dropout,
-            train,
-            stack.bidirectional,
-        )
-    return _VF.lstm(
-        x,
-        (h0, c0),
-        weights,
-        stack.has_biases,
-        stack.num_layers,
-        stack.dropout,
-        train,
-        stack.bidirectional,
-        stack.batch_first,
-    )
-
-
-def _in_fp32(runner: Callable[..., Result]) -> Callable[..., Result]:
-    """A runner that computes fp16 and bf16 in fp32 and rounds at the end."""
-
-    def run_in_fp32(
-        x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None
-    ) -> Result:
-        if x.dtype not in (torch.float16, torch.bfloat16):
-            return runner(x, h0, c0, weights, stack, batch_sizes)
-        wide = runner(x.float(), h0.float(), c0.float(), [w.float() for w in weights], stack, batch_sizes)
-        y, h_n, c_n = (t.to(x.dtype) for t in wide)
-        return y, h_n, c_n
-
-    return run_in_fp32
-
-
-def _aten_cell(
-    x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None
-) -> Result:
-    """A single time step: a cell per layer and direction."""
-    x = x.squeeze(1 if stack.batch_first else 0)
-    D = stack.directions
-    groups = _groups(weights, stack)
-    hs, cs = [], []
-    for layer in range(stack.num_layers):
-        if layer > 0 and stack.dropout > 0:
-            x = F.dropout(x, stack.dropout)
-        for k in range(layer * D, (layer + 1) * D):
-            h, c = _cell(x, h0[k], c0[k], groups[k], stack.has_biases)
-            hs.append(h)
-            cs.append(c)
-        x = torch.cat(hs[-D:], -1) if D > 1 else hs[-1]
-    return x.unsqueeze(1 if stack.batch_first else 0), torch.stack(hs), torch.stack(cs)
-
-
-def _cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor, Tensor]:
-    w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if has_biases else (None, None)
-    projected = len(rest) % 2 == 1
-    if torch.is_grad_enabled():
-        if not projected:
-            return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
-        h, c = lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    elif projected or uses_onednn(h, w_hh):
-        h, c = cell(linear(x, w_ih, b_ih).add_(linear(h, w_hh, b_hh)), c)
-    else:
-        return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
-    return (linear(h, rest[-1]) if not torch.is_grad_enabled() else h @ rest[-1].t()) if projected else h, c
-
-
-RUNNERS: dict[str, Callable[..., Result]] = {
-    "triton": _engine_layers("triton"),
-    "reference": _in_fp32(_engine_layers("reference")),
-    "fused": _aten,
-    "fp32": _in_fp32(_aten),
-    "cell": _in_fp32(_aten_cell),
-}
+RUNNERS: dict[str, Runner] = {**engine.RUNNERS, **aten.RUNNERS}

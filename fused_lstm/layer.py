@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -9,7 +10,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from .dispatch import BACKENDS, Problem
-from .functional import Stack, check_like, problem_of, run
+from .functional import check_like, problem_of, run, settle
+from .spec import Sequences, Stack, as_resets
 
 L = TypeVar("L", bound=nn.RNNBase)
 
@@ -33,11 +35,18 @@ class LSTM(nn.RNNBase):
     Call with ``input`` of shape (T, B, I), (B, T, I) if ``batch_first``, (T, I) unbatched, or a PackedSequence, and
     optionally ``hx = (h0, c0)`` of shapes (D*num_layers, B, Hout) and (D*num_layers, B, H), without B when unbatched;
     D is the number of directions, Hout is P, or H without a projection. Returns ``output, (h_n, c_n)``: output like
-    input with D*Hout features, the states shaped like h0 and c0.
+    input with D*Hout features, the states shaped like h0 and c0. Two keyword arguments say how padded sequences lie in
+    time, without sorting and without a host sync on CUDA:
+
+    - ``lengths``, (B,) integers from 0 to T: the steps of each batch row. Output past them is zero, h_n and c_n are those
+      of a row's last step (h0 and c0 if it has none), and the reverse direction starts there.
+    - ``resets``, bool, integer or float, (T, B), (B, T) if ``batch_first``, (T,) unbatched. Where not zero, a new episode
+      begins at t: h and c are zero before step t, also at t = 0, where hx is then ignored. Neither values nor gradients
+      pass, in any layer or direction.
 
     Raises:
         TypeError, ValueError: on construction, as torch.nn.LSTM.
-        ValueError: wrong number of dimensions or wrong dtype of the input.
+        ValueError: wrong number of dimensions or wrong dtype of the input; lengths or resets that do not fit.
         RuntimeError: wrong sizes or devices, T = 0, or a backend that cannot serve the call.
 
     The equations, in torch's gate order i, f, g, o (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000)::
@@ -98,21 +107,33 @@ class LSTM(nn.RNNBase):
         return super().extra_repr() + (f", backend={self.backend}" if self.backend != "auto" else "")
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        x, hx, batch_sizes = self._prepare(input, hx)
-        output, h_n, c_n = run(x, hx, self._weights(), self._stack(), batch_sizes, self.backend)
-        if batch_sizes is not None:
-            packed = PackedSequence(output, batch_sizes, input.sorted_indices, input.unsorted_indices)
+        x, hx, sequences = self._prepare(input, hx, lengths, resets)
+        output, h_n, c_n = run(x, hx, self._weights(), self._stack(), sequences, self.backend)
+        if isinstance(input, PackedSequence):
+            packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
             return packed, self.permute_hidden((h_n, c_n), input.unsorted_indices)
         if input.dim() == 2:
             return output.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
         return output, (h_n, c_n)
 
-    def problem(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> Problem:
-        """What ``self(input, hx)`` would ask of a backend; raises what the call would raise."""
-        x, hx, batch_sizes = self._prepare(input, hx)
-        return problem_of(x, *hx, self._weights(), self._stack(), batch_sizes)
+    def problem(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        resets: Tensor | None = None,
+    ) -> Problem:
+        """What a call with these arguments would ask of a backend; raises what the call would raise."""
+        x, hx, sequences = self._prepare(input, hx, lengths, resets)
+        return problem_of(x, *hx, self._weights(), self._stack(), sequences)
 
     def _stack(self) -> Stack:
         dropout = self.dropout if self.training else 0.0
@@ -123,9 +144,13 @@ class LSTM(nn.RNNBase):
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def _prepare(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-        """Check the arguments; returns batched data, batched states and the batch sizes of packed data."""
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None,
+        lengths: Tensor | Sequence[int] | None,
+        resets: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequences]:
+        """Check the arguments; returns batched data, batched states and how the sequences lie in time."""
         if hx is not None and len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
         batch_sizes = None
@@ -155,7 +180,10 @@ class LSTM(nn.RNNBase):
             hx = (x.new_zeros(layers, batch, self.proj_size) if self.proj_size else c0, c0)
         self.check_forward_args(x, hx, batch_sizes)
         check_like(x, hx, (getattr(self, self._flat_weights_names[0]),))
-        return x, (hx[0], hx[1]), batch_sizes
+        if resets is not None and batch_sizes is None and input.dim() == 2:
+            resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
+        hx, sequences = settle(x, (hx[0], hx[1]), self._stack(), batch_sizes, lengths, resets)
+        return x, hx, sequences
 
 
 def _checked(backend: str) -> str:

@@ -204,7 +204,7 @@ def test_explain_knows_whether_a_gradient_is_needed() -> None:
         tensor.requires_grad_(False)
 
 
-def test_explain_knows_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_knows_autocast() -> None:
     """Under autocast the call runs in its dtype, and so does what explain thinks of."""
     layer = layer_for()
     with torch.autocast("cpu", torch.bfloat16):

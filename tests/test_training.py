@@ -77,7 +77,7 @@ def test_dropout_in_training_only_and_changeable(steps: int, backend: str) -> No
 
 
 @every_backend
-@pytest.mark.parametrize(("steps", "batch"), [(50, 20), (1, 800)])
+@pytest.mark.parametrize(("steps", "batch"), [(20, 50), (1, 800)])
 def test_dropout_mask(steps: int, batch: int, backend: str) -> None:
     """The second layer's gates are set to show its input, one step at a time."""
     H, p, small = 32, 0.3, 0.01
@@ -201,7 +201,7 @@ def test_without_gradients(mode: type, steps: int, backend: str) -> None:
 @every_backend
 def test_two_runs_agree_bit_for_bit(backend: str) -> None:
     layer = fused_lstm.LSTM(20, 50, 2, bidirectional=True, dropout=0.5, backend=backend)
-    x = randn(7, 33, 20, dtype=torch.float32).requires_grad_()
+    x = randn(4, 33, 20, dtype=torch.float32).requires_grad_()
     runs = []
     for _ in range(2):
         torch.manual_seed(0)

@@ -1,0 +1,92 @@
+"""torch's own LSTM, and what serves better than it on a CPU: a cell for a single step, control columns for ragged rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+
+from .gemm import linear, uses_onednn
+from .ragged import Unfolding, control_weights
+from .reference import cell, lstm_cell
+from .spec import Result, Sequences, Stack, in_fp32, weight_groups
+
+
+def fused(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+    """torch's own LSTM. Its training flag is set whenever dropout acts or a gradient is needed: cuDNN keeps what its
+    backward pass needs only then, and with dropout at 0 the flag changes nothing else."""
+    train = stack.dropout > 0 or torch.is_grad_enabled()
+    how = (stack.has_biases, stack.num_layers, stack.dropout, train, stack.bidirectional)
+    if sequences.batch_sizes is not None:
+        return _VF.lstm(x, sequences.batch_sizes, (h0, c0), list(weights), *how)
+    return _VF.lstm(x, (h0, c0), list(weights), *how, stack.batch_first)
+
+
+def ragged(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+    """lengths and resets through torch's fused LSTM, by control columns (see :mod:`fused_lstm.ragged`)."""
+    resets, D = sequences.resets, stack.directions
+    if stack.batch_first:
+        x, resets = x.transpose(0, 1), None if resets is None else resets.t()
+    T, B = x.shape[:2]
+    layouts = [Unfolding(T, B, sequences.lengths, resets, backwards=d == 1) for d in range(D)]
+    one = dataclasses.replace(stack, num_layers=1, dropout=0.0, bidirectional=False, batch_first=False)
+    groups = weight_groups(weights, stack)
+    h_n, c_n = [], []
+    for layer in range(stack.num_layers):
+        if layer > 0 and stack.dropout > 0:
+            x = F.dropout(x, stack.dropout)
+        outputs = []
+        for d, layout in enumerate(layouts):
+            k = layer * D + d
+            w_ih, *others = groups[k]
+            control = control_weights(w_ih, layout.flags is not None)
+            y, _, c = fused(layout.lay_out(x), h0[k : k + 1], c0[k : k + 1], [control, *others], one, Sequences())
+            outputs.append(layout.take_back(y))
+            h_n.append(torch.where(layout.empty, h0[k], y[layout.last, layout.rows[0]]))
+            c_n.append(c[0])
+        x = torch.cat(outputs, -1) if D > 1 else outputs[0]
+    return x.transpose(0, 1) if stack.batch_first else x, torch.stack(h_n), torch.stack(c_n)
+
+
+def single_step(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+    """A single time step: a cell per layer and direction."""
+    x = x.squeeze(1 if stack.batch_first else 0)
+    D = stack.directions
+    groups = weight_groups(weights, stack)
+    hs, cs = [], []
+    for layer in range(stack.num_layers):
+        if layer > 0 and stack.dropout > 0:
+            x = F.dropout(x, stack.dropout)
+        for k in range(layer * D, (layer + 1) * D):
+            h, c = _cell(x, h0[k], c0[k], groups[k], stack.has_biases)
+            hs.append(h)
+            cs.append(c)
+        x = torch.cat(hs[-D:], -1) if D > 1 else hs[-1]
+    return x.unsqueeze(1 if stack.batch_first else 0), torch.stack(hs), torch.stack(cs)
+
+
+def _cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor, Tensor]:
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if has_biases else (None, None)
+    projected = len(rest) % 2 == 1
+    if torch.is_grad_enabled():
+        if not projected:
+            return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+        h, c = lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    elif projected or uses_onednn(h, w_hh):
+        h, c = cell(linear(x, w_ih, b_ih).add_(linear(h, w_hh, b_hh)), c)
+    else:
+        return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+    return (linear(h, rest[-1]) if not torch.is_grad_enabled() else h @ rest[-1].t()) if projected else h, c
+
+
+RUNNERS = {
+    "fused": fused,
+    "fp32": in_fp32(fused),
+    "cell": in_fp32(single_step),
+    "ragged": ragged,
+    "ragged fp32": in_fp32(ragged),
+}

@@ -1,0 +1,96 @@
+"""The stack run layer by layer through the custom op, its recurrence by the Triton kernels or by the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .autograd import FusedLSTMFunction
+from .spec import Result, Runner, Sequences, Stack, in_fp32, weight_groups
+
+
+def layers(engine: str) -> Runner:
+    """Runs the stack layer by layer through the custom op, with the recurrence done by ``engine``."""
+
+    def run_layers(
+        x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences
+    ) -> Result:
+        D = stack.directions
+        if sequences.lengths is not None:  # whatever padding holds, it must not meet a zero gradient in a product
+            t = torch.arange(x.shape[1 if stack.batch_first else 0], device=x.device)
+            t = t if stack.batch_first else t[:, None]
+            ends = sequences.lengths[:, None] if stack.batch_first else sequences.lengths
+            x = torch.where((t < ends)[..., None], x, 0)
+        groups = weight_groups(weights, stack)
+        states = []
+        for layer in range(stack.num_layers):
+            part = slice(layer * D, (layer + 1) * D)
+            if layer > 0 and stack.dropout > 0:
+                x = F.dropout(x, stack.dropout)
+            x, *state = _layer(engine, x, h0[part], c0[part], groups[part], stack, sequences)
+            states.append(state)
+        h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in zip(*states, strict=True))
+        return x, h_n, c_n
+
+    return run_layers
+
+
+# The kernels read rows of h and W_hh in vectors of 16 elements.
+ALIGNMENT = 16
+
+
+def _layer(
+    engine: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    groups: Sequence[Sequence[Tensor]],
+    stack: Stack,
+    sequences: Sequences,
+) -> Result:
+    """One layer, both directions at once. h0 (D, B, Hout), c0 (D, B, H)."""
+    join = (lambda k: torch.stack([g[k] for g in groups])) if len(groups) > 1 else (lambda k: groups[0][k].unsqueeze(0))
+    w_ih, w_hh = join(0), join(1)
+    bias = join(2) + join(3) if stack.has_biases else None
+    w_hr = join(-1) if len(groups[0]) > (4 if stack.has_biases else 2) else None
+    w_h0 = None
+    if w_hr is not None:
+        # With h = W_hr m, W_hh h = (W_hh W_hr) m: a plain recurrence over m, which h0 enters through the first step.
+        w_h0, w_hh = w_hh, w_hh @ w_hr
+    R, _, H = c0.shape
+    pad = -H % ALIGNMENT if engine == "triton" else 0
+    if pad:  # units of zero weight stay at zero: the results are the same, and every row is aligned
+        w_ih, w_hh = _pad_gates(w_ih, pad), F.pad(_pad_gates(w_hh, pad), (0, pad))
+        bias = None if bias is None else _pad_gates(bias, pad)
+        c0 = F.pad(c0, (0, pad))
+        w_h0 = None if w_h0 is None else _pad_gates(w_h0, pad)
+        h0 = F.pad(h0, (0, pad)) if w_h0 is None else h0
+    tensors = (x, h0, c0, w_ih, w_hh, bias, w_h0)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    call = FusedLSTMFunction.apply if save else ops.layer_forward
+    directions = 2 if stack.bidirectional else 1
+    ragged = (sequences.lengths, sequences.batch_sizes, sequences.resets)
+    y, h_n, c_n, _, _ = call(*tensors, *ragged, directions, stack.batch_first, save, engine)
+    if pad or w_hr is not None:
+        y = y.unflatten(-1, (R, H + pad))[..., :H]
+        h_n, c_n = h_n[..., :H], c_n[..., :H]
+        if w_hr is not None:
+            y = torch.einsum("...rh,rph->...rp", y, w_hr)
+            h_n = h_n @ w_hr.mT
+            if sequences.lengths is not None:  # a row without steps keeps h0, which m knows nothing of
+                h_n = torch.where((sequences.lengths == 0)[:, None], h0, h_n)
+        y = y.flatten(-2)
+    return y, h_n, c_n
+
+
+def _pad_gates(w: Tensor, pad: int) -> Tensor:
+    """(R, 4H, ...) to (R, 4(H+pad), ...), each gate padded with zeros."""
+    w = w.unflatten(1, (4, -1))
+    return F.pad(w, (0, 0) * (w.dim() - 3) + (0, pad)).flatten(1, 2)
+
+
+RUNNERS = {"triton": layers("triton"), "reference": in_fp32(layers("reference"))}

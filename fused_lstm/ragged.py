@@ -1,0 +1,79 @@
+"""Lengths and resets for an LSTM that knows only plain sequences: torch's fused one.
+
+Two columns are appended to the input and to W_ih, with weights so large that a 1 in them decides every gate: one makes a
+step hold the cell and show nothing (padding), the other makes it clear the state (a reset, on a step put in between). The
+fused kernel then serves ragged batches at the speed of padded ones, and its own backward pass is exact: shut gates have a
+derivative of zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Unfolding:
+    """How one direction of ragged sequences is laid out for an LSTM that knows only plain ones.
+
+    Each row is laid out in the order of processing, with one more step in front of each reset, on which the state is
+    cleared; what remains at the end is padding, on which the cell holds. ``position`` (T, B) is where the step of time t
+    goes; the layout has ``steps`` steps. With lengths alone, forwards, it is the identity.
+    """
+
+    def __init__(self, T: int, B: int, lengths: Tensor | None, resets: Tensor | None, backwards: bool) -> None:
+        device = (resets if lengths is None else lengths).device
+        t = torch.arange(T, device=device)[:, None]
+        ends = torch.full((B,), T, device=device) if lengths is None else lengths
+        self.valid = t < ends
+        self.rows = torch.arange(B, device=device).expand(T, B)
+        self.steps, self.identity = T, resets is None and not backwards
+        self.position = torch.where(self.valid & backwards, ends - 1 - t, t)  # in the order of processing
+        cleared = torch.zeros_like(ends)
+        self.flags: Tensor | None = None
+        if resets is not None:
+            # Between t-1 and t: before step t forwards; backwards before t-1, and so not for t = 0.
+            resets = resets & self.valid
+            if backwards:
+                resets = torch.cat((resets[1:], torch.zeros_like(resets[:1])))
+            total = resets.sum(0)
+            before = resets.flip(0).cumsum(0).flip(0) if backwards else resets.cumsum(0)
+            self.position = self.position + torch.where(self.valid, before, total)
+            cleared = total
+            self.steps = T + int(total.max()) if B else T
+            self.flags = torch.zeros(self.steps, B, dtype=torch.bool, device=device)
+            self.flags[(self.position - 1)[resets], self.rows[resets]] = True
+        self.padding = torch.arange(self.steps, device=device)[:, None] >= ends + cleared
+        last = torch.zeros_like(ends) if backwards else (ends - 1).clamp(min=0)
+        self.last = self.position[last, self.rows[0]] if T else last  # position of each row's last step
+        self.empty = (ends == 0)[:, None]
+
+    def columns(self, dtype: torch.dtype) -> Tensor:
+        """The control columns, (steps, B, 1 or 2): padding and, if there are resets, clearing."""
+        flags = [self.padding] if self.flags is None else [self.padding, self.flags]
+        return torch.stack(flags, -1).to(dtype)
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        """x (T, B, I) with its control columns; what it holds past a row's length does not matter."""
+        x = torch.where(self.valid[..., None], x, 0)
+        if not self.identity:
+            x = x.new_zeros(self.steps, *x.shape[1:]).index_put((self.position, self.rows), x)
+        return torch.cat((x, self.columns(x.dtype)), -1)
+
+    def take_back(self, y: Tensor) -> Tensor:
+        """The steps of time 0..T-1 out of the laid-out y; zero past a row's length, where the output gate is shut."""
+        return y if self.identity else y[self.position, self.rows] * self.valid[..., None]
+
+
+def control_weights(w_ih: Tensor, resets: bool) -> Tensor:
+    """w_ih (4H, I) with the weights of the control columns: gates so far open or shut that nothing else matters.
+
+    On padding the forget gate is open, input and output gate are shut: the cell holds, the output is zero. On a clearing
+    step all three are shut: cell and output are zero, and with them all that the next step sees.
+    """
+    H = w_ih.shape[0] // 4
+    shut = w_ih.new_full((H,), -1e4)
+    zero = torch.zeros_like(shut)
+    columns = [torch.cat((shut, -shut, zero, shut))]
+    if resets:
+        columns.append(torch.cat((shut, shut, zero, shut)))
+    return torch.cat((w_ih, torch.stack(columns, 1)), 1)

@@ -1,0 +1,95 @@
+"""What a call says besides its tensors: how the layers are built, and how the sequences of the batch lie in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Result = tuple[Tensor, Tensor, Tensor]  # output, h_n, c_n
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How the layers of one call are built and fed; the same words as :class:`torch.nn.LSTM`."""
+
+    has_biases: bool
+    num_layers: int
+    dropout: float  # 0 unless training
+    bidirectional: bool
+    batch_first: bool
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What a call says of its sequences beyond T and B. All None: every row has T steps and one episode."""
+
+    batch_sizes: Tensor | None = None  # (T,) int64 on the CPU: the data is packed
+    lengths: Tensor | None = None  # (B,) int64 on the data's device
+    resets: Tensor | None = None  # bool, (T, B) or (B, T) as the data is
+
+    @property
+    def ragged(self) -> bool:
+        return self.lengths is not None or self.resets is not None
+
+
+def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.device) -> Tensor:
+    """Lengths as (B,) int64 on ``device``. The range 0..T is checked where that needs no host sync: off CUDA.
+
+    Raises:
+        ValueError: wrong shape, dtype or range.
+    """
+    given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+    if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
+        raise ValueError(f"lengths should be integers, got dtype {given.dtype}")
+    if given.shape != (B,):
+        raise ValueError(f"lengths should have shape ({B},), one for each batch row, got {tuple(given.shape)}")
+    if given.device.type == "cpu" and B and not (int(given.min()) >= 0 and int(given.max()) <= T):
+        raise ValueError(f"lengths should be between 0 and T = {T}, got {int(given.min())} to {int(given.max())}")
+    return given.to(device, torch.int64, non_blocking=True)
+
+
+def as_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Resets as bool on ``device``; ``shape`` is that of the data without its features.
+
+    Raises:
+        ValueError: wrong type, shape or dtype.
+    """
+    if not isinstance(resets, Tensor):
+        raise ValueError(f"resets should be a tensor of shape {shape}, got {type(resets).__name__}")
+    if resets.dtype.is_complex:
+        raise ValueError(f"resets should be bool, integer or float, got dtype {resets.dtype}")
+    if resets.shape != shape:
+        raise ValueError(f"resets should have shape {shape}, the input's without its features, got {tuple(resets.shape)}")
+    return resets.to(device, non_blocking=True) != 0
+
+
+def weight_groups(weights: Sequence[Tensor], stack: Stack) -> list[Sequence[Tensor]]:
+    """The weights of each layer and direction."""
+    step = len(weights) // (stack.num_layers * stack.directions)
+    return [weights[k : k + step] for k in range(0, len(weights), step)]
+
+
+# A runner serves a whole stack: (input, h0, c0, weights, stack, sequences) to output, h_n and c_n.
+Runner = Callable[[Tensor, Tensor, Tensor, Sequence[Tensor], Stack, Sequences], Result]
+
+
+def in_fp32(runner: Runner) -> Runner:
+    """A runner that computes fp16 and bf16 in fp32 and rounds at the end."""
+
+    def run_in_fp32(
+        x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences
+    ) -> Result:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            return runner(x, h0, c0, weights, stack, sequences)
+        wide = runner(x.float(), h0.float(), c0.float(), [w.float() for w in weights], stack, sequences)
+        y, h_n, c_n = (t.to(x.dtype) for t in wide)
+        return y, h_n, c_n
+
+    return run_in_fp32

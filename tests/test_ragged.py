@@ -1,0 +1,228 @@
+"""lengths= and resets= on every backend, against nn.LSTM run on each row's episodes one by one."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from checks import DEVICE, Rule
+from torch import Tensor, nn
+
+import fused_lstm
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+BACKENDS = ["auto", "aten", "reference", pytest.param("triton", marks=pytest.mark.kernels)]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Ragged:
+    """A random call with lengths, resets or both."""
+
+    seed: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        r = random.Random(self.seed)
+        self.T, self.B, I, H = r.randint(1, 7), r.randint(1, 5), r.randint(1, 5), r.choice([1, 3, 8, 17])  # noqa: E741
+        self.layers, self.bidirectional, self.batch_first = r.randint(1, 2), r.random() < 0.5, r.random() < 0.5
+        self.proj = r.randint(1, H - 1) if H > 1 and r.random() < 0.25 else 0
+        kind = r.choice(["lengths", "resets", "both"])
+        g = torch.Generator().manual_seed(self.seed)
+        self.lengths = None if kind == "resets" else torch.randint(0, self.T + 1, (self.B,), generator=g)
+        often = r.choice([0.1, 0.5, 1.0])
+        self.resets = None if kind == "lengths" else torch.rand(self.T, self.B, generator=g) < often
+        torch.manual_seed(self.seed)
+        self.lstm = nn.LSTM(I, H, self.layers, r.random() < 0.7, False, 0.0, self.bidirectional, self.proj).to(self.dtype)
+        groups = self.layers * (2 if self.bidirectional else 1)
+        shapes = [(self.T, self.B, I), (groups, self.B, self.proj or H), (groups, self.B, H)]
+        self.tensors = [torch.randn(s, generator=g).to(self.dtype) for s in shapes]
+        D = 2 if self.bidirectional else 1
+        shapes = [(self.T, self.B, D * (self.proj or H)), *shapes[1:]]
+        self.cotangents = [torch.randn(s, generator=g).to(self.dtype) for s in shapes]
+
+    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
+        return [t.to(dtype).requires_grad_() for t in self.tensors]
+
+    def row_by_row(self, dtype: torch.dtype) -> list[Tensor]:
+        """nn.LSTM on each episode: what lengths and resets are to mean."""
+        lstm = nn.LSTM(
+            self.lstm.input_size, self.lstm.hidden_size, self.layers, self.lstm.bias, False, 0.0,
+            self.bidirectional, self.proj, dtype=dtype,
+        )  # fmt: skip
+        lstm.load_state_dict(self.lstm.state_dict())
+        x, h0, c0 = self.inputs(dtype)
+        D = 2 if self.bidirectional else 1
+        reverse = (torch.arange(h0.shape[0]) % D == 1)[:, None]
+        outputs, hs, cs = [], [], []
+        for b in range(self.B):
+            length = self.T if self.lengths is None else int(self.lengths[b])
+            begins = [] if self.resets is None else torch.nonzero(self.resets[:length, b]).flatten().tolist()
+            cuts = [*sorted({0, *begins} if length else set()), length]
+            h_n, c_n, parts = h0[:, b], c0[:, b], []
+            for first, end in pairwise(cuts):
+                # hx meets the forward direction at time 0, unless an episode begins there, and the reverse one at the end.
+                takes = torch.where(reverse, torch.tensor(end == length), torch.tensor(first == 0 and 0 not in begins))
+                states = [torch.where(takes, s[:, b], 0) for s in (h0, c0)]
+                y, (h, c) = lstm(x[first:end, b], tuple(states))
+                parts.append(y)
+                # h_n is the forward direction's at the end, the reverse one's at time 0.
+                gives = torch.where(reverse, torch.tensor(first == 0), torch.tensor(end == length))
+                h_n, c_n = torch.where(gives, h, h_n), torch.where(gives, c, c_n)
+            width = self.cotangents[0].shape[-1]
+            outputs.append(torch.cat([*parts, x.new_zeros(self.T - length, width)]))
+            hs.append(h_n)
+            cs.append(c_n)
+        nothing = 0 * x.sum()  # a batch of no steps at all still has gradients, of zero
+        results = torch.stack(outputs, 1) + nothing, torch.stack(hs, 1), torch.stack(cs, 1)
+        return self._with_gradients(results, [x, h0, c0, *lstm.parameters()], dtype)
+
+    def fused(self, backend: str, dirty: bool = False) -> list[Tensor]:
+        device = DEVICE if backend == "triton" else "cpu"
+        lstm = fused_lstm.LSTM.from_torch(self.lstm, backend=backend).to(device)
+        lstm.batch_first = self.batch_first
+        x, h0, c0 = self.inputs(self.dtype)
+        given = x
+        if dirty and self.lengths is not None:
+            given = torch.where((torch.arange(self.T)[:, None] < self.lengths)[..., None], x, torch.nan)
+        resets = None if self.resets is None else self.resets.to(device)
+        if self.batch_first:
+            given, resets = given.transpose(0, 1), None if resets is None else resets.t()
+        y, (h_n, c_n) = lstm(given.to(device), (h0.to(device), c0.to(device)), lengths=self.lengths, resets=resets)
+        if self.batch_first:
+            y = y.transpose(0, 1)
+        results = tuple(t.cpu() for t in (y, h_n, c_n))
+        return [t.cpu() for t in self._with_gradients(results, [x, h0, c0, *lstm.parameters()], self.dtype)]
+
+    def _with_gradients(self, results: tuple[Tensor, ...], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        grads = torch.autograd.grad(results, inputs, [c.to(dtype) for c in self.cotangents], allow_unused=True)
+        # No step at all in the batch: nothing was used.
+        grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)]
+        return [t.detach() for t in (*results, *grads)]
+
+    @property
+    def names(self) -> list[str]:
+        return ["output", "h_n", "c_n", "dx", "dh0", "dc0", *("d" + n for n, _ in self.lstm.named_parameters())]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", range(4))
+@pytest.mark.usefixtures("nan_memory")
+def test_random_lengths_and_resets(backend: str, block: int) -> None:
+    rule = Rule()
+    for seed in range(75 * block, 75 * (block + 1)):
+        case = Ragged(seed, DTYPES[seed % 4])
+        rule.add(case, case.names, case.fused(backend), case.row_by_row(case.dtype), case.row_by_row(torch.float64))
+    rule.check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_padding_holds_does_not_matter(backend: str) -> None:
+    for seed in range(40):
+        case = Ragged(seed, torch.float64)
+        if case.lengths is not None:
+            for name, clean, dirty in zip(case.names, case.fused(backend), case.fused(backend, dirty=True), strict=True):
+                torch.testing.assert_close(clean, dirty, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def packed(lstm: nn.LSTM, x: Tensor, hx: tuple[Tensor, Tensor], lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    given = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+    y, (h_n, c_n) = lstm(given, hx)
+    return nn.utils.rnn.pad_packed_sequence(y, total_length=x.shape[0])[0], h_n, c_n
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_are_packed_sequences(backend: str) -> None:
+    torch.manual_seed(0)
+    theirs = nn.LSTM(5, 6, 2, bidirectional=True).double()
+    device = DEVICE if backend == "triton" else "cpu"
+    ours = fused_lstm.LSTM.from_torch(theirs, backend=backend)
+    x, lengths = torch.randn(6, 4, 5).double(), torch.tensor([3, 6, 1, 4])
+    hx = (torch.randn(4, 4, 6).double(), torch.randn(4, 4, 6).double())
+    expected = packed(theirs, x, hx, lengths)
+    ours.to(device)
+    for given in (lengths, lengths.tolist(), lengths.int()):
+        y, states = ours(x.to(device), tuple(s.to(device) for s in hx), lengths=given)
+        for a, b in zip((y, *states), expected, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("resets", [torch.ones, torch.zeros], ids=["at every step", "never"])
+def test_all_or_no_resets(backend: str, resets) -> None:
+    torch.manual_seed(0)
+    device = DEVICE if backend == "triton" else "cpu"
+    lstm = fused_lstm.LSTM(5, 6, bidirectional=True, dtype=torch.float64, backend=backend).to(device)
+    x, hx = torch.randn(4, 3, 5).double().to(device), torch.randn(2, 2, 3, 6).double().to(device)
+    y, (h_n, _) = lstm(x, tuple(hx), resets=resets(4, 3).to(device))
+    if resets is torch.zeros:
+        expected, (h, _) = lstm(x, tuple(hx))
+        torch.testing.assert_close(h_n, h, rtol=1e-12, atol=1e-13)
+    else:  # every step alone; hx meets the reverse direction at the last step only
+        alone = torch.cat([lstm(x[t : t + 1])[0] for t in range(4)])
+        last, _ = lstm(x[3:], (torch.stack((hx[0][0] * 0, hx[0][1])), torch.stack((hx[1][0] * 0, hx[1][1]))))
+        expected = torch.cat((alone[:3], last))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unbatched_and_number_dtypes(backend: str) -> None:
+    device = DEVICE if backend == "triton" else "cpu"
+    lstm = fused_lstm.LSTM(3, 4, dtype=torch.float64, backend=backend).to(device)
+    x, resets = torch.randn(5, 3).double().to(device), torch.tensor([0, 0, 1, 0, 1]).to(device)
+    expected = torch.cat([lstm(part)[0] for part in x.split((2, 2, 1))])
+    for given in (resets, resets.bool(), resets.double(), resets.to(torch.uint8)):
+        torch.testing.assert_close(lstm(x, resets=given)[0], expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_one_step_with_resets_is_a_cell(bidirectional: bool) -> None:
+    lstm = fused_lstm.LSTM(3, 4, bidirectional=bidirectional, dtype=torch.float64)
+    reference = fused_lstm.LSTM.from_torch(lstm.to_torch(), backend="reference")
+    D = 2 if bidirectional else 1
+    x, hx, resets = torch.randn(1, 3, 3).double(), tuple(torch.randn(2, D, 3, 4).double()), torch.tensor([[1, 0, 1]])
+    assert fused_lstm.explain(lstm, x, hx, resets=resets).how == "cell"
+    y, _ = lstm(x, hx, resets=resets)
+    slow, _ = reference(torch.cat((x, x)), hx, resets=torch.cat((resets, resets * 0 + 1)))
+    torch.testing.assert_close(y[..., :4], slow[:1, :, :4])
+    if not bidirectional:
+        return
+    alone, _ = lstm(x, tuple(torch.where(torch.tensor([True, False])[:, None, None], 0, s) for s in hx))
+    torch.testing.assert_close(y[..., 4:], alone[..., 4:])
+
+
+BAD = {
+    "lengths should have shape (3,), one for each batch row, got (2,)": dict(lengths=[1, 2]),
+    "lengths should be between 0 and T = 4, got 1 to 5": dict(lengths=[1, 5, 2]),
+    "lengths should be between 0 and T = 4, got -1 to 2": dict(lengths=torch.tensor([1, -1, 2])),
+    "lengths should be integers, got dtype torch.float32": dict(lengths=torch.ones(3)),
+    "resets should have shape (4, 3), the input's without its features, got (3, 4)": dict(resets=torch.zeros(3, 4)),
+    "resets should be a tensor of shape (4, 3), got list": dict(resets=[0, 1]),
+    "resets should be bool, integer or float, got dtype torch.complex64": dict(resets=torch.zeros(4, 3) * 1j),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_errors(message: str) -> None:
+    lstm = fused_lstm.LSTM(2, 3)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        lstm(torch.zeros(4, 3, 2), **BAD[message])
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("given", [dict(lengths=[2, 1]), dict(resets=torch.zeros(2, 2))])
+def test_packed_input_takes_neither(given: dict) -> None:
+    x = nn.utils.rnn.pack_sequence([torch.zeros(2, 2), torch.zeros(1, 2)])
+    with pytest.raises(ValueError, match="pass the padded tensor and lengths= instead"):
+        fused_lstm.LSTM(2, 3)(x, **given)
+
+
+def test_second_derivative_with_both() -> None:
+    torch.manual_seed(0)
+    lstm = fused_lstm.LSTM(2, 3, bidirectional=True, dtype=torch.float64, backend="reference")
+    lengths, resets = torch.tensor([3, 1]), torch.tensor([[0, 1], [1, 0], [0, 0]])
+    x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: lstm(x, lengths=lengths, resets=resets)[0], x)
