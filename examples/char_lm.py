@@ -205,7 +205,7 @@ class Run:
             loss, speed = fmean(learner.losses[-50:]), self.args.batch * self.args.chunk / median(learner.seconds[-50:])
             line = f"step {self.step}  loss {loss:.3f}  {loss / math.log(2):.3f} bits/char  {speed:,.0f} char/s  "
             line += f"{left // 60}:{left % 60:02} left"
-            line = f"\r[{'#' * round(20 * self.done()):20}] {line}\x1b[K" if bar else line
+            line = f"\r[{'#' * round(8 * self.done()):8}] {line}\x1b[K" if bar else line
             print(line, end="" if bar and not last else "\n", file=sys.stderr, flush=True)
 
     def save(self) -> None:

@@ -82,8 +82,8 @@ def supports_aten(p: Problem) -> tuple[bool, str]:
 
 
 def supports_reference(p: Problem) -> tuple[bool, str]:
-    if not p.dtype.is_floating_point:
-        return False, f"an LSTM needs a floating-point dtype, not {p.dtype}"
+    if p.dtype not in FLOATS:
+        return False, f"the explicit path knows {', '.join(map(str, FLOATS))}, not {p.dtype}"
     return True, "plain PyTorch with the explicit backward pass"
 
 

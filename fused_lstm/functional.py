@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import aten, engine
 from .dispatch import Problem, choose_backend
-from .spec import Result, Runner, Sequences, Stack, as_lengths, as_resets
+from .spec import Result, Runner, Sequences, Stack, as_lengths, as_resets, check_batch_sizes
 
 
 def lstm(
@@ -71,6 +71,8 @@ def settle(
     resets: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor], Sequences]:
     """Check what a call says of its sequences, for batched or packed input; returns the states to start from as well."""
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, input.shape[0])
     if lengths is None and resets is None:
         return hx, Sequences(batch_sizes)
     if batch_sizes is not None:
@@ -105,16 +107,24 @@ def run(
 ) -> Result:
     """:func:`lstm` for arguments that were checked."""
     h0, c0 = hx
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        # As torch's own autocast does, which leaves fp64 alone.
-        input, h0, c0, *weights = (t if t.dtype == torch.float64 else t.to(dtype) for t in (input, h0, c0, *weights))
-        with torch.autocast(device, enabled=False):
+    if _autocast(input):
+        input, h0, c0, *weights = (t.to(_cast_dtype(t)) for t in (input, h0, c0, *weights))
+        with torch.autocast(input.device.type, enabled=False):
             check_like(input, (h0, c0), weights)
             return run(input, (h0, c0), weights, stack, sequences, backend)
     plan = choose_backend(problem_of(input, h0, c0, weights, stack, sequences), backend)
     return RUNNERS[plan.how](input, h0, c0, weights, stack, sequences)
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast acts on x's device; the meta device, for one, does not know it."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _cast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype x is computed in: as torch's own autocast does, which leaves fp64 alone."""
+    return torch.get_autocast_dtype(x.device.type) if _autocast(x) and x.dtype != torch.float64 else x.dtype
 
 
 def problem_of(
@@ -128,11 +138,13 @@ def problem_of(
     H = c0.shape[2]
     return Problem(
         device=input.device.type,
-        dtype=input.dtype,
+        dtype=_cast_dtype(input),
         T=T,
         B=c0.shape[1],
         hidden_size=H,
         proj_size=h0.shape[2] if h0.shape[2] != H else 0,
+        num_layers=stack.num_layers,
+        bidirectional=stack.bidirectional,
         packed=sequences.batch_sizes is not None,
         lengths=sequences.lengths is not None,
         resets=sequences.resets is not None,
@@ -145,6 +157,10 @@ def check(
     input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None
 ) -> None:
     """Shapes, dtypes and devices of a functional call, by the words that torch.nn.LSTM uses."""
+    if stack.num_layers < 1:
+        raise ValueError(f"num_layers must be greater than zero, got {stack.num_layers}")
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
     groups = stack.num_layers * stack.directions
     plain = 4 if stack.has_biases else 2
     if len(weights) not in (groups * plain, groups * (plain + 1)):
@@ -156,9 +172,13 @@ def check(
     dims = 2 if batch_sizes is not None else 3
     if input.dim() != dims:
         raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+    if batch_sizes is not None:
+        check_batch_sizes(batch_sizes, input.shape[0])
     B = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if stack.batch_first else 1]
     step = len(weights) // groups
-    P, H = (weights[step - 1].shape if step > plain else (weights[1].shape[1],) * 2) if groups else (0, 0)
+    P, H = weights[step - 1].shape if step > plain else (weights[1].shape[1],) * 2
+    if step > plain and P >= H:
+        raise ValueError(f"proj_size has to be smaller than hidden_size, got weights of {P} and {H}")
     for group in range(groups):
         w = weights[group * step : (group + 1) * step]
         width = input.shape[-1] if group < stack.directions else stack.directions * P
@@ -166,6 +186,11 @@ def check(
         for k, (tensor, shape) in enumerate(zip(w, shapes, strict=True)):
             if tensor.shape != shape:
                 raise RuntimeError(f"Expected weights[{group * step + k}] size {shape}, got {list(tensor.shape)}")
+            if tensor.dtype != weights[0].dtype or tensor.device != weights[0].device:
+                raise ValueError(
+                    f"weights should be of one dtype and device, got {weights[0].dtype} on {weights[0].device} and "
+                    f"weights[{group * step + k}] of {tensor.dtype} on {tensor.device}"
+                )
     for k, (tensor, width) in enumerate(zip(hx, (P, H), strict=True)):
         if tensor.shape != (groups, B, width):
             raise RuntimeError(f"Expected hidden[{k}] size {(groups, B, width)}, got {list(tensor.shape)}")
@@ -180,7 +205,7 @@ def check_like(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tenso
             f"Input and parameter tensors are not at the same device, found input tensor at {input.device} and "
             f"parameter tensor at {w.device}"
         )
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = _autocast(input)
     if w.dtype != input.dtype and not autocast:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({w.dtype}). Convert input: "

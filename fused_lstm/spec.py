@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,6 +38,21 @@ class Sequences:
     @property
     def ragged(self) -> bool:
         return self.lengths is not None or self.resets is not None
+
+
+def check_batch_sizes(batch_sizes: Tensor, N: int) -> None:
+    """Raise ValueError unless batch_sizes fit N rows of packed data: otherwise rows would be read that are not there."""
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
+        raise ValueError(
+            "batch_sizes should be a 1-D int64 tensor on the CPU, as torch.nn.utils.rnn.PackedSequence has it, got "
+            f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+        )
+    sizes = batch_sizes.tolist()
+    if not sizes or sizes[-1] < 1 or sum(sizes) != N or any(a < b for a, b in pairwise(sizes)):
+        raise ValueError(
+            f"batch_sizes should not increase, be at least 1 and add up to the {N} rows of the input, got {sizes[:10]}"
+            f"{'...' if len(sizes) > 10 else ''} with sum {sum(sizes)}"
+        )
 
 
 def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.device) -> Tensor:

@@ -89,11 +89,11 @@ class Config:
     hx: bool
 
     @staticmethod
-    def random(seed: int, dtypes: Sequence[torch.dtype], largest: int) -> Config:
+    def random(seed: int, dtype: torch.dtype, largest: int) -> Config:
         r = random.Random(seed)
         H = r.choice([1, 2, 3, 7, 16, r.randint(1, largest)])
         return Config(
-            seed, r.choice(dtypes), r.randint(1, 6), r.randint(1, 5), r.randint(1, 9), H, r.randint(1, 3), r.random() < 0.5,
+            seed, dtype, r.randint(1, 6), r.randint(1, 5), r.randint(1, 9), H, r.randint(1, 3), r.random() < 0.5,
             r.randint(1, H - 1) if H > 1 and r.random() < 0.3 else 0, r.random() < 0.7, r.random() < 0.5,
             r.choice(["padded", "padded", "unbatched", "packed", "packed sorted"]), r.random() < 0.6,
         )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pairs import all_equal, assert_all_close, every_backend, failure, flat, pair, randn, states
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_lstm
 
@@ -162,3 +162,30 @@ def test_bad_calls_of_the_cell() -> None:
         lambda cls: cls(3, 4, backend="auto"),
     ):
         assert failure(lambda call=call: call(fused_lstm.LSTMCell)) == failure(lambda call=call: call(nn.LSTMCell))
+
+
+@pytest.mark.parametrize("sizes", [[2, 1, 1], [1, 2], [3, 0], [], [2, 2]])
+def test_batch_sizes_that_do_not_fit(sizes: list[int]) -> None:
+    x = torch.zeros(3, 2)
+    packed = PackedSequence(x, torch.tensor(sizes, dtype=torch.int64)) if sizes else None
+    weights = list(fused_lstm.LSTM(2, 3).parameters())
+    hx = (torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="batch_sizes should not increase, be at least 1 and add up to the 3 rows"):
+        fused_lstm.lstm(x, hx, weights, batch_sizes=torch.tensor(sizes, dtype=torch.int64))
+    if packed is not None:
+        with pytest.raises(ValueError, match="batch_sizes should not increase"):
+            fused_lstm.LSTM(2, 3)(packed)
+
+
+def test_more_errors_of_the_function() -> None:
+    lstm = fused_lstm.LSTM(2, 3)
+    weights, x = list(lstm.parameters()), torch.zeros(4, 1, 2)
+    h = torch.zeros(1, 1, 3)
+    with pytest.raises(ValueError, match="num_layers must be greater than zero, got 0"):
+        fused_lstm.lstm(x, (h, h), weights, num_layers=0)
+    with pytest.raises(RuntimeError, match="lstm expects two hidden states"):
+        fused_lstm.lstm(x, (h, h, h), weights)
+    with pytest.raises(
+        ValueError, match=r"of one dtype and device, got torch.float32 .* weights\[1\] of torch"
+    ):
+        fused_lstm.lstm(x, (h, h), [weights[0], weights[1].double(), *weights[2:]])

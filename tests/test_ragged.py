@@ -109,12 +109,12 @@ class Ragged:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("nan_memory")
-def test_random_lengths_and_resets(backend: str, block: int) -> None:
+def test_300_random_lengths_and_resets(backend: str, dtype: torch.dtype) -> None:
     rule = Rule()
-    for seed in range(75 * block, 75 * (block + 1)):
-        case = Ragged(seed, DTYPES[seed % 4])
+    for seed in range(DTYPES.index(dtype), 300, len(DTYPES)):
+        case = Ragged(seed, dtype)
         rule.add(case, case.names, case.fused(backend), case.row_by_row(case.dtype), case.row_by_row(torch.float64))
     rule.check()
 

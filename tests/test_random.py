@@ -11,20 +11,10 @@ pytestmark = [
 ]
 
 
-def run(backend: str, seeds: range, largest: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["auto", "aten", "reference", pytest.param("triton", marks=pytest.mark.kernels)])
+def test_300_random_configurations(backend: str, dtype: torch.dtype) -> None:
     rule = Rule()
-    for seed in seeds:
-        add_config(rule, Config.random(seed, DTYPES, largest), backend)
+    for seed in range(DTYPES.index(dtype), 300, len(DTYPES)):
+        add_config(rule, Config.random(seed, dtype, largest=40 if backend == "triton" else 70), backend)
     rule.check()
-
-
-@pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
-@pytest.mark.parametrize("block", range(4))
-def test_random_configurations(backend: str, block: int) -> None:
-    run(backend, range(75 * block, 75 * (block + 1)), largest=70)
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("block", range(4))
-def test_random_configurations_of_the_kernels(block: int) -> None:
-    run("triton", range(75 * block, 75 * (block + 1)), largest=40)
