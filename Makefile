@@ -25,7 +25,7 @@ test: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m kernels
 
 bench: setup
-	$(BIN)/python bench/cpu.py
+	$(BIN)/python bench/cpu.py --json bench/results/cpu.json
 
 lint: setup
 	$(BIN)/pip install --quiet --editable '.[dev]'

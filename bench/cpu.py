@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fused_lstm
 
@@ -36,6 +38,7 @@ class Case:
     layers: int = 1
     bidirectional: bool = False
     dtype: str = "float32"
+    versus: str = "padded"  # nn.LSTM on padded or packed input, or in a loop over steps that clears the state
 
 
 SIZES = [
@@ -55,34 +58,71 @@ CASES = [
     Case("one step, stacked", "infer", 8, 1, 512, 512, layers=2, bidirectional=True),
     *(Case("half", kind, 16, 32, 128, 128, dtype="float16") for kind in ("infer", "train")),
     *(Case("double", kind, *size, dtype="float64") for kind in ("infer", "train") for size in SIZES[1:4]),
+    *(
+        Case(f"lengths, against {versus}", kind, *size, versus=versus)
+        for versus in ("padded", "packed")
+        for kind in ("infer", "train")
+        for size in ((16, 128, 64, 128), (64, 100, 128, 128), (32, 64, 256, 256))
+    ),
+    *(
+        Case(f"resets, against {versus}", "train", *size, versus=versus)
+        for versus in ("padded", "loop")
+        for size in ((16, 128, 64, 128), (2, 128, 512, 128))
+    ),
 ]
 
 
-def step_of(module: torch.nn.Module, x: torch.Tensor, kind: str) -> Callable[[], torch.Tensor]:
-    def infer() -> torch.Tensor:
+def step_of(call: Callable[[], Tensor], module: nn.Module, kind: str) -> Callable[[], Tensor]:
+    def infer() -> Tensor:
         with torch.no_grad():
-            return module(x)[0]
+            return call()
 
-    def train() -> torch.Tensor:
+    def train() -> Tensor:
         module.zero_grad()
-        output, _ = module(x)
+        output = call()
         output.sum().backward()
         return output
 
     return train if kind == "train" else infer
 
 
+def packed(lstm: nn.LSTM, x: Tensor, lengths: Tensor) -> Tensor:
+    output, _ = lstm(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    return pad_packed_sequence(output, total_length=x.shape[0])[0]
+
+
+def loop(lstm: nn.LSTM, x: Tensor, resets: Tensor) -> Tensor:
+    h = c = x.new_zeros(1, x.shape[1], lstm.hidden_size)
+    keep = (~resets)[..., None].to(x.dtype)
+    outputs = []
+    for t in range(x.shape[0]):
+        output, (h, c) = lstm(x[t : t + 1], (h * keep[t], c * keep[t]))
+        outputs.append(output)
+    return torch.cat(outputs)
+
+
 def measure(case: Case, backend: str, seconds: float) -> dict[str, float | str]:
     dtype = getattr(torch, case.dtype)
     torch.manual_seed(0)
-    theirs = torch.nn.LSTM(case.I, case.H, case.layers, bidirectional=case.bidirectional, dtype=dtype)
+    theirs = nn.LSTM(case.I, case.H, case.layers, bidirectional=case.bidirectional, dtype=dtype)
     ours = fused_lstm.LSTM.from_torch(theirs, backend=backend)
     ours.train()
     x = torch.randn(case.T, case.B, case.I, dtype=dtype)
-    a, b = step_of(theirs, x, case.kind), step_of(ours, x, case.kind)
+    ragged: dict[str, Tensor] = {}
+    if case.name.startswith("lengths"):
+        ragged["lengths"] = torch.randint(case.T // 4, case.T + 1, (case.B,))
+    if case.name.startswith("resets"):
+        ragged["resets"] = torch.rand(case.T, case.B) < 0.03
+    calls = {
+        "padded": lambda: theirs(x)[0],
+        "packed": lambda: packed(theirs, x, ragged["lengths"]),
+        "loop": lambda: loop(theirs, x, ragged["resets"]),
+    }
+    a = step_of(calls[case.versus], theirs, case.kind)
+    b = step_of(lambda: ours(x, **ragged)[0], ours, case.kind)
     tolerance = {"float64": 1e-12, "float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[case.dtype]
     difference = (a().double() - b().double()).abs().max().item()
-    if not difference <= tolerance:
+    if not difference <= tolerance and not (ragged and case.versus == "padded"):  # that one computes something else
         raise RuntimeError(f"{case}: results differ by {difference:.1e}, more than {tolerance:.0e}: nothing was timed")
     b()
     start = time.perf_counter()
@@ -100,13 +140,9 @@ def measure(case: Case, backend: str, seconds: float) -> dict[str, float | str]:
             times.append(time.perf_counter() - start)
         ratios.append(times[0] / times[1] if len(ratios) % 2 else times[1] / times[0])
     low, median, high = statistics.quantiles(ratios, n=4)
-    plan = fused_lstm.explain(ours, x) if case.kind == "train" else _plan(ours, x)
+    with torch.set_grad_enabled(case.kind == "train"):
+        plan = fused_lstm.explain(ours, x, **ragged)
     return {"ratio": median, "low": low, "high": high, "runs": len(ratios), "plan": f"{plan.backend}/{plan.how}"}
-
-
-def _plan(module: fused_lstm.LSTM, x: torch.Tensor) -> fused_lstm.Plan:
-    with torch.no_grad():
-        return fused_lstm.explain(module, x)
 
 
 def markdown(results: dict[str, Any]) -> str:

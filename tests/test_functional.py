@@ -185,7 +185,5 @@ def test_more_errors_of_the_function() -> None:
         fused_lstm.lstm(x, (h, h), weights, num_layers=0)
     with pytest.raises(RuntimeError, match="lstm expects two hidden states"):
         fused_lstm.lstm(x, (h, h, h), weights)
-    with pytest.raises(
-        ValueError, match=r"of one dtype and device, got torch.float32 .* weights\[1\] of torch"
-    ):
+    with pytest.raises(ValueError, match=r"of one dtype and device, got torch.float32 .* weights\[1\] of torch"):
         fused_lstm.lstm(x, (h, h), [weights[0], weights[1].double(), *weights[2:]])
