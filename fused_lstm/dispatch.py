@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -13,8 +14,7 @@ BACKENDS = ("auto", "triton", "aten", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What one call of the layer asks for; all that a choice of backend may depend on."""
 
     device: str  # device type: "cpu", "cuda", ...
@@ -101,10 +101,8 @@ def how_aten(p: Problem) -> tuple[str, str]:
         if p.device == "cpu" and p.dtype == torch.float16:
             return "ragged fp32", why + ", computed in fp32"
         return "ragged", why
-    if (
-        p.device == "cpu" and p.T == 1 and not p.packed and p.dtype != torch.bfloat16
-        and max(16, p.hidden_size // 4) >= p.B
-    ):  # fmt: skip
+    few = (16 if p.needs_grad else max(16, p.hidden_size // 4)) >= p.B  # rows, next to the weights' size
+    if p.device == "cpu" and p.T == 1 and few and not p.packed and p.dtype != torch.bfloat16:
         return "cell", "T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call"
     if p.device == "cpu" and p.dtype == torch.float16:
         return "fp32", "fp16 on a CPU: computed in fp32, which is many times faster, and rounded at the end"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import aten, engine
 from .dispatch import Problem, choose_backend
-from .spec import Result, Runner, Sequences, Stack, as_lengths, as_resets, check_batch_sizes
+from .spec import PLAIN, Result, Runner, Sequences, Stack, as_lengths, as_resets, check_batch_sizes
 
 
 def lstm(
@@ -71,6 +71,8 @@ def settle(
     resets: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor], Sequences]:
     """Check what a call says of its sequences, for batched or packed input; returns the states to start from as well."""
+    if lengths is None and resets is None and batch_sizes is None:
+        return hx, PLAIN
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, input.shape[0])
     if lengths is None and resets is None:
@@ -86,7 +88,7 @@ def settle(
     if resets is not None:
         resets = as_resets(resets, tuple(input.shape[:2]), input.device)
         if T == 1 and lengths is None:  # then a reset is no more than a state of zero
-            return _cleared(*hx, resets, stack), Sequences()
+            return _cleared(*hx, resets, stack), PLAIN
     return hx, Sequences(None, lengths, resets)
 
 
@@ -149,7 +151,7 @@ def problem_of(
         lengths=sequences.lengths is not None,
         resets=sequences.resets is not None,
         needs_grad=torch.is_grad_enabled()
-        and (input.requires_grad or h0.requires_grad or c0.requires_grad or any(w.requires_grad for w in weights)),
+        and (input.requires_grad or h0.requires_grad or c0.requires_grad or any([w.requires_grad for w in weights])),
     )
 
 
@@ -199,25 +201,24 @@ def check(
 
 def check_like(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor]) -> None:
     """Devices and dtypes of states and weights against the input's."""
-    w = weights[0]
-    if w.device != input.device:
+    w, dtype, device = weights[0], input.dtype, input.device
+    if w.device != device:
         raise RuntimeError(
             f"Input and parameter tensors are not at the same device, found input tensor at {input.device} and "
             f"parameter tensor at {w.device}"
         )
-    autocast = _autocast(input)
-    if w.dtype != input.dtype and not autocast:
+    if w.dtype != dtype and not _autocast(input):
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({w.dtype}). Convert input: "
             f"input.to({w.dtype}), or convert model: model.to({input.dtype})"
         )
     for k, state in enumerate(hx):
-        if state.device != input.device:
+        if state.device != device:
             raise RuntimeError(
                 f"Input and hidden tensors are not at the same device, found input tensor at {input.device} and "
                 f"hidden tensor at {state.device}"
             )
-        if state.dtype != input.dtype and not autocast:
+        if state.dtype != dtype and not _autocast(input):
             raise ValueError(
                 f"hidden[{k}] dtype ({state.dtype}) does not match input dtype ({input.dtype}). Convert it: "
                 f"hidden.to({input.dtype})"

@@ -72,8 +72,10 @@ class LSTM(nn.RNNBase):
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        # RNNBase keeps a list, which functional_call and parametrizations would leave behind the times.
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        # RNNBase keeps a list, which functional_call and parametrizations would leave behind the times. Asked of the
+        # module each time, weight_norm, swapped and tied parameters need nothing more.
+        held = self._parameters
+        return [held[name] if name in held else getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor | None]) -> None:
@@ -140,8 +142,8 @@ class LSTM(nn.RNNBase):
         return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first)
 
     def _weights(self) -> list[Tensor]:
-        # Asked of the module each time: weight_norm, parametrizations, functional_call and tying need nothing more.
-        return [getattr(self, name) for name in self._flat_weights_names]
+        held = self._parameters  # where most of them are; nn.Module's own look-up is slow
+        return [held[name] if name in held else getattr(self, name) for name in self._flat_weights_names]
 
     def _prepare(
         self,
@@ -179,7 +181,7 @@ class LSTM(nn.RNNBase):
             c0 = x.new_zeros(layers, batch, self.hidden_size)
             hx = (x.new_zeros(layers, batch, self.proj_size) if self.proj_size else c0, c0)
         self.check_forward_args(x, hx, batch_sizes)
-        check_like(x, hx, (getattr(self, self._flat_weights_names[0]),))
+        check_like(x, hx, self._weights())
         if resets is not None and batch_sizes is None and input.dim() == 2:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
         hx, sequences = settle(x, (hx[0], hx[1]), self._stack(), batch_sizes, lengths, resets)

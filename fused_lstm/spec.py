@@ -40,6 +40,9 @@ class Sequences:
         return self.lengths is not None or self.resets is not None
 
 
+PLAIN = Sequences()
+
+
 def check_batch_sizes(batch_sizes: Tensor, N: int) -> None:
     """Raise ValueError unless batch_sizes fit N rows of packed data: otherwise rows would be read that are not there."""
     if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
