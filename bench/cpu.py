@@ -172,6 +172,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each case")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
+    if min(args.threads) < 1 or args.seconds <= 0:
+        parser.error("--threads and --seconds should be positive")
     records = []
     print(
         f"{'threads':>7} {'case':18} {'kind':5} {'B':>4} {'T':>4} {'I':>4} {'H':>4} {'dtype':8} {'ratio':>6} quartiles  plan"
@@ -188,6 +190,8 @@ def main() -> None:
                 f"{result['ratio']:6.2f} {result['low']:.2f}-{result['high']:.2f}  {result['plan']}",
                 flush=True,
             )
+    if not records:
+        sys.exit(f"cpu.py: no case matches --only {args.only!r}; the cases are {sorted({case.name for case in CASES})}")
     if args.json:
         about = {
             "date": date.today().isoformat(),

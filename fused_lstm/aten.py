@@ -12,7 +12,7 @@ from torch import _VF, Tensor
 from .gemm import linear, uses_onednn
 from .ragged import Unfolding, control_weights
 from .reference import cell, lstm_cell
-from .spec import Result, Sequences, Stack, in_fp32, weight_groups
+from .spec import PLAIN, Result, Sequences, Stack, in_fp32, weight_groups
 
 
 def fused(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
@@ -43,10 +43,11 @@ def ragged(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: 
             k = layer * D + d
             w_ih, *others = groups[k]
             control = control_weights(w_ih, layout.flags is not None)
-            y, _, c = fused(layout.lay_out(x), h0[k : k + 1], c0[k : k + 1], [control, *others], one, Sequences())
+            hx = [s[k : k + 1] if layout.begins is None else torch.where(layout.begins, 0, s[k : k + 1]) for s in (h0, c0)]
+            y, _, c = fused(layout.lay_out(x), *hx, [control, *others], one, PLAIN)
             outputs.append(layout.take_back(y))
             h_n.append(torch.where(layout.empty, h0[k], y[layout.last, layout.rows[0]]))
-            c_n.append(c[0])
+            c_n.append(torch.where(layout.empty, c0[k], c[0]))
         x = torch.cat(outputs, -1) if D > 1 else outputs[0]
     return x.transpose(0, 1) if stack.batch_first else x, torch.stack(h_n), torch.stack(c_n)
 

@@ -26,6 +26,8 @@ def explain(
 
     Takes what ``lstm(...)`` takes and raises what it would raise. ``print`` the result to read it.
     """
+    if not isinstance(lstm, LSTM):
+        raise TypeError(f"explain expects a fused_lstm.LSTM, got: {type(lstm).__module__}.{type(lstm).__name__}")
     return choose_backend(lstm.problem(input, hx, lengths=lengths, resets=resets), lstm.backend)
 
 
@@ -36,6 +38,8 @@ def replace_lstm(model: M, backend: str = "auto") -> M:
     the same objects, so that optimizers and ties keep working, and a module that occurs twice is replaced by one.
     Subclasses of nn.LSTM, which may compute something else, are left alone.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace_lstm expects a torch.nn.Module, got: {type(model).__name__}")
     done: dict[nn.Module, LSTM] = {}
 
     def convert(module: nn.Module) -> nn.Module:

@@ -71,7 +71,8 @@ def _layer(
         h0 = F.pad(h0, (0, pad)) if w_h0 is None else h0
     tensors = (x, h0, c0, w_ih, w_hh, bias, w_h0)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    call = FusedLSTMFunction.apply if save else ops.layer_forward
+    # The compiler takes the op itself, which has the same gradient registered: one node in its graph.
+    call = FusedLSTMFunction.apply if save and not torch.compiler.is_compiling() else ops.layer_forward
     directions = 2 if stack.bidirectional else 1
     ragged = (sequences.lengths, sequences.batch_sizes, sequences.resets)
     y, h_n, c_n, _, _ = call(*tensors, *ragged, directions, stack.batch_first, save, engine)

@@ -56,6 +56,9 @@ def lstm(
         ValueError: wrong number of weights, wrong dtype, lengths or resets that do not fit, or unknown backend.
         RuntimeError: wrong shape or device, T = 0, or a backend that cannot serve the call.
     """
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
+    weights = list(weights)
     stack = Stack(has_biases, num_layers, dropout if training else 0.0, bidirectional, batch_first)
     check(input, hx, weights, stack, batch_sizes)
     hx, sequences = settle(input, hx, stack, batch_sizes, lengths, resets)
@@ -161,8 +164,8 @@ def check(
     """Shapes, dtypes and devices of a functional call, by the words that torch.nn.LSTM uses."""
     if stack.num_layers < 1:
         raise ValueError(f"num_layers must be greater than zero, got {stack.num_layers}")
-    if len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        raise RuntimeError(f"lstm expects two hidden states, (h0, c0), got {type(hx).__name__}")
     groups = stack.num_layers * stack.directions
     plain = 4 if stack.has_biases else 2
     if len(weights) not in (groups * plain, groups * (plain + 1)):

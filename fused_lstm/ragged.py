@@ -3,7 +3,7 @@
 Two columns are appended to the input and to W_ih, with weights so large that a 1 in them decides every gate: one makes a
 step hold the cell and show nothing (padding), the other makes it clear the state (a reset, on a step put in between). The
 fused kernel then serves ragged batches at the speed of padded ones, and its own backward pass is exact: shut gates have a
-derivative of zero.
+derivative of zero. What no gate can stop is a NaN: zero times NaN is NaN, so one in the state outlives a reset here.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class Unfolding:
         t = torch.arange(T, device=device)[:, None]
         ends = torch.full((B,), T, device=device) if lengths is None else lengths
         self.valid = t < ends
+        # Rows of hx that count: those with a first step that does not begin an episode.
+        self.begins = None if resets is None or backwards else (resets[0] & self.valid[0])[:, None]
         self.rows = torch.arange(B, device=device).expand(T, B)
         self.steps, self.identity = T, resets is None and not backwards
         self.position = torch.where(self.valid & backwards, ends - 1 - t, t)  # in the order of processing
@@ -61,7 +63,7 @@ class Unfolding:
 
     def take_back(self, y: Tensor) -> Tensor:
         """The steps of time 0..T-1 out of the laid-out y; zero past a row's length, where the output gate is shut."""
-        return y if self.identity else y[self.position, self.rows] * self.valid[..., None]
+        return torch.where(self.valid[..., None], y if self.identity else y[self.position, self.rows], 0)
 
 
 def control_weights(w_ih: Tensor, resets: bool) -> Tensor:
@@ -71,7 +73,7 @@ def control_weights(w_ih: Tensor, resets: bool) -> Tensor:
     step all three are shut: cell and output are zero, and with them all that the next step sees.
     """
     H = w_ih.shape[0] // 4
-    shut = w_ih.new_full((H,), -1e4)
+    shut = w_ih.new_full((H,), -min(1e20, torch.finfo(w_ih.dtype).max / 2))
     zero = torch.zeros_like(shut)
     columns = [torch.cat((shut, -shut, zero, shut))]
     if resets:

@@ -64,7 +64,12 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
     Raises:
         ValueError: wrong shape, dtype or range.
     """
-    given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+    try:
+        given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"lengths should be {B} integers from 0 to {T}, got {lengths!r}: {error}") from error
+    if given.numel() == 0:
+        given = given.long()
     if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
         raise ValueError(f"lengths should be integers, got dtype {given.dtype}")
     if given.shape != (B,):

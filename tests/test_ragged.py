@@ -226,3 +226,50 @@ def test_second_derivative_with_both() -> None:
     lengths, resets = torch.tensor([3, 1]), torch.tensor([[0, 1], [1, 0], [0, 0]])
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: lstm(x, lengths=lengths, resets=resets)[0], x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_states_and_nan_in_the_cut_off_part(backend: str) -> None:
+    torch.manual_seed(0)
+    device = DEVICE if backend == "triton" else "cpu"
+    lstm = fused_lstm.LSTM(3, 4, dtype=torch.float64, backend=backend).to(device)
+    x = torch.randn(4, 2, 3).double().to(device).requires_grad_()
+    hx = tuple((torch.randn(2, 1, 2, 4).double() * 1e7).to(device))
+    y, (h_n, c_n) = lstm(x, hx, lengths=[0, 2])
+    assert not y[:, 0].any()
+    assert not y[2:].any()
+    assert torch.equal(h_n[:, 0], hx[0][:, 0])
+    assert torch.equal(c_n[:, 0], hx[1][:, 0])
+    cotangent = torch.ones_like(y)
+    cotangent[2:], cotangent[:, 0] = torch.nan, torch.nan
+    (dx,) = torch.autograd.grad(y, x, cotangent)
+    assert dx.isfinite().all()
+    nan = tuple(torch.full_like(s, torch.nan) for s in hx)
+    first = torch.zeros(4, 2)
+    first[0] = 1
+    torch.testing.assert_close(lstm(x, nan, resets=first.to(device))[0], lstm(x)[0])
+
+
+@pytest.mark.parametrize("lengths", ["abc", [1, None, 2], [2**70, 1, 1]])
+def test_lengths_that_are_no_integers(lengths: object) -> None:
+    with pytest.raises(ValueError, match="lengths should be 3 integers from 0 to 4, got"):
+        fused_lstm.LSTM(2, 3)(torch.zeros(4, 3, 2), lengths=lengths)
+
+
+def test_lengths_of_an_empty_batch() -> None:
+    y, _ = fused_lstm.LSTM(2, 3)(torch.zeros(4, 0, 2), lengths=[])
+    assert y.shape == (4, 0, 3)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_compiled_by_dynamo(backend: str, ragged: bool) -> None:
+    lstm = fused_lstm.LSTM(2, 3, 2, dtype=torch.float64, backend=backend)
+    x = torch.randn(4, 3, 2).double().requires_grad_()
+    given = {"resets": torch.rand(4, 3) < 0.3} if ragged else {}
+    results = []
+    for module in (lstm, torch.compile(lstm, backend="aot_eager")):
+        y, (h, c) = module(x, **given)
+        results.append([y, *torch.autograd.grad(y.sum() + (h * c).sum(), [x, *lstm.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
