@@ -100,8 +100,8 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 # The most demanding flags of each kernel.
 TRAINING = {
-    "forward": {"SAVE": True, "LENGTHS": True, "PACKED": True, "RESETS": True},
-    "backward": {"LENGTHS": True, "PACKED": True, "RESETS": True},
+    "forward": {"SAVE": True, "LENGTHS": True, "PACKED": False, "RESETS": True},
+    "backward": {"LENGTHS": True, "PACKED": False, "RESETS": True},
 }
 ARITHMETIC = [
     (torch.float16, False),

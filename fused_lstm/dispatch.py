@@ -55,6 +55,13 @@ def triton_interpreted() -> bool | None:
     return launch.INTERPRETED
 
 
+@cache
+def fp64_compiles() -> bool:
+    from . import launch
+
+    return launch.FP64
+
+
 def supports_triton(p: Problem) -> tuple[bool, str]:
     if p.dtype not in FLOATS:
         return False, f"the kernels know {', '.join(map(str, FLOATS))}, not {p.dtype}"
@@ -70,6 +77,8 @@ def supports_triton(p: Problem) -> tuple[bool, str]:
         )
     if p.device == "cuda" and interpreted:
         return False, "TRITON_INTERPRET is set, and Triton's interpreter takes CPU tensors only"
+    if p.dtype == torch.float64 and not fp64_compiles():
+        return False, "fp64 needs Triton 3.9 or newer, whose compiler takes its products"
     return True, "a fused launch per time step"
 
 

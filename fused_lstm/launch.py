@@ -21,6 +21,9 @@ from .tf32 import tf32_allowed
 # TRITON_INTERPRET=1, set before the kernels are imported, makes them run on CPU tensors.
 INTERPRETED = not isinstance(lstm_forward_kernel, triton.JITFunction)
 
+# Triton 3.6's compiler stops at some fp64 products ("fp64 don't support largeK MMA"); 3.9's takes them all.
+FP64 = INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -65,15 +68,17 @@ class Tiles:
     blocks_h: tuple[int, ...]  # largest first
     block_k: int
     wide: int  # tiles of at least this many elements take 8 warps
+    num_stages: int = 2
 
     def config(self, block_b: int, block_h: int) -> LaunchConfig:
-        return LaunchConfig(block_b, block_h, self.block_k, num_warps=8 if block_b * block_h >= self.wide else 4)
+        num_warps = 8 if block_b * block_h >= self.wide else 4
+        return LaunchConfig(block_b, block_h, self.block_k, num_warps, self.num_stages)
 
 
 TILES = {
     "half": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=64, wide=4096),
     "tf32": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=32, wide=2048),
-    "fp32": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=16, wide=512),
+    "fp32": Tiles(max_block_b=64, blocks_h=(16,), block_k=16, wide=512, num_stages=3),
     "fp64": Tiles(max_block_b=16, blocks_h=(16,), block_k=16, wide=512),
 }
 

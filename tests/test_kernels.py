@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from checks import DEVICE, Rule
+from checks import DEVICE, Rule, skip_unless_it_compiles
 from torch import Tensor
 
 from fused_lstm import ops, reference
@@ -40,6 +40,7 @@ class Problem:
         batch_first: bool = False,
         resets: bool = False,
     ) -> None:
+        skip_unless_it_compiles(dtype)
         g = torch.Generator().manual_seed(T * 1000 + B * 100 + H)
 
         def numbers(*shape: int) -> Tensor:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from checks import DEVICE, Rule
+from checks import DEVICE, Rule, skip_unless_it_compiles
 from torch import Tensor, nn
 
 import fused_lstm
@@ -81,6 +81,8 @@ class Ragged:
         return self._with_gradients(results, [x, h0, c0, *lstm.parameters()], dtype)
 
     def fused(self, backend: str, dirty: bool = False) -> list[Tensor]:
+        if backend == "triton":
+            skip_unless_it_compiles(self.dtype)
         device = DEVICE if backend == "triton" else "cpu"
         lstm = fused_lstm.LSTM.from_torch(self.lstm, backend=backend).to(device)
         lstm.batch_first = self.batch_first
