@@ -21,6 +21,7 @@ X = randn(5, 2, 3, dtype=torch.float32)
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool | None], None]:
     """Sets what dispatch believes of Triton: compiled (False), interpreted (True) or not installed (None)."""
+    monkeypatch.setattr(dispatch, "fp64_compiles", lambda: True)
     return lambda state: monkeypatch.setattr(dispatch, "triton_interpreted", lambda: state)
 
 
@@ -34,6 +35,16 @@ def test_cuda_takes_triton(dtype: torch.dtype, options: dict, triton: Callable) 
     triton(False)
     plan = choose_backend(problem("cuda", dtype, **options))
     assert (plan.backend, plan.how, plan.rejected) == ("triton", "triton", {})
+
+
+def test_fp64_on_a_triton_that_cannot_compile_it(triton: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton(False)
+    monkeypatch.setattr(dispatch, "fp64_compiles", lambda: False)
+    plan = choose_backend(problem("cuda", torch.float64))
+    assert plan.backend == "aten"
+    assert "Triton 3.9" in plan.rejected["triton"]
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot serve this call: fp64 needs Triton 3.9"):
+        choose_backend(problem("cuda", torch.float64), "triton")
 
 
 @pytest.mark.parametrize(
