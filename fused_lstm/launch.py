@@ -69,16 +69,18 @@ class Tiles:
     block_k: int
     wide: int  # tiles of at least this many elements take 8 warps
     num_stages: int = 2
+    small_stages: int = 2  # of tiles with fewer than 512 elements
 
     def config(self, block_b: int, block_h: int) -> LaunchConfig:
         num_warps = 8 if block_b * block_h >= self.wide else 4
-        return LaunchConfig(block_b, block_h, self.block_k, num_warps, self.num_stages)
+        num_stages = self.small_stages if block_b * block_h < 512 else self.num_stages
+        return LaunchConfig(block_b, block_h, self.block_k, num_warps, num_stages)
 
 
 TILES = {
     "half": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=64, wide=4096),
-    "tf32": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=32, wide=2048),
-    "fp32": Tiles(max_block_b=64, blocks_h=(16,), block_k=16, wide=512, num_stages=3),
+    "tf32": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=32, wide=2048, small_stages=3),
+    "fp32": Tiles(max_block_b=64, blocks_h=(16,), block_k=16, wide=512, num_stages=3, small_stages=3),
     "fp64": Tiles(max_block_b=16, blocks_h=(16,), block_k=16, wide=512),
 }
 
