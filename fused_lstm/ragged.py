@@ -25,7 +25,7 @@ class Unfolding:
         t = torch.arange(T, device=device)[:, None]
         ends = torch.full((B,), T, device=device) if lengths is None else lengths
         self.valid = t < ends
-        # Rows of hx that count: those with a first step that does not begin an episode.
+        # Rows whose hx is not to be seen, since an episode begins at their first step; (B, 1), None if there are none.
         self.begins = None if resets is None or backwards else (resets[0] & self.valid[0])[:, None]
         self.rows = torch.arange(B, device=device).expand(T, B)
         self.steps, self.identity = T, resets is None and not backwards
