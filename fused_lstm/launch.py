@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels: which tiles, which grid, one launch per time step.
+"""Launchers of the Triton kernels: which schedule, which grid, which arguments.
 
 This module needs Triton; nothing else in the package imports it before a kernel is to run.
 """
@@ -6,13 +6,14 @@ This module needs Triton; nothing else in the package imports it before a kernel
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from .config import Device, LaunchConfig, Recurrence, arithmetic, ceil_div, choose, rounds
 from .kernels.backward import lstm_backward_kernel
 from .kernels.forward import lstm_forward_kernel
 from .rows import Rows, accumulator_dtype
@@ -24,129 +25,79 @@ INTERPRETED = not isinstance(lstm_forward_kernel, triton.JITFunction)
 # Triton 3.6's compiler stops at some fp64 products ("fp64 don't support largeK MMA"); 3.9's takes them all.
 FP64 = INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How one kernel is cut into programs and compiled.
-
-    A program owns ``block_h`` hidden units for ``block_b`` batch rows and walks its reduction in tiles of ``block_k``.
-    """
-
-    block_b: int
-    block_h: int
-    block_k: int
-    num_warps: int = 4
-    num_stages: int = 2
-
-    def grid(self, H: int, B: int, R: int) -> tuple[int, int, int]:
-        return triton.cdiv(H, self.block_h), triton.cdiv(B, self.block_b), R
-
-
-@dataclass(frozen=True)
-class Device:
-    """What :func:`choose` needs to know of a GPU."""
-
-    name: str
-    multiprocessors: int
+KERNELS = {"forward": lstm_forward_kernel, "backward": lstm_backward_kernel}
+COUNTER = 16  # int64 elements from one barrier's counter to the next: a cache line
 
 
 @lru_cache
 def device(index: int) -> Device:
+    """The GPU of an index."""
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.name, properties.multi_processor_count)
+    return Device(
+        properties.name,
+        properties.multi_processor_count,
+        getattr(properties, "shared_memory_per_block_optin", 0),
+        wgmma=torch.version.hip is None and properties.major in (9, 10),
+    )
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """The tiles open to :func:`choose` for one kind of arithmetic.
-
-    Bounded by registers (no spills on sm_90) and by the 64 KB of shared memory that every target has; tests/test_compile.py
-    compiles each of them for each target.
-    """
-
-    max_block_b: int
-    blocks_h: tuple[int, ...]  # largest first
-    block_k: int
-    wide: int  # tiles of at least this many elements take 8 warps
-    num_stages: int = 2
-    small_stages: int = 2  # of tiles with fewer than 512 elements
-
-    def config(self, block_b: int, block_h: int) -> LaunchConfig:
-        num_warps = 8 if block_b * block_h >= self.wide else 4
-        num_stages = self.small_stages if block_b * block_h < 512 else self.num_stages
-        return LaunchConfig(block_b, block_h, self.block_k, num_warps, num_stages)
-
-
-TILES = {
-    "half": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=64, wide=4096),
-    "tf32": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=32, wide=2048, small_stages=3),
-    "fp32": Tiles(max_block_b=64, blocks_h=(16,), block_k=16, wide=512, num_stages=3, small_stages=3),
-    "fp64": Tiles(max_block_b=16, blocks_h=(16,), block_k=16, wide=512),
-}
-
-
-def arithmetic(dtype: torch.dtype, tf32: bool) -> str:
-    """The key of :data:`TILES` for a dtype, with fp32 products in TF32 or not."""
-    if dtype == torch.float32:
-        return "tf32" if tf32 else "fp32"
-    return "fp64" if dtype == torch.float64 else "half"
-
-
-def choose(dtype: torch.dtype, tf32: bool, H: int, B: int, R: int, device: Device | None) -> LaunchConfig:
-    """The stepwise configuration of a problem; a pure function, so that it can be tested without a GPU.
-
-    Args:
-        dtype, tf32: data type, and whether fp32 products may be TF32.
-        H, B, R: hidden size, batch rows, recurrences.
-        device: the GPU, or None in Triton's interpreter.
-
-    A heuristic that was not measured on any device: the largest tile of hidden units that still gives every
-    multiprocessor a program.
-    """
-    if device is None:  # the interpreter's time goes by the number of operations, not by their size
-        return LaunchConfig(block_b=16, block_h=64, block_k=256)
-    tiles = TILES[arithmetic(dtype, tf32)]
-    block_b = min(max(triton.next_power_of_2(B), 16), tiles.max_block_b)
-    for block_h in tiles.blocks_h:
-        x, y, z = tiles.config(block_b, block_h).grid(H, B, R)
-        if block_h <= H and x * y * z >= device.multiprocessors:
-            break
-    return tiles.config(block_b, block_h)
-
-
-def shipped(dtype: torch.dtype, tf32: bool) -> list[LaunchConfig]:
-    """Every configuration that :func:`choose` can return for a dtype."""
-    tiles = TILES[arithmetic(dtype, tf32)]
-    return [
-        tiles.config(block_b, block_h)
-        for block_b in (16, 32, 64)
-        if block_b <= tiles.max_block_b
-        for block_h in tiles.blocks_h
-    ]
-
-
-def _meta(gates: Tensor, rows: Rows, config: LaunchConfig, R: int, H: int, has_h0: bool) -> dict:
+def constants(config: LaunchConfig, H: int) -> dict[str, Any]:
+    """The constexpr arguments and the compiler's options that a configuration stands for."""
+    config.check(H)
     return dict(
-        R=R, H=H, DIRECTIONS=rows.directions, HAS_H0=has_h0,
-        LENGTHS=rows.lengths is not None, PACKED=rows.batch_sizes is not None, RESETS=rows.resets is not None,
-        PRECISION="tf32" if _tf32(gates) else "ieee",
-        INTERPRET_BF16=INTERPRETED and gates.dtype == torch.bfloat16,
+        PERSISTENT=config.persistent, SWAP=config.swap, RESIDENT=config.resident, AHEAD=config.ahead, ROWS=config.rows,
         BLOCK_B=config.block_b, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        # Where a program waits for others, the driver must let all of them run at once, or refuse.
+        launch_cooperative_grid=config.persistent and not config.local(H),
     )  # fmt: skip
+
+
+def _run(kernel: str, tensors: list[Tensor | None], rows: Rows, R: int, H: int, like: Tensor, **flags: Any) -> None:
+    """Launch a kernel for all steps, by the schedule chosen. ``tensors`` are its buffers up to the row map's."""
+    B = rows.B
+    if not B:
+        return
+    problem = Recurrence(kernel, arithmetic(like.dtype, _tf32(like)), rows.T, H, B, R)
+    where = device(like.device.index) if like.is_cuda else None
+    config = choose(problem, where).config
+    x, y, z = config.grid(H, B, R)
+    meta = dict(
+        R=R, H=H, DIRECTIONS=rows.directions,
+        LENGTHS=rows.lengths is not None, PACKED=rows.batch_sizes is not None, RESETS=rows.resets is not None,
+        PRECISION="tf32" if problem.arithmetic == "tf32" else "ieee",
+        INTERPRET_BF16=INTERPRETED and like.dtype == torch.bfloat16,
+        **flags, **constants(config, H),
+    )  # fmt: skip
+    resets = None if rows.resets is None else rows.resets.view(torch.uint8)
+    tensors = [*tensors, rows.lengths, rows.starts(), resets]
+    size = (rows.T, B, rows.stride_t, rows.stride_b)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(like) if like.is_cuda else nullcontext():
+        if not config.persistent:
+            steps = range(rows.T) if kernel == "forward" else range(rows.T - 1, -1, -1)
+            for s in steps:
+                launch(kernel, (x, y, z), (*tensors, None, s, s + 1, 0, *size), meta)
+            return
+        per_launch = y if where is None else ceil_div(y, rounds(config, problem, where))
+        for tile in range(0, y, per_launch):
+            now = min(per_launch, y - tile)
+            arrived = torch.zeros(z, now, COUNTER, dtype=torch.int64, device=like.device)
+            launch(kernel, (x, now, z), (*tensors, arrived, 0, rows.T, tile, *size), meta)
+
+
+def launch(kernel: str, grid: tuple[int, int, int], args: tuple, meta: dict[str, Any]) -> None:
+    """One launch."""
+    if INTERPRETED and meta["PERSISTENT"] and grid[0] > 1:
+        raise RuntimeError(
+            f"the interpreter runs programs one after another, and these {grid[0]} would wait for one another: "
+            "expected a configuration with one hidden tile, or a launch for each step"
+        )
+    KERNELS[kernel][grid](*args, **meta)
 
 
 def _tf32(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.is_cuda and tf32_allowed()
-
-
-def _guard(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
-
-
-def _device(tensor: Tensor) -> Device | None:
-    return device(tensor.device.index) if tensor.is_cuda else None
 
 
 def recurrence_forward(
@@ -158,23 +109,15 @@ def recurrence_forward(
     y: Tensor,  # (N, R, H) out
     c_all: Tensor | None,  # (N, R, H) out
 ) -> tuple[Tensor, Tensor]:
-    """One launch per time step. Returns h_n and c_n, (R, B, H)."""
-    R, B, H = c0.shape
+    """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
+    R, _, H = c0.shape
     dtype = accumulator_dtype(c0.dtype)
     if rows.lengths is None:
         h_n, c_n = torch.empty_like(c0), c0.new_empty(c0.shape, dtype=dtype)
     else:  # a row without steps keeps its initial state
         h_n, c_n = torch.zeros_like(c0) if h0 is None else h0.clone(), c0.to(dtype, copy=True)
-    if B:
-        config = choose(gates.dtype, _tf32(gates), H, B, R, _device(gates))
-        meta = _meta(gates, rows, config, R, H, h0 is not None)
-        starts, resets = rows.starts(), None if rows.resets is None else rows.resets.view(torch.uint8)
-        with _guard(gates):
-            for s in range(rows.T):
-                lstm_forward_kernel[config.grid(H, B, R)](
-                    gates, w_hh, y, y if c_all is None else c_all, c0 if h0 is None else h0, c0, h_n, c_n,
-                    rows.lengths, starts, resets, s, rows.T, B, rows.stride_t, rows.stride_b, SAVE=c_all is not None, **meta,
-                )  # fmt: skip
+    tensors = [gates, w_hh, y, y if c_all is None else c_all, c0 if h0 is None else h0, c0, h_n, c_n]
+    _run("forward", tensors, rows, R, H, gates, HAS_H0=h0 is not None, SAVE=c_all is not None)
     return h_n, c_n.to(c0.dtype)
 
 
@@ -192,17 +135,9 @@ def recurrence_backward(
     dgates: Tensor,  # (N, R, 4, H) out
     h_prev: Tensor,  # (N, R, H) out
 ) -> Tensor:
-    """One launch per time step, last step first. Returns dc_0, (R, B, H)."""
-    R, B, H = c0.shape
+    """The backward recurrence. Returns dc_0, (R, B, H)."""
+    R, _, H = c0.shape
     dc = dc_n.to(accumulator_dtype(dc_n.dtype), copy=True)
-    if B:
-        config = choose(gates.dtype, _tf32(gates), H, B, R, _device(gates))
-        meta = _meta(gates, rows, config, R, H, h0 is not None)
-        starts, resets = rows.starts(), None if rows.resets is None else rows.resets.view(torch.uint8)
-        with _guard(gates):
-            for s in range(rows.T - 1, -1, -1):
-                lstm_backward_kernel[config.grid(H, B, R)](
-                    dy, dh_n, dc, gates, c_all, y, c0 if h0 is None else h0, c0, w_hh, dgates, h_prev,
-                    rows.lengths, starts, resets, s, rows.T, B, rows.stride_t, rows.stride_b, **meta,
-                )  # fmt: skip
+    tensors = [dy, dh_n, dc, gates, c_all, y, c0 if h0 is None else h0, c0, w_hh, dgates, h_prev]
+    _run("backward", tensors, rows, R, H, gates, HAS_H0=h0 is not None)
     return dc.to(dc_n.dtype)

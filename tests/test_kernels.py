@@ -49,7 +49,7 @@ class Problem:
         R = 2 if directions == 2 else 1
         self.dtype, self.lengths, self.batch_sizes = dtype, None, None
         if mode == "lengths":
-            self.lengths = torch.tensor([T, 0, 1, T - 1, 2, T][:B])
+            self.lengths = torch.tensor(([T, 0, 1, T - 1, 2, T] * B)[:B])
         if mode == "packed":
             self.batch_sizes = torch.tensor([B, *(max(1, B - t) for t in range(1, T))])
         rows = (int(self.batch_sizes.sum()),) if mode == "packed" else ((B, T) if batch_first else (T, B))
@@ -199,10 +199,54 @@ def test_empty_batch() -> None:
     assert not dbias.any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tiles", [(16, 16, 16), (16, 32, 64), (64, 16, 32)])
-def test_many_tiles(dtype: torch.dtype, tiles: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def force(monkeypatch: pytest.MonkeyPatch, config: object) -> None:
+    """Make every launch take a configuration."""
+    from fused_lstm import config as configs
     from fused_lstm import launch
 
-    monkeypatch.setattr(launch, "choose", lambda *_: launch.LaunchConfig(*tiles))
-    check([Problem(dtype, T=3, B=20, H=48, directions=2), Problem(dtype, B=5, H=80, mode="lengths", directions=-1)])
+    monkeypatch.setattr(launch, "choose", lambda *_: configs.Choice(config, "forced"))
+
+
+def configurations(H: int) -> dict[str, object]:
+    """Stepwise tilings of H hidden units, and one that keeps them all in one persistent program."""
+    from fused_lstm.config import LaunchConfig
+
+    return {
+        "stepwise": LaunchConfig(16, 16, 16),
+        "wide": LaunchConfig(16, 32, 64),
+        "tall": LaunchConfig(64, 16, 32),
+        "swapped": LaunchConfig(32, 16, 32, swap=True),
+        "rows": LaunchConfig(32, 16, 32, rows=3),
+        "local": LaunchConfig(16, 64, 64, persistent=True, resident=1),
+        "local swapped": LaunchConfig(32, 64, 64, persistent=True, resident=1, swap=True, rows=7),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", configurations(0))
+def test_many_configurations(dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, configurations(0)[name])
+    problems = [
+        Problem(dtype, T=3, B=20, H=48, directions=2),
+        Problem(dtype, B=5, H=64, mode="lengths", directions=-1),
+        Problem(dtype, B=5, H=16, mode="packed", directions=2, resets=True),
+        Problem(dtype, B=5, H=32, K=3, mode="lengths", directions=1, resets=True),
+    ]
+    check(problems)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("swap", [False, True])
+def test_both_schedules_give_equal_bits(dtype: torch.dtype, swap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_lstm.config import LaunchConfig
+
+    problems = [
+        Problem(dtype, T=5, B=20, H=48, directions=2, mode="lengths" if resets else "padded", resets=resets)
+        for resets in (False, True)
+    ]
+    results = []
+    for persistent in (False, True):
+        force(monkeypatch, LaunchConfig(16, 64, 64, persistent=persistent, resident=int(persistent), swap=swap))
+        results.append([t for p in problems for t in p.run("triton", dtype)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
