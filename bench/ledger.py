@@ -19,14 +19,11 @@ from typing import Any
 
 import torch
 import triton
-from fused_lstm.kernels.backward import lstm_backward_kernel
-from fused_lstm.kernels.forward import lstm_forward_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lstm.launch import LaunchConfig, arithmetic, shipped
-
-KERNELS = {"forward": lstm_forward_kernel, "backward": lstm_backward_kernel}
+from fused_lstm.config import LaunchConfig, arithmetic
+from fused_lstm.launch import KERNELS, constants
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -36,6 +33,7 @@ TARGETS = {
 # Shared memory that one program may use, in bytes.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+NAME = re.compile(r"%[\w$.#-]+")  # of a value in Triton's GPU code
 TENSOR_CORE = ("HMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA")
 
 
@@ -45,9 +43,12 @@ class Built:
 
     shared: int  # bytes of shared memory for each program
     ttir: str
+    w_loads_in_loop: int  # loads of W_hh within the loop over time, and before it, in Triton's GPU code
+    w_loads_before: int
     registers: int = 0  # for each thread
     spills: int = 0  # bytes of stack for each thread
     instructions: Counter[str] = field(default_factory=Counter)
+    loop: Counter[str] = field(default_factory=Counter)  # those in the loop over time
 
     @property
     def tensor_core(self) -> int:
@@ -59,31 +60,71 @@ def compile_kernel(
 ) -> Built:
     """Compile ``kind`` ("forward" or "backward") for ``target``; ``flags`` are the kernel's other constexpr arguments."""
     kernel = KERNELS[kind]
-    constants = dict(
-        R=1, H=H, DIRECTIONS=1, HAS_H0=True, INTERPRET_BF16=False, PRECISION="tf32" if tf32 else "ieee",
-        BLOCK_B=config.block_b, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
+    meta = constants(config, H) | dict(
+        R=1, H=H, DIRECTIONS=1, HAS_H0=True, INTERPRET_BF16=False, PRECISION="tf32" if tf32 else "ieee"
     ) | flags  # fmt: skip
     accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
-    types = {"cn_ptr": accumulator, "dc_ptr": accumulator, "lengths_ptr": "*i64", "starts_ptr": "*i64", "resets_ptr": "*u8"}
+    types = {"cn_ptr": accumulator, "dc_ptr": accumulator, "resets_ptr": "*u8"}
+    types |= dict.fromkeys(("lengths_ptr", "starts_ptr", "arrived_ptr"), "*i64")
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        if name in constants:
+        if name in meta:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = types.get(name, "*" + TYPES[dtype])
             aligned[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+    constexprs = {name: value for name, value in meta.items() if name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+    options = {name: value for name, value in meta.items() if name not in kernel.arg_names}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    shared, ttir = compiled.metadata.shared, compiled.asm["ttir"]
+    built = {"shared": compiled.metadata.shared, "ttir": compiled.asm["ttir"]}
+    built |= zip(("w_loads_in_loop", "w_loads_before"), w_hh_loads(compiled.asm["ttgir"]), strict=True)
     if "cubin" not in compiled.asm:
-        return Built(shared, ttir)
+        return Built(**built)
     usage, sass = _disassemble(compiled.asm["cubin"])
     registers, spills = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.MULTILINE)
-    return Built(shared, ttir, registers, spills, Counter(names))
+    return Built(**built, registers=registers, spills=spills, instructions=count(sass), loop=count(time_loop(sass)))
+
+
+def w_hh_loads(ttgir: str) -> tuple[int, int]:
+    """How many loads of W_hh stand in the loop over time, the first one in the code, and how many outside it."""
+    pointers, depth, loop, inside, outside = {"%w_hh_ptr"}, 0, None, 0, 0
+    for line in ttgir.splitlines():
+        results, _, operation = line.strip().partition(" = ")
+        operands = NAME.findall(operation)
+        if operation.startswith("scf.for"):
+            loop = depth if loop is None else loop
+            pointers |= {carried for carried, start in re.findall(r"(%[\w$.#-]+) = (%[\w$.#-]+)", operation) if start in pointers}
+        elif operation.startswith(("tt.load", "ttg.async_copy_global_to_local")):
+            if operands[0] in pointers:
+                inside, outside = inside + (loop is not None), outside + (loop is None)
+        elif "!tt.ptr" in operation and "tt.func" not in line and pointers.intersection(operands):
+            pointers.update(NAME.findall(results))
+        depth += line.count("{") - line.count("}")
+        if loop is not None and depth <= loop:
+            break
+    return inside, outside
+
+
+def time_loop(sass: str) -> str:
+    """The machine code of the widest loop: the one over time, which has all others in it."""
+    labels, jumps, widest = {}, [], ""
+    lines = sass.splitlines()
+    for number, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = number
+        if jump := re.search(r"\bBRA(?:\.\w+)*\s.*`\((\.L_x_\d+)\)", line):
+            jumps.append((number, jump[1]))
+    for number, label in jumps:
+        if labels.get(label, number) < number:
+            widest = max(widest, "\n".join(lines[labels[label] : number + 1]), key=len)
+    return widest
+
+
+def count(sass: str) -> Counter[str]:
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.MULTILINE))
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

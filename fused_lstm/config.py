@@ -1,17 +1,12 @@
-"""How the kernels are cut into programs: configurations, and the choice among them for a problem and a device.
-
-Everything here is pure and needs neither Triton nor a GPU, so that a choice can be tested, and explained, anywhere.
-"""
+"""How a kernel is cut into programs, and what that asks of a device. Pure: needs neither Triton nor a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-# The largest tile of each dimension that Triton's dot product takes on every target is its smallest here.
-SMALLEST = 16
+SMALLEST = 16  # what Triton's dot product takes in each dimension
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -69,6 +64,7 @@ class LaunchConfig:
     ahead: int = 1
     swap: bool = False
     rows: int = 0  # 0: block_b
+    max_registers: int | None = None  # for each thread; None: as the compiler likes, which may be fewer than it needs
 
     def __post_init__(self) -> None:
         for name in ("block_b", "block_h", "block_k"):
@@ -104,13 +100,15 @@ class LaunchConfig:
         return ceil_div(H, self.block_h), ceil_div(B, self.rows), R
 
     def shared_memory(self, problem: Recurrence) -> int:
-        """An upper bound of what a program keeps in shared memory, in bytes, for a kernel with resident weights."""
-        weights = self.resident * self.block_k * 4 * self.block_h * problem.element_size
-        staging = (self.ahead + 1) * self.block_b * self.block_k * problem.element_size
+        """An upper bound of what a program keeps in shared memory, in bytes, by the persistent schedule."""
+        size, columns = problem.element_size, self.block_h * (4 if problem.kernel == "forward" else 1)
+        weights = self.resident * self.block_k * 4 * self.block_h * size
+        staging = (self.ahead + 1) * self.block_b * self.block_k * size
         if self.local(problem.H):
-            staging = 4 * self.block_b * self.block_k * problem.element_size
-        width = 4 if problem.kernel == "forward" else 1
-        layouts = self.block_b * width * (self.block_h + 4) * (8 if problem.arithmetic == "fp64" else 4)
+            staging = 4 * self.block_b * self.block_k * size
+        elif self.resident < self.tiles(problem.H):  # the pipeline of what is streamed
+            staging += self.num_stages * (self.block_b + columns) * self.block_k * size
+        layouts = self.block_b * (columns + 16) * (8 if problem.arithmetic == "fp64" else 4)
         return weights + max(staging, layouts) + 2048
 
 
@@ -139,72 +137,3 @@ def arithmetic(dtype: torch.dtype, tf32: bool) -> str:
     if dtype == torch.float32:
         return "tf32" if tf32 else "fp32"
     return "fp64" if dtype == torch.float64 else "half"
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The tiles open to the stepwise schedule for one kind of arithmetic.
-
-    Bounded by registers (no spills on sm_90) and by the 64 KB of shared memory that every target has; tests/test_compile.py
-    compiles each of them for each target.
-    """
-
-    max_block_b: int
-    blocks_h: tuple[int, ...]  # largest first
-    block_k: int
-    wide: int  # tiles of at least this many elements take 8 warps
-    num_stages: int = 2
-    small_stages: int = 2  # of tiles with fewer than 512 elements
-
-    def config(self, block_b: int, block_h: int) -> LaunchConfig:
-        num_warps = 8 if block_b * block_h >= self.wide else 4
-        num_stages = self.small_stages if block_b * block_h < 512 else self.num_stages
-        return LaunchConfig(block_b, block_h, self.block_k, num_warps, num_stages)
-
-
-STEPWISE = {
-    "half": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=64, wide=4096),
-    "tf32": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=32, wide=2048, small_stages=3),
-    "fp32": Tiles(max_block_b=64, blocks_h=(16,), block_k=16, wide=512, num_stages=3, small_stages=3),
-    "fp64": Tiles(max_block_b=16, blocks_h=(16,), block_k=16, wide=512),
-}
-
-
-def stepwise(problem: Recurrence, device: Device) -> LaunchConfig:
-    """The largest tile of hidden units that still gives every multiprocessor a program."""
-    tiles = STEPWISE[problem.arithmetic]
-    block_b = min(max(power_of_two(problem.B), SMALLEST), tiles.max_block_b)
-    for block_h in tiles.blocks_h:
-        x, y, z = tiles.config(block_b, block_h).grid(problem.H, problem.B, problem.R)
-        if block_h <= problem.H and x * y * z >= device.multiprocessors:
-            break
-    return tiles.config(block_b, block_h)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A configuration and where it comes from."""
-
-    config: LaunchConfig
-    reason: str
-    measured: bool = False
-
-
-def interpreted(problem: Recurrence) -> Choice:
-    """For Triton's interpreter, whose time goes by the number of operations, not by their size."""
-    if problem.H <= 64:
-        block = max(power_of_two(problem.H), SMALLEST)
-        return Choice(LaunchConfig(16, block, block, persistent=True, resident=1), "one program has all hidden units")
-    return Choice(LaunchConfig(16, 64, 256), "the interpreter runs programs one after another, so that none may wait")
-
-
-def choose(problem: Recurrence, device: Device | None) -> Choice:
-    """The configuration for a problem; pure, so that it can be tested without a GPU.
-
-    Args:
-        problem: the recurrence.
-        device: the GPU, or None for Triton's interpreter.
-    """
-    if device is None:
-        return interpreted(problem)
-    return Choice(stepwise(problem, device), "")

@@ -13,7 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .config import Device, LaunchConfig, Recurrence, arithmetic, ceil_div, choose, rounds
+from .choose import Choice, describe, tables
+from .choose import choose as choose_config
+from .config import Device, LaunchConfig, Recurrence, arithmetic, ceil_div, rounds
 from .kernels.backward import lstm_backward_kernel
 from .kernels.forward import lstm_forward_kernel
 from .rows import Rows, accumulator_dtype
@@ -47,10 +49,27 @@ def constants(config: LaunchConfig, H: int) -> dict[str, Any]:
     return dict(
         PERSISTENT=config.persistent, SWAP=config.swap, RESIDENT=config.resident, AHEAD=config.ahead, ROWS=config.rows,
         BLOCK_B=config.block_b, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
+        enable_fp_fusion=True,
         # Where a program waits for others, the driver must let all of them run at once, or refuse.
         launch_cooperative_grid=config.persistent and not config.local(H),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def choose(problem: Recurrence, device: Device | None) -> Choice:
+    """The configuration for a problem, by what was measured on the device if anything was."""
+    return choose_config(problem, device, tables(device.name) if device else ())
+
+
+def explain(like: Tensor, T: int, H: int, B: int, R: int, needs_grad: bool) -> dict[str, str]:
+    """How the kernels would run a layer's recurrences, in words."""
+    where = device(like.device.index) if like.is_cuda else None
+    words = {}
+    for kernel in ("forward", "backward") if needs_grad else ("forward",):
+        problem = Recurrence(kernel, arithmetic(like.dtype, _tf32(like)), T, H, B, R)
+        words[kernel] = describe(choose(problem, where), problem, where)
+    return words
 
 
 def _run(kernel: str, tensors: list[Tensor | None], rows: Rows, R: int, H: int, like: Tensor, **flags: Any) -> None:

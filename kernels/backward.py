@@ -72,7 +72,7 @@ def lstm_backward_kernel(
     backwards = runs_backwards(r, DIRECTIONS)
     lengths = row_lengths(offs_b, mask_b, T, lengths_ptr, LENGTHS)
     state = (r * B + offs_b)[:, None] * H + offs_h[None, :]  # (R, B, H)
-    last = tl.minimum(last, tl.max(lengths, 0))
+    last = tl.minimum(last, tl.max(lengths, 0).to(tl.int32))
     s = last - 1
     next_rows = data_rows(last, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)
     rows = data_rows(s, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)

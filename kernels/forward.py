@@ -93,7 +93,7 @@ def lstm_forward_kernel(
         h = tl.load(h_rows[:, None] + offs_h[None, :], mask=mask_a[:, None] & mask_h[None, :], other=0.0)
     x_i, x_f, x_g, x_o = load_gates(gates_ptr, rows, r, offs_h, mask_s, R, H)
 
-    for s in tl.range(first, tl.minimum(last, tl.max(lengths, 0)), num_stages=1, disable_licm=True):
+    for s in tl.range(first, tl.minimum(last, tl.max(lengths, 0).to(tl.int32)), num_stages=1, disable_licm=True):
         if LOCAL:
             acc = accumulator(ACC, 4 * BLOCK_H, SWAP, BLOCK_B)
             acc = multiply_add(acc, h, weights[0], SWAP, PRECISION, INTERPRET_BF16)
