@@ -19,9 +19,11 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from timing import graph_of, median_us
 from workloads import WORKLOADS, Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,22 +53,47 @@ def kernel_tests() -> dict[str, Any]:
     return {"passed": report.returncode == 0, "output": report.stdout[-6000:]}
 
 
-def launch_floor() -> dict[str, float]:
-    """Microseconds that a launch costs: from Python, one after another, and within a CUDA graph."""
+def step_times() -> dict[str, Any]:
+    """Microseconds of a time step of each kernel, by what is chosen and by a launch for each step."""
     import torch
-    import triton
 
-    @triton.jit
-    def nothing(x_ptr):
-        pass
+    from fused_lstm import launch
+    from fused_lstm.choose import choose, stepwise
+    from fused_lstm.config import Recurrence
+    from fused_lstm.tune import Trial, seconds
 
-    x = torch.zeros(1, device="cuda")
+    T, device, record = 256, launch.device(0), {}
+    for H, B in ((64, 64), (128, 64), (256, 16), (512, 16), (512, 64), (768, 16), (1024, 16), (1024, 64), (512, 1024)):
+        for kernel in ("forward", "backward"):
+            problem = Recurrence(kernel, "half", T, H, B, 1)
+            trial = Trial(problem, torch.bfloat16, torch.device("cuda"))
+            found = {"chosen": choose(problem, device).config, "stepwise": next(iter(stepwise(problem)))}
+            record[f"{kernel} H={H} B={B}"] = {k: 1e6 * seconds(trial, c, 5) / T for k, c in found.items()}
+    return record
 
-    def launches() -> None:
-        for _ in range(100):
-            nothing[(1,)](x)
 
-    return {"from_python_us": median_us(launches) / 100, "in_a_graph_us": median_us(graph_of(launches)) / 100}
+def tuning() -> dict[str, Any]:
+    """The fastest of the likely configurations for the shapes of the workloads; the table goes beside the results."""
+    from fused_lstm.tune import main as tune
+
+    out = Path(os.environ.get("OUT") or ROOT / "bench" / "results")
+    arguments = [
+        "--seconds",
+        "200",
+        "--out",
+        str(out),
+        "--hidden",
+        "128",
+        "256",
+        "512",
+        "768",
+        "1024",
+        "--batch",
+        "16",
+        "64",
+    ]
+    status = tune(arguments)
+    return {"status": status, "folder": str(out)}
 
 
 def workload(case: Workload) -> dict[str, Any]:
@@ -129,44 +156,37 @@ def workload(case: Workload) -> dict[str, Any]:
     return record
 
 
-def median_us(run: Callable[[], None], repeats: int = 20) -> float:
-    """Median device time of a call in microseconds, by events, after two warm-up calls."""
-    import torch
+def floor(name: str) -> Any:
+    import floors
 
-    times = []
-    for k in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        if k >= 2:
-            times.append(1000 * start.elapsed_time(end))
-    return statistics.median(times)
+    return getattr(floors, name)()
 
 
-def graph_of(run: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of a call, ready to replay."""
-    import torch
+def correctness(name: str) -> Any:
+    from gpu_cases import CASES as cases
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return cases[name]()
 
 
-CASES: dict[str, tuple[int, Callable[[], Any]]] = {  # name: (time limit in seconds, function)
+# What must hold comes first, then the workloads, then what explains them. name: (time limit in seconds, function)
+CASES: dict[str, tuple[int, Callable[[], Any]]] = {
     "environment": (60, environment),
-    "kernel tests": (300, kernel_tests),
-    "launch floor": (60, launch_floor),
-    **{f"workload {w.name}": (60, lambda w=w: workload(w)) for w in WORKLOADS},
-}
+    **{f"schedules agree, {kind}": (240, partial(correctness, f"schedules agree, {kind}")) for kind in ("bf16", "tf32")},
+    "barrier floor": (60, partial(floor, "barrier")),
+    "step times": (120, step_times),
+    **{f"workload {w.name}": (60, partial(workload, w)) for w in WORKLOADS},
+    **{
+        name: (limit, partial(correctness, name))
+        for name, limit in {
+            "2,000 launches under load": 120, "CUDA graph": 60, "two streams": 90, "T = 70,000": 120,
+            "more than 2^31 elements": 180, "schedules agree, fp16": 240, "schedules agree, fp32": 240,
+            "200 random problems": 240, "memcheck": 180, "racecheck": 180, "choices": 60,
+        }.items()
+    },
+    "kernel tests": (400, kernel_tests),
+    "launch floor": (60, partial(floor, "launches")),
+    "tuning": (260, tuning),
+}  # fmt: skip
 
 
 def _output(*command: str) -> str:

@@ -1,8 +1,11 @@
 """What the kernels cost, read from their compilation for GPUs that need not be there.
 
-    python bench/ledger.py [--arch sm_90] [--json FILE]
+    python bench/ledger.py [--arch sm_90] [--dtype bf16] [--hidden 512] [--json FILE]
 
-Prints, for each shipped configuration: registers, spills, shared memory and tensor-core instructions. Needs Triton, no GPU.
+Prints, for each configuration that is chosen for an architecture: registers and spills of a thread, shared memory of a
+program, tensor-core instructions, barriers and instructions in the loop over time, bytes that pass through L2 in a step, and
+the loads of W_hh that stand in that loop and before it (as instructions of Triton's GPU code, one for each tile). Needs
+Triton, no GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lstm.config import LaunchConfig, arithmetic
-from fused_lstm.launch import KERNELS, constants
+from fused_lstm.choose import choose
+from fused_lstm.config import Device, LaunchConfig, Recurrence, arithmetic
+from fused_lstm.launch import FP64, KERNELS, constants
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -96,7 +102,9 @@ def w_hh_loads(ttgir: str) -> tuple[int, int]:
         operands = NAME.findall(operation)
         if operation.startswith("scf.for"):
             loop = depth if loop is None else loop
-            pointers |= {carried for carried, start in re.findall(r"(%[\w$.#-]+) = (%[\w$.#-]+)", operation) if start in pointers}
+            pointers |= {
+                carried for carried, start in re.findall(r"(%[\w$.#-]+) = (%[\w$.#-]+)", operation) if start in pointers
+            }
         elif operation.startswith(("tt.load", "ttg.async_copy_global_to_local")):
             if operands[0] in pointers:
                 inside, outside = inside + (loop is not None), outside + (loop is None)
@@ -144,51 +152,90 @@ TRAINING = {
     "forward": {"SAVE": True, "LENGTHS": True, "PACKED": False, "RESETS": True},
     "backward": {"LENGTHS": True, "PACKED": False, "RESETS": True},
 }
-ARITHMETIC = [
-    (torch.float16, False),
-    (torch.bfloat16, False),
-    (torch.float32, True),
-    (torch.float32, False),
-    (torch.float64, False),
-]
+ARITHMETIC = {
+    "fp16": (torch.float16, False), "bf16": (torch.bfloat16, False), "tf32": (torch.float32, True),
+    "fp32": (torch.float32, False), "fp64": (torch.float64, False),
+}  # fmt: skip
+# The devices for which configurations are chosen; numbers from the makers' data sheets.
+DEVICES = {
+    "sm_80": Device("A100", 108, SHARED_LIMIT["sm_80"]),
+    "sm_90": Device("H100", 132, SHARED_LIMIT["sm_90"], wgmma=True),
+    "sm_100": Device("B200", 148, SHARED_LIMIT["sm_100"], wgmma=True),
+    "gfx942": Device("MI300X", 304, SHARED_LIMIT["gfx942"]),
+}
+SIZES = [64, 128, 256, 512, 528, 640, 656, 768, 1024, 1152, 2048]  # powers of two, and padded ones of bench/workloads.py
 
 
-def rows(target: str, H: int = 512) -> list[dict[str, Any]]:
-    """One record for each shipped configuration and kernel."""
-    found = []
-    for dtype, tf32 in ARITHMETIC:
-        for config in shipped(dtype, tf32):
-            for kind, flags in TRAINING.items():
-                built = compile_kernel(kind, config, target, dtype, tf32, H, **flags)
-                name = TYPES[dtype] if arithmetic(dtype, tf32) == "half" else arithmetic(dtype, tf32)
-                found.append(
-                    {"kernel": kind, "arch": target, "dtype": name, "H": H, "config": asdict(config),
-                     "registers": built.registers, "spills": built.spills, "shared": built.shared,
-                     "tensor_core": built.tensor_core, "instructions": built.instructions.total()}
-                )  # fmt: skip
-    return found
+def kind_of(name: str) -> str:
+    return arithmetic(*ARITHMETIC[name])
+
+
+def chosen(name: str, device: Device, sizes: Sequence[int] = SIZES) -> list[tuple[Recurrence, LaunchConfig]]:
+    """What choose() picks for batches of several sizes: each configuration once for each hidden size and kernel."""
+    found = {}
+    for kernel in KERNELS:
+        for H in sizes:
+            for B in (1, 16, 64, 128, 2048):
+                problem = Recurrence(kernel, kind_of(name), 100, H, B, 1)
+                config = choose(problem, device).config
+                found.setdefault((kernel, H, replace(config, rows=config.block_b)), (problem, config))
+    return list(found.values())
+
+
+def exchanged(config: LaunchConfig, problem: Recurrence) -> int:
+    """Bytes that all programs together move through L2 in a step: states read and written, weights that are streamed."""
+    x, y, z = config.grid(problem.H, problem.B, problem.R)
+    width = problem.H * problem.element_size * (1 if problem.kernel == "forward" else 4)
+    states = 0 if config.local(problem.H) else (x + 1) * problem.B * problem.R * width
+    streamed = (config.tiles(problem.H) - config.resident) * config.block_k * 4 * config.block_h * problem.element_size
+    return states + x * y * z * streamed
+
+
+def row(name: str, target: str, problem: Recurrence, config: LaunchConfig) -> dict[str, Any]:
+    """One record of the ledger."""
+    built = compile_kernel(problem.kernel, config, target, *ARITHMETIC[name], problem.H, **TRAINING[problem.kernel])
+    return {
+        "kernel": problem.kernel, "arch": target, "dtype": name, "H": problem.H, "B": problem.B,
+        "schedule": "persistent" if config.persistent else "stepwise", "config": asdict(config),
+        "registers": built.registers, "spills": built.spills, "shared": built.shared,
+        "tensor_core": built.tensor_core, "instructions": built.instructions.total(),
+        "loop_instructions": built.loop.total(), "loop_barriers": built.loop["BAR"],
+        "loop_tensor_core": sum(built.loop[n] for n in TENSOR_CORE), "l2_bytes_per_step": exchanged(config, problem),
+        "w_hh_loads_in_loop": built.w_loads_in_loop, "w_hh_loads_before_loop": built.w_loads_before,
+    }  # fmt: skip
+
+
+COLUMNS = {
+    "arch": 7, "kernel": 8, "dtype": 5, "H": 5, "B": 5, "schedule": 10, "registers": 9, "spills": 6, "shared": 7,
+    "tensor_core": 11, "loop_tensor_core": 16, "loop_barriers": 13, "loop_instructions": 17, "l2_bytes_per_step": 17,
+    "w_hh_loads_in_loop": 18, "w_hh_loads_before_loop": 22,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=list(TARGETS), nargs="+", default=["sm_90"])
+    parser.add_argument("--dtype", choices=list(ARITHMETIC), nargs="+", default=list(ARITHMETIC))
+    parser.add_argument("--hidden", type=int, nargs="+", default=SIZES, metavar="H", help="hidden sizes, multiples of 16")
     parser.add_argument("--json", type=Path, help="write {'rows': [...]} to this file")
     args = parser.parse_args()
-    records = []
+    if any(H < 16 or H % 16 for H in args.hidden):
+        parser.error(f"--hidden should be multiples of 16, to which the layer pads, got {args.hidden}")
     print(f"Triton {triton.__version__}; registers, spills and instructions are known for NVIDIA targets only")
-    print("arch    kernel   dtype block_b block_h block_k warps registers spills shared tensor-core instructions")
+    print(*(f"{name:>{width}}" for name, width in COLUMNS.items()), "config")
+    rows = []
     for target in args.arch:
-        for row in rows(target):
-            c = row["config"]
-            print(
-                f"{row['arch']:7} {row['kernel']:8} {row['dtype']:5} {c['block_b']:7} {c['block_h']:7} {c['block_k']:7} "
-                f"{c['num_warps']:5} {row['registers']:9} {row['spills']:6} {row['shared']:6} {row['tensor_core']:11} "
-                f"{row['instructions']:12}",
-                flush=True,
-            )
-            records.append(row)
+        for name in args.dtype:
+            if name == "fp64" and not FP64:
+                print(f"{target}: fp64 needs Triton 3.9 or newer")
+                continue
+            for problem, config in chosen(name, DEVICES[target], args.hidden):
+                rows.append(row(name, target, problem, config))
+                tile = f"{config.block_b}x{config.block_h}x{config.block_k}, {config.num_warps} warps"
+                tile += f", {config.resident} tiles on chip" + (", swapped" if config.swap else "")
+                print(*(f"{rows[-1][key]:>{width}}" for key, width in COLUMNS.items()), tile, flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"triton": triton.__version__, "rows": records}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

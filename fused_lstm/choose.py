@@ -116,13 +116,10 @@ def persistent(problem: Recurrence, device: Device) -> Iterator[LaunchConfig]:
     H = problem.H
     if device.wgmma:
         for largest, options in LOCAL.get(key, {}).items():
-            if H <= largest:
+            if largest >= H:
                 block = max(power_of_two(H), 16 if problem.kernel == "forward" else 64)
                 for block_b, num_warps in options:
-                    yield LaunchConfig(
-                        block_b, block, block, num_warps, 1, persistent=True, resident=1, ahead=1, swap=True,
-                        rows=min(block_b, problem.B),
-                    )  # fmt: skip
+                    yield LaunchConfig(block_b, block, block, num_warps, persistent=True, resident=1, swap=True)
                 break
         for tile in PERSISTENT.get(key, ()):
             if tile.block_h < H:
@@ -142,10 +139,9 @@ def _resident(tile: Tile, problem: Recurrence, device: Device) -> Iterator[Launc
     config = replace(config, resident=config.tiles(problem.H))
     while config.resident and config.shared_memory(problem) > device.shared_memory:
         config = replace(config, resident=config.resident - 1)
-    rows = tile.block_b
-    while rows >= 8:
-        yield replace(config, rows=min(rows, problem.B))
-        rows //= 2
+    for rows in (8, 16, 32, 64, 128):  # whatever B is: what is compiled does not depend on it
+        if rows <= tile.block_b:
+            yield replace(config, rows=rows)
 
 
 # What the model below reckons with, in microseconds and bytes or multiply-adds per microsecond: public numbers of H100s.
@@ -223,7 +219,9 @@ def describe(choice: Choice, problem: Recurrence, device: Device | None) -> str:
         schedule = f"{problem.T} launches, one for each time step"
     else:
         n = 1 if device is None else rounds(config, problem, device)
-        schedule = "one launch for the whole sequence" if n == 1 else f"{n} launches, each for the whole sequence of some rows"
+        schedule = (
+            "one launch for the whole sequence" if n == 1 else f"{n} launches, each for the whole sequence of some rows"
+        )
         on_chip = config.resident / config.tiles(problem.H)
         schedule += ", weights on chip" if on_chip == 1 else f", {on_chip:.0%} of the weights on chip" if on_chip else ""
         schedule += ", no barrier" if config.local(problem.H) else f", a barrier among {x} programs in each step"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -22,13 +23,21 @@ def explain(
     lengths: Tensor | Sequence[int] | None = None,
     resets: Tensor | None = None,
 ) -> Plan:
-    """What would run for this call, without running it: the backend, how, why, and why not the others.
+    """What would run for this call, without running it: the backend, how, why, why not the others; and of the kernels, how
+    they are launched and whether that was measured on this device.
 
     Takes what ``lstm(...)`` takes and raises what it would raise. ``print`` the result to read it.
     """
     if not isinstance(lstm, LSTM):
         raise TypeError(f"explain expects a fused_lstm.LSTM, got: {type(lstm).__module__}.{type(lstm).__name__}")
-    return choose_backend(lstm.problem(input, hx, lengths=lengths, resets=resets), lstm.backend)
+    problem = lstm.problem(input, hx, lengths=lengths, resets=resets)
+    plan = choose_backend(problem, lstm.backend)
+    if plan.backend == "triton":
+        from . import launch
+
+        device = (input.data if isinstance(input, PackedSequence) else input).device
+        plan = replace(plan, kernels=launch.explain(problem, device))
+    return plan
 
 
 def replace_lstm(model: M, backend: str = "auto") -> M:

@@ -39,9 +39,11 @@ class Plan:
     how: str
     reason: str
     rejected: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)  # how each Triton kernel is launched, filled in by explain()
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.how})", f"because: {self.reason}"]
+        lines += [f"{kernel} pass: {launches}" for kernel, launches in self.kernels.items()]
         return "\n".join(lines + [f"not {name}: {why}" for name, why in self.rejected.items()])
 
 
@@ -79,7 +81,7 @@ def supports_triton(p: Problem) -> tuple[bool, str]:
         return False, "TRITON_INTERPRET is set, and Triton's interpreter takes CPU tensors only"
     if p.dtype == torch.float64 and not fp64_compiles():
         return False, "fp64 needs Triton 3.9 or newer, whose compiler takes its products"
-    return True, "a fused launch per time step"
+    return True, "fused kernels"
 
 
 def supports_aten(p: Problem) -> tuple[bool, str]:

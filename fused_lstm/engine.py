@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .autograd import FusedLSTMFunction
+from .config import ALIGNMENT
 from .spec import Result, Runner, Sequences, Stack, in_fp32, weight_groups
 
 
@@ -37,10 +38,6 @@ def layers(engine: str) -> Runner:
         return x, h_n, c_n
 
     return run_layers
-
-
-# The kernels read rows of h and W_hh in vectors of 16 elements.
-ALIGNMENT = 16
 
 
 def _layer(

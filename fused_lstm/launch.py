@@ -6,6 +6,7 @@ This module needs Triton; nothing else in the package imports it before a kernel
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from .choose import Choice, describe, tables
 from .choose import choose as choose_config
-from .config import Device, LaunchConfig, Recurrence, arithmetic, ceil_div, rounds
+from .config import ALIGNMENT, Device, LaunchConfig, Recurrence, arithmetic, ceil_div, rounds
+from .dispatch import Problem
 from .kernels.backward import lstm_backward_kernel
 from .kernels.forward import lstm_forward_kernel
 from .rows import Rows, accumulator_dtype
@@ -56,30 +58,50 @@ def constants(config: LaunchConfig, H: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-@lru_cache(maxsize=None)
-def choose(problem: Recurrence, device: Device | None) -> Choice:
-    """The configuration for a problem, by what was measured on the device if anything was."""
+@lru_cache(maxsize=4096)
+def _choose(problem: Recurrence, device: Device | None) -> Choice:
     return choose_config(problem, device, tables(device.name) if device else ())
 
 
-def explain(like: Tensor, T: int, H: int, B: int, R: int, needs_grad: bool) -> dict[str, str]:
-    """How the kernels would run a layer's recurrences, in words."""
-    where = device(like.device.index) if like.is_cuda else None
+def choose(problem: Recurrence, device: Device | None) -> Choice:
+    """The configuration for a problem, by what was measured on the device if anything was; the same for all T > 1."""
+    return _choose(replace(problem, T=min(problem.T, 2)), device)
+
+
+def explain(call: Problem, where: torch.device) -> dict[str, str]:
+    """How the kernels would run a call, in words, for each kernel."""
+    gpu = device(where.index) if where.type == "cuda" else None
+    kind = arithmetic(call.dtype, where.type == "cuda" and tf32_allowed())
+    H = ceil_div(call.hidden_size, ALIGNMENT) * ALIGNMENT
     words = {}
-    for kernel in ("forward", "backward") if needs_grad else ("forward",):
-        problem = Recurrence(kernel, arithmetic(like.dtype, _tf32(like)), T, H, B, R)
-        words[kernel] = describe(choose(problem, where), problem, where)
+    for kernel in ("forward", "backward") if call.needs_grad else ("forward",):
+        problem = Recurrence(kernel, kind, call.T, H, call.B, 2 if call.bidirectional else 1)
+        words[kernel] = describe(choose(problem, gpu), problem, gpu)
     return words
 
 
-def _run(kernel: str, tensors: list[Tensor | None], rows: Rows, R: int, H: int, like: Tensor, **flags: Any) -> None:
+def problem_of(kernel: str, rows: Rows, like: Tensor, R: int, H: int) -> Recurrence:
+    tf32 = like.dtype == torch.float32 and like.is_cuda and tf32_allowed()
+    return Recurrence(kernel, arithmetic(like.dtype, tf32), rows.T, H, rows.B, R)
+
+
+def _run(
+    kernel: str,
+    tensors: list[Tensor | None],
+    rows: Rows,
+    R: int,
+    H: int,
+    like: Tensor,
+    config: LaunchConfig | None,
+    **flags: bool,
+) -> None:
     """Launch a kernel for all steps, by the schedule chosen. ``tensors`` are its buffers up to the row map's."""
     B = rows.B
     if not B:
         return
-    problem = Recurrence(kernel, arithmetic(like.dtype, _tf32(like)), rows.T, H, B, R)
+    problem = problem_of(kernel, rows, like, R, H)
     where = device(like.device.index) if like.is_cuda else None
-    config = choose(problem, where).config
+    config = config or choose(problem, where).config
     x, y, z = config.grid(H, B, R)
     meta = dict(
         R=R, H=H, DIRECTIONS=rows.directions,
@@ -115,10 +137,6 @@ def launch(kernel: str, grid: tuple[int, int, int], args: tuple, meta: dict[str,
     KERNELS[kernel][grid](*args, **meta)
 
 
-def _tf32(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.is_cuda and tf32_allowed()
-
-
 def recurrence_forward(
     gates: Tensor,  # (N, R, 4, H) in: x @ W_ih^T + biases; out, if c_all is given: activated gates
     w_hh: Tensor,  # (R, 4H, H)
@@ -127,6 +145,7 @@ def recurrence_forward(
     rows: Rows,
     y: Tensor,  # (N, R, H) out
     c_all: Tensor | None,  # (N, R, H) out
+    config: LaunchConfig | None = None,  # None: by choose()
 ) -> tuple[Tensor, Tensor]:
     """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
     R, _, H = c0.shape
@@ -136,7 +155,7 @@ def recurrence_forward(
     else:  # a row without steps keeps its initial state
         h_n, c_n = torch.zeros_like(c0) if h0 is None else h0.clone(), c0.to(dtype, copy=True)
     tensors = [gates, w_hh, y, y if c_all is None else c_all, c0 if h0 is None else h0, c0, h_n, c_n]
-    _run("forward", tensors, rows, R, H, gates, HAS_H0=h0 is not None, SAVE=c_all is not None)
+    _run("forward", tensors, rows, R, H, gates, config, HAS_H0=h0 is not None, SAVE=c_all is not None)
     return h_n, c_n.to(c0.dtype)
 
 
@@ -153,10 +172,11 @@ def recurrence_backward(
     rows: Rows,
     dgates: Tensor,  # (N, R, 4, H) out
     h_prev: Tensor,  # (N, R, H) out
+    config: LaunchConfig | None = None,  # None: by choose()
 ) -> Tensor:
     """The backward recurrence. Returns dc_0, (R, B, H)."""
     R, _, H = c0.shape
     dc = dc_n.to(accumulator_dtype(dc_n.dtype), copy=True)
     tensors = [dy, dh_n, dc, gates, c_all, y, c0 if h0 is None else h0, c0, w_hh, dgates, h_prev]
-    _run("backward", tensors, rows, R, H, gates, HAS_H0=h0 is not None)
+    _run("backward", tensors, rows, R, H, gates, config, HAS_H0=h0 is not None)
     return dc.to(dc_n.dtype)

@@ -27,9 +27,17 @@ dc_ptr         (R, B, H)           running gradient by the cell state, in the ac
                                    out, dc_0
 dgates_ptr     (N, R, 4, H)        gradient by the pre-activations
 h_prev_ptr     (N, R, H)           out: hidden state before each step, the other factor of dW_hh
+arrived_ptr    (R, tiles, 16)      int64, zero at the start: arrivals at the barrier of each batch tile (PERSISTENT)
 =============  ==================  ==========================================================================
 
-A program owns BLOCK_H hidden units, of all four gates, for BLOCK_B batch rows of one recurrence.
+A program owns BLOCK_H hidden units, of all four gates, for ROWS batch rows of one recurrence, in tiles of BLOCK_B rows.
+
+One body serves two schedules. With a launch for each time step (last = first + 1) a program reads its part of the state
+before the step and writes that after it. With one launch for the sequence (PERSISTENT) it keeps its weights and its cell
+state on chip, and passes the hidden state (backwards: dgates) to the others of its batch tile and recurrence through h_ptr
+(dgates_ptr), with a barrier among them in each step. A step is, in this order: wait until all have published the state
+before; multiply it with the weights; the cell; publish; arrive; then what nobody waits for: saving for the backward pass, and
+loading what the next step needs. Programs that have all units themselves (BLOCK_H >= H) exchange nothing and wait for nobody.
 """
 
 if __name__ != "fused_lstm.kernels":

@@ -1,6 +1,6 @@
-"""Backward recurrence: dh = dy_t + dgates_{t+1} @ W_hh and the cell's gradients, fused; the two schedules of the forward one.
+"""Backward recurrence: dh = dy_t + dgates_{t+1} @ W_hh and the cell's gradients, fused.
 
-The buffers and their shapes are in the glossary of this package (kernels/__init__.py).
+The two schedules are those of the forward kernel. The buffers and their shapes are in the glossary of this package (kernels/__init__.py).
 """
 
 import triton

@@ -40,8 +40,9 @@ def resident_weights(
     tiles = ()
     for segment in tl.static_range(SEGMENTS):
         for q in tl.static_range(RESIDENT):
-            tiles = tiles + (weight_tile(w_cols, mask_n, segment, q * BLOCK_K, H, STRIDE_K, BLOCK_K),)
-            tl.debug_barrier()
+            tile = weight_tile(w_cols, mask_n, segment, q * BLOCK_K, H, STRIDE_K, BLOCK_K)
+            tiles = tiles + (tile,)  # noqa: RUF005 -- Triton knows no unpacking
+            tl.debug_barrier()  # one tile after another: all at once would not fit into registers
     return tiles
 
 
@@ -83,7 +84,8 @@ def product(
         queue = ()  # loads under way, AHEAD of the tile that is multiplied
         for q in tl.static_range(RESIDENT + AHEAD):
             if q < RESIDENT:
-                queue = queue + (state_tile(a_rows, mask_rows, segment, q * BLOCK_K, H, BLOCK_K),)
+                tile = state_tile(a_rows, mask_rows, segment, q * BLOCK_K, H, BLOCK_K)
+                queue = queue + (tile,)  # noqa: RUF005
             if q >= AHEAD:
                 w = resident[segment * RESIDENT + q - AHEAD]
                 acc = multiply_add(acc, queue[q - AHEAD], w, SWAP, PRECISION, INTERPRET_BF16)

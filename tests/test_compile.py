@@ -8,8 +8,8 @@ import pytest
 import torch
 from checks import skip_unless_it_compiles
 
-from fused_lstm.choose import choose, persistent, stepwise
-from fused_lstm.config import Device, LaunchConfig, Recurrence, refusal
+from fused_lstm.choose import choose, stepwise
+from fused_lstm.config import Device, LaunchConfig, Recurrence
 
 pytestmark = pytest.mark.compile
 
@@ -62,7 +62,9 @@ def check(name: str, kernel: str, H: int, config: LaunchConfig, target: str, fla
         tiles = 4 * config.tiles(H) if kernel == "backward" else config.tiles(H)
         resident = 4 * config.resident if kernel == "backward" else config.resident
         assert built.w_loads_before == resident, f"{what}: {built.w_loads_before} loads of W_hh before the loop over time"
-        assert (built.w_loads_in_loop > 0) == (resident < tiles), f"{what}: {built.w_loads_in_loop} loads of W_hh in the loop"
+        assert (built.w_loads_in_loop > 0) == (resident < tiles), (
+            f"{what}: {built.w_loads_in_loop} loads of W_hh in the loop"
+        )
     if target == "sm_90":
         assert built.spills == 0, f"{what}: {built.spills} bytes spilled"
         assert (built.tensor_core > 0) == (name != "fp32"), f"{what}: {built.tensor_core} tensor-core instructions"
@@ -89,7 +91,7 @@ def test_chosen_configurations_of_an_h100(name: str, kernel: str, H: int) -> Non
     largest = 1152 if kind(name) == "half" else 656 if name == "tf32" else 512
     chosen = [(p, c) for p, c in shipped(name, H100) if p.kernel == kernel and p.H == H]
     assert all(config.persistent for _, config in chosen)
-    if H <= largest:
+    if largest >= H:
         assert all(config.resident == config.tiles(H) for _, config in chosen)
     for n, (_, config) in enumerate(chosen):
         check(name, kernel, H, config, "sm_90", FLAGS[kernel][n % 3])

@@ -1,0 +1,201 @@
+"""Measure the launch configurations on this machine's GPU and keep the fastest.
+
+    python -m fused_lstm.tune [--hidden 256 512] [--batch 16 64] [--dtype bf16 tf32] [--directions 1 2] [--steps 128]
+
+Writes a table for this device to $FUSED_LSTM_CONFIGS, else to fused_lstm/ in the user's cache folder. From then on the layer
+takes what was measured fastest for a problem's kernel, arithmetic, hidden size, recurrences and batch size (up to the next
+power of two); other problems are left to the heuristic. Nothing is measured at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .choose import Choice, choose, entry, estimate, file_name, persistent, stepwise, user_folder, write_table
+from .config import Device, LaunchConfig, Recurrence, refusal
+from .rows import Rows
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+KINDS = {"fp16": "half", "bf16": "half"}
+
+
+def candidates(problem: Recurrence, device: Device, at_most: int) -> list[LaunchConfig]:
+    """The configurations that are worth measuring: those the model of their time likes best, of both schedules."""
+    found = {*stepwise(problem)}
+    if problem.T > 1:
+        found |= {c for c in persistent(problem, device) if refusal(c, problem, device) is None}
+    return sorted(found, key=lambda config: estimate(config, problem, device))[:at_most]
+
+
+class Trial:
+    """One problem's buffers, and its recurrence by any configuration."""
+
+    def __init__(self, problem: Recurrence, dtype: torch.dtype, where: torch.device) -> None:
+        T, H, B, R = problem.T, problem.H, problem.B, problem.R
+        self.problem, generator = problem, torch.Generator(where).manual_seed(0)
+
+        def numbers(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator, device=where) * scale).to(dtype)
+
+        self.rows = Rows(T, B, False, 2 if R == 2 else 1, None, None)
+        self.w_hh = numbers(R, 4 * H, H, scale=H**-0.5)
+        self.x = numbers(T * B, R, 4, H)
+        self.state = [numbers(R, B, H) for _ in range(4)]  # h0, c0, dh_n, dc_n
+        self.dy = numbers(T * B, R, H)
+        self.gates, self.y, self.c = self.x.clone(), torch.empty_like(self.dy), torch.empty_like(self.dy)
+        self.out = torch.empty_like(self.x), torch.empty_like(self.dy)
+
+    def prepare(self) -> None:
+        """Undo what a forward pass did to its input."""
+        if self.problem.kernel == "forward":
+            self.gates.copy_(self.x)
+
+    def run(self, config: LaunchConfig) -> Tensor:
+        from . import launch
+
+        h0, c0, dh_n, dc_n = self.state
+        if self.problem.kernel == "forward":
+            launch.recurrence_forward(self.gates, self.w_hh, h0, c0, self.rows, self.y, self.c, config)
+            return self.y
+        launch.recurrence_backward(
+            self.dy, dh_n, dc_n, self.gates, self.c, self.y, h0, c0, self.w_hh, self.rows, *self.out, config
+        )
+        return self.out[0]
+
+
+def seconds(trial: Trial, config: LaunchConfig, repeats: int = 7) -> float:
+    """Median time of a run after a first one, which compiles."""
+    cuda, times = trial.x.is_cuda, []
+    for n in range(repeats + 1):
+        trial.prepare()
+        if cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            trial.run(config)
+            end.record()
+            end.synchronize()
+            elapsed = begin.elapsed_time(end) / 1000
+        else:
+            start = time.perf_counter()
+            trial.run(config)
+            elapsed = time.perf_counter() - start
+        if n:
+            times.append(elapsed)
+    return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The fastest configuration of a problem, the heuristic's, and their seconds."""
+
+    problem: Recurrence
+    best: LaunchConfig
+    best_seconds: float
+    heuristic: Choice
+    heuristic_seconds: float
+    measured: int
+
+    def __str__(self) -> str:
+        p, c = self.problem, self.best
+        return (
+            f"{p.kernel:8} {p.arithmetic:4} H={p.H:<5} B={p.B:<5} R={p.R}: {1e6 * self.best_seconds / p.T:8.2f} us/step, "
+            f"{self.heuristic_seconds / self.best_seconds:.2f}x the heuristic's, best of {self.measured}: "
+            f"{'persistent' if c.persistent else 'stepwise'} {c.block_b}x{c.block_h}x{c.block_k} rows={c.rows} "
+            f"warps={c.num_warps} resident={c.resident}{' swapped' if c.swap else ''}"
+        )
+
+
+def tune(trial: Trial, device: Device, at_most: int, timer: Callable[[Trial, LaunchConfig], float] = seconds) -> Result:
+    """Measure a problem's candidates. One whose result is not the reference's is refused, with a warning on stderr."""
+    problem = trial.problem
+    heuristic = choose(problem, device)
+    configs = dict.fromkeys([heuristic.config, *candidates(problem, device, at_most)])
+    trial.prepare()
+    reference = trial.run(next(iter(stepwise(problem)))).double()
+    tolerance = 64 * torch.finfo(trial.x.dtype if problem.arithmetic != "tf32" else torch.float16).eps
+    times = {}
+    for config in configs:
+        try:
+            trial.prepare()
+            error = ((trial.run(config).double() - reference).norm() / reference.norm()).item()
+            if not error <= tolerance:
+                raise ArithmeticError(f"relative error {error:.1e}, expected at most {tolerance:.1e}")
+            times[config] = timer(trial, config)
+        except (RuntimeError, ArithmeticError) as problem_with_it:
+            print(f"not taken: {config}: {problem_with_it}", file=sys.stderr)
+    if not times:
+        raise RuntimeError(f"no configuration runs {problem} on {device.name}")
+    best = min(times, key=lambda config: times[config])
+    return Result(problem, best, times[best], heuristic, times.get(heuristic.config, float("nan")), len(times))
+
+
+def problems(hidden: Iterable[int], batch: Iterable[int], kind: str, directions: Iterable[int], T: int) -> list[Recurrence]:
+    return [
+        Recurrence(kernel, kind, T, H, B, R)
+        for H in hidden for B in batch for R in directions for kernel in ("forward", "backward")
+    ]  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_lstm.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 256, 512, 768, 1024], metavar="H")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], metavar="B")
+    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=["bf16", "tf32"])
+    parser.add_argument("--directions", type=int, choices=[1, 2], nargs="+", default=[1])
+    parser.add_argument("--steps", type=int, default=128, metavar="T", help="time steps of a trial")
+    parser.add_argument("--candidates", type=int, default=8, help="configurations to measure for each problem")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many, keeping what is measured")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the table (default: the user's)")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("fused_lstm.tune needs a CUDA or ROCm device, and torch sees none here", file=sys.stderr)
+        return 2
+    if min(*args.hidden, *args.batch, args.steps, args.candidates) < 1:
+        parser.error("--hidden, --batch, --steps and --candidates should be at least 1")
+    from . import launch
+    from .config import ALIGNMENT, ceil_div
+
+    device = launch.device(torch.cuda.current_device())
+    path = (args.out or user_folder()) / file_name(device.name)
+    about = {
+        "device": device.name, "torch": torch.__version__, "triton": launch.triton.__version__,
+        "fused_lstm": __version__, "date": date.today().isoformat(),
+    }  # fmt: skip
+    hidden = sorted({ceil_div(H, ALIGNMENT) * ALIGNMENT for H in args.hidden})  # as the layer pads them
+    work = [
+        (name, p)
+        for name in args.dtype
+        for p in problems(hidden, args.batch, KINDS.get(name, name), args.directions, args.steps)
+    ]
+    end = time.monotonic() + args.seconds
+    tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        for n, (name, problem) in enumerate(work, 1):
+            if time.monotonic() > end:
+                print(f"out of time: {len(work) - n + 1} of {len(work)} problems were not measured", file=sys.stderr)
+                break
+            torch.backends.cudnn.allow_tf32 = name == "tf32"
+            result = tune(Trial(problem, DTYPES[name], torch.device("cuda")), device, args.candidates)
+            write_table(path, [entry(problem, result.best, 1e6 * result.best_seconds / problem.T)], about)
+            print(f"{n}/{len(work)} {result}", flush=True)
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
