@@ -50,9 +50,9 @@ class LaunchConfig:
     """How one kernel is cut into programs and compiled.
 
     A program owns ``block_h`` hidden units of ``rows`` batch rows, in a tile of ``block_b``, and walks its reduction in
-    tiles of ``block_k``. The schedule is a launch for each time step, or, if ``persistent``, one for all of them; then the first
-    ``resident`` tiles of the weights of each gate stay on chip, and the rest is streamed. ``swap`` puts the gates where
-    the tensor cores have their 64 rows, for small batch tiles; ``ahead`` loads of states are under way at a time.
+    tiles of ``block_k``. The schedule is a launch for each time step, or, if ``persistent``, one for all of them; then the
+    first ``resident`` tiles of the weights of each gate stay on chip, and the rest is streamed. ``swap`` puts the gates
+    where the tensor cores have their 64 rows, for small batch tiles; ``ahead`` loads of states are under way at a time.
     """
 
     block_b: int

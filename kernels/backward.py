@@ -1,6 +1,7 @@
 """Backward recurrence: dh = dy_t + dgates_{t+1} @ W_hh and the cell's gradients, fused.
 
-The two schedules are those of the forward kernel. The buffers and their shapes are in the glossary of this package (kernels/__init__.py).
+The two schedules are those of the forward kernel; the buffers and their shapes are in the glossary of this package
+(kernels/__init__.py).
 """
 
 import triton
