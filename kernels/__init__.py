@@ -37,7 +37,7 @@ before the step and writes that after it. With one launch for the sequence (PERS
 state on chip, and passes the hidden state (backwards: dgates) to the others of its batch tile and recurrence through h_ptr
 (dgates_ptr), with a barrier among them in each step. A step is, in this order: wait until all have published the state
 before; multiply it with the weights; the cell; publish; arrive; then what nobody waits for: saving for the backward pass,
-and loading what the next step needs. Programs that have all units themselves (BLOCK_H >= H) exchange nothing and do not wait.
+and loading what the next step needs. Programs that have all units (BLOCK_H >= H) exchange nothing and do not wait.
 """
 
 if __name__ != "fused_lstm.kernels":
