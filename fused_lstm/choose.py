@@ -17,32 +17,20 @@ from typing import Any, NamedTuple
 from .config import SMALLEST, Device, LaunchConfig, Recurrence, ceil_div, power_of_two, refusal, rounds
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """The tiles open to the stepwise schedule for one kind of arithmetic.
-
-    Bounded by registers (no spills on sm_90) and by the 64 KB of shared memory that every target has; tests/test_compile.py
-    compiles each of them for each target.
-    """
+class Tiles(NamedTuple):
+    """The tiles open to the stepwise schedule for one kind of arithmetic; with 8 warps none of them spills on sm_90."""
 
     max_block_b: int
-    blocks_h: tuple[int, ...]  # largest first
+    blocks_h: tuple[int, ...]
     block_k: int
-    wide: int  # tiles of at least this many elements take 8 warps
     num_stages: int = 2
-    small_stages: int = 2  # of tiles with fewer than 512 elements
-
-    def config(self, block_b: int, block_h: int) -> LaunchConfig:
-        num_warps = 8 if block_b * block_h >= self.wide else 4
-        num_stages = self.small_stages if block_b * block_h < 512 else self.num_stages
-        return LaunchConfig(block_b, block_h, self.block_k, num_warps, num_stages)
 
 
 STEPWISE = {
-    "half": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=64, wide=4096),
-    "tf32": Tiles(max_block_b=64, blocks_h=(32, 16), block_k=32, wide=2048, small_stages=3),
-    "fp32": Tiles(max_block_b=64, blocks_h=(16,), block_k=16, wide=512, num_stages=3, small_stages=3),
-    "fp64": Tiles(max_block_b=16, blocks_h=(16,), block_k=16, wide=512),
+    "half": Tiles(64, (32, 16), 64),
+    "tf32": Tiles(64, (32, 16), 32),
+    "fp32": Tiles(64, (16,), 16, num_stages=3),
+    "fp64": Tiles(16, (16,), 16),
 }
 
 
@@ -107,7 +95,7 @@ def stepwise(problem: Recurrence) -> Iterator[LaunchConfig]:
     block_b = min(max(power_of_two(problem.B), SMALLEST), tiles.max_block_b)
     for block_h in tiles.blocks_h:
         if block_h <= max(problem.H, SMALLEST):
-            yield tiles.config(block_b, block_h)
+            yield LaunchConfig(block_b, block_h, tiles.block_k, num_warps=8, num_stages=tiles.num_stages)
 
 
 def persistent(problem: Recurrence, device: Device) -> Iterator[LaunchConfig]:

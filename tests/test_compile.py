@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from checks import skip_unless_it_compiles
 
-from fused_lstm.choose import choose, stepwise
-from fused_lstm.config import Device, LaunchConfig, Recurrence
+from fused_lstm.choose import choose, persistent, stepwise
+from fused_lstm.config import LaunchConfig, Recurrence, refusal
 
 pytestmark = pytest.mark.compile
 
-ARITHMETIC = {
-    "fp16": (torch.float16, False), "bf16": (torch.bfloat16, False), "tf32": (torch.float32, True),
-    "fp32": (torch.float32, False), "fp64": (torch.float64, False),
-}  # fmt: skip
+NAMES = ("fp16", "bf16", "tf32", "fp32", "fp64")
 FLAGS = {
     "forward": [
         {"SAVE": True, "LENGTHS": False, "PACKED": False, "RESETS": False, "DIRECTIONS": 1},
@@ -29,72 +24,76 @@ FLAGS = {
         {"LENGTHS": True, "PACKED": True, "RESETS": False, "DIRECTIONS": 2, "R": 2, "HAS_H0": False},
     ],
 }
-H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 * 1024, wgmma=True)
-SIZES = [16, 64, 128, 256, 512, 528, 640, 656, 768, 1024, 1152]  # powers of two, and those of bench/workloads.py
+SIZES = [64, 128, 256, 512, 528, 640, 656, 768, 1024, 1152, 2048]
 
 
-def kind(name: str) -> str:
-    return "half" if name in ("fp16", "bf16") else name
-
-
-def shipped(name: str, device: Device) -> list[tuple[Recurrence, LaunchConfig]]:
-    """What choose() picks for some problems of one arithmetic, each pair of size and tiles once."""
-    found = {}
-    for kernel in ("forward", "backward"):
-        for H in SIZES:
-            for B in (1, 16, 64, 128, 2048):
-                problem = Recurrence(kernel, kind(name), 100, H, B, 1)
-                config = choose(problem, device).config
-                found[kernel, H, replace(config, rows=config.block_b)] = problem, config
-    return list(found.values())
-
-
-def check(name: str, kernel: str, H: int, config: LaunchConfig, target: str, flags: dict[str, object]) -> None:
+def check(name: str, problem: Recurrence, config: LaunchConfig, target: str, flags: dict[str, object]) -> None:
     import ledger
 
-    dtype, tf32 = ARITHMETIC[name]
-    built = ledger.compile_kernel(kernel, config, target, dtype, tf32, H=H, **flags)
-    what = f"{kernel} {name} H={H} {config} {flags} on {target}"
+    dtype, tf32 = ledger.ARITHMETIC[name]
+    built = ledger.compile_kernel(problem.kernel, config, target, dtype, tf32, H=problem.H, **flags)
+    what = f"{name} {problem} {config} {flags} on {target}"
     assert built.shared <= ledger.SHARED_LIMIT[target], f"{what}: {built.shared} bytes of shared memory"
     if config.persistent:
-        bound = config.shared_memory(Recurrence(kernel, kind(name), 100, H, 64, 1))
+        bound = config.shared_memory(problem)
         assert built.shared <= bound, f"{what}: {built.shared} bytes of shared memory, expected at most {bound}"
-        tiles = 4 * config.tiles(H) if kernel == "backward" else config.tiles(H)
-        resident = 4 * config.resident if kernel == "backward" else config.resident
-        assert built.w_loads_before == resident, f"{what}: {built.w_loads_before} loads of W_hh before the loop over time"
-        assert (built.w_loads_in_loop > 0) == (resident < tiles), (
-            f"{what}: {built.w_loads_in_loop} loads of W_hh in the loop"
-        )
+        segments = 4 if problem.kernel == "backward" else 1
+        before, whole = segments * config.resident, config.resident == config.tiles(problem.H)
+        assert built.w_loads_before == before, f"{what}: {built.w_loads_before} loads of W_hh before the loop, not {before}"
+        assert (built.w_loads_in_loop == 0) == whole, f"{what}: {built.w_loads_in_loop} loads of W_hh in the loop over time"
     if target == "sm_90":
         assert built.spills == 0, f"{what}: {built.spills} bytes spilled"
         assert (built.tensor_core > 0) == (name != "fp32"), f"{what}: {built.tensor_core} tensor-core instructions"
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("name", ARITHMETIC)
+@pytest.mark.parametrize("name", NAMES)
 def test_stepwise_configurations(name: str, target: str) -> None:
     import ledger
 
-    skip_unless_it_compiles(ARITHMETIC[name][0])
-    configs = {c for B in (16, 32, 64) for c in stepwise(Recurrence("forward", kind(name), 100, 512, B, 1))}
-    for config in configs:
-        for kernel, variants in FLAGS.items():
+    skip_unless_it_compiles(ledger.ARITHMETIC[name][0])
+    for kernel, variants in FLAGS.items():
+        problems = [Recurrence(kernel, ledger.kind_of(name), 100, 512, B, 1) for B in (16, 32, 64)]
+        for config, problem in {c: p for p in problems for c in stepwise(p)}.items():
             for flags in variants if target == "sm_90" else [ledger.TRAINING[kernel]]:
-                check(name, kernel, 512, config, target, flags)
+                check(name, problem, config, target, flags)
 
 
 @pytest.mark.parametrize("H", SIZES)
-@pytest.mark.parametrize("kernel", FLAGS)
-@pytest.mark.parametrize("name", ["bf16", "fp16", "tf32", "fp32"])
-def test_chosen_configurations_of_an_h100(name: str, kernel: str, H: int) -> None:
-    """What choose() picks: no spills, weights on chip and out of the loop over time."""
-    largest = 1152 if kind(name) == "half" else 656 if name == "tf32" else 512
-    chosen = [(p, c) for p, c in shipped(name, H100) if p.kernel == kernel and p.H == H]
-    assert all(config.persistent for _, config in chosen)
-    if largest >= H:
-        assert all(config.resident == config.tiles(H) for _, config in chosen)
-    for n, (_, config) in enumerate(chosen):
-        check(name, kernel, H, config, "sm_90", FLAGS[kernel][n % 3])
+@pytest.mark.parametrize("name", ["bf16", "tf32", "fp32"])
+def test_what_an_h100_runs(name: str, H: int) -> None:
+    """What is chosen for each hidden size: persistent, weights on chip and out of the loop over time, no spills."""
+    import ledger
+
+    device = ledger.DEVICES["sm_90"]
+    largest = {"bf16": 1152, "tf32": 656, "fp32": 512}[name]
+    for n, (problem, config) in enumerate(ledger.chosen(name, device, [H])):
+        if largest >= H:
+            assert config.persistent
+            assert config.resident == config.tiles(H)
+        check(name, problem, config, "sm_90", FLAGS[problem.kernel][n % 3])
+
+
+@pytest.mark.parametrize("H", [64, 528, 768])
+def test_fp16_is_compiled_like_bf16(H: int) -> None:
+    import ledger
+
+    for problem, config in ledger.chosen("fp16", ledger.DEVICES["sm_90"], [H]):
+        check("fp16", problem, config, "sm_90", FLAGS[problem.kernel][0])
+
+
+@pytest.mark.parametrize("name", ["bf16", "tf32"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_persistent_configurations_of_other_devices(name: str, target: str) -> None:
+    import ledger
+
+    device = ledger.DEVICES[target]
+    for kernel in FLAGS:
+        for H in (64, 256):
+            problem = Recurrence(kernel, ledger.kind_of(name), 100, H, 64, 1)
+            runnable = [c for c in persistent(problem, device) if refusal(c, problem, device) is None]
+            for config in {choose(problem, device).config, *runnable[:1]}:
+                check(name, problem, config, target, ledger.TRAINING[kernel])
 
 
 def test_a_spilling_configuration_is_seen() -> None:
@@ -103,6 +102,18 @@ def test_a_spilling_configuration_is_seen() -> None:
     greedy = LaunchConfig(block_b=128, block_h=64, block_k=64, num_warps=4)
     built = ledger.compile_kernel("forward", greedy, "sm_90", torch.float16, False, H=512, **FLAGS["forward"][0])
     assert built.spills > 0
+
+
+def test_loads_within_the_loop_over_time_are_seen() -> None:
+    import ledger
+
+    for resident, expected in ((8, (0, 8)), (3, (None, 3)), (0, (None, 0))):
+        config = LaunchConfig(64, 16, 64, persistent=True, resident=resident)
+        built = ledger.compile_kernel("forward", config, "sm_90", torch.float16, False, H=512, **FLAGS["forward"][0])
+        assert built.w_loads_before == expected[1]
+        assert (built.w_loads_in_loop == 0) == (expected[0] == 0)
+        assert 0 < built.loop.total() < built.instructions.total()
+        assert built.loop["BAR"] > 0
 
 
 @pytest.mark.parametrize("kernel", FLAGS)
@@ -116,3 +127,22 @@ def test_offsets_are_64_bit(kernel: str) -> None:
             products = [line for line in built.ttir.splitlines() if "arith.muli" in line and "tensor<" in line]
             assert any("xi64>" in line for line in products)
             assert not [line for line in products if "xi32>" in line]
+
+
+@pytest.mark.parametrize("arguments", [["--arch", "sm_80", "--dtype", "bf16", "--hidden", "64"]])
+def test_the_command_writes_its_rows(arguments: list[str], tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    import json
+    import sys
+
+    import ledger
+
+    file = tmp_path / "ledger.json"
+    monkeypatch.setattr(sys, "argv", ["ledger.py", *arguments, "--json", str(file)])
+    ledger.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert {r["kernel"] for r in rows} == {"forward", "backward"}
+    for r in rows:
+        assert {"arch", "config", "registers", "spills", "shared", "l2_bytes_per_step", "loop_barriers"} <= r.keys()
+        assert r["arch"] == "sm_80"
+        assert r["registers"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
