@@ -22,7 +22,7 @@ class FusedLSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        *tensors, directions, batch_first, save, engine = inputs
+        *tensors, directions, batch_first, save, engine = inputs[:14]
         y, _, _, gates, c_all = output
         ctx.mark_non_differentiable(gates, c_all)
         ctx.set_materialize_grads(False)
@@ -41,7 +41,7 @@ class FusedLSTMFunction(torch.autograd.Function):
         dc_n = state.new_zeros(state.shape) if dc_n is None else dc_n
         needs = list(ctx.needs_input_grad[:N_INPUTS])
         grads = FusedLSTMBackward.apply(dy, dh_n, dc_n, *tensors, y, gates, c_all, *ctx.options, needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(ctx.needs_input_grad) - N_INPUTS)
 
 
 class FusedLSTMBackward(torch.autograd.Function):

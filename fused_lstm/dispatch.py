@@ -29,6 +29,7 @@ class Problem(NamedTuple):
     lengths: bool = False
     resets: bool = False
     needs_grad: bool = False
+    recompute: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Stack:
     dropout: float  # 0 unless training
     bidirectional: bool
     batch_first: bool
+    recompute: bool = False  # gates are not kept for the backward pass, which computes them again
 
     @property
     def directions(self) -> int:
