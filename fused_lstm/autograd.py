@@ -41,7 +41,8 @@ class FusedLSTMFunction(torch.autograd.Function):
         dc_n = state.new_zeros(state.shape) if dc_n is None else dc_n
         needs = list(ctx.needs_input_grad[:N_INPUTS])
         grads = FusedLSTMBackward.apply(dy, dh_n, dc_n, *tensors, y, gates, c_all, *ctx.options, needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(ctx.needs_input_grad) - N_INPUTS)
+        others = len(ctx.needs_input_grad) - N_INPUTS  # torch leaves out what is given as its default
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * others
 
 
 class FusedLSTMBackward(torch.autograd.Function):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import aten, engine
+from . import aten, engine, segments
 from .dispatch import Problem, choose_backend
 from .spec import PLAIN, Result, Runner, Sequences, Stack, as_lengths, as_resets, check_batch_sizes
 
@@ -231,4 +231,4 @@ def check_like(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tenso
             )
 
 
-RUNNERS: dict[str, Runner] = {**engine.RUNNERS, **aten.RUNNERS}
+RUNNERS: dict[str, Runner] = {**engine.RUNNERS, **aten.RUNNERS, **segments.RUNNERS}

@@ -108,10 +108,7 @@ class Rows:
         end = self.T if self.lengths is None else self.lengths[b]
         starts = self.starts()
         before = t + 1 if back else t - 1  # the time of the step before; in range but at step 0
-        if starts is None:
-            before = before * self.stride_t + b * self.stride_b
-        else:
-            before = starts[before.clamp(0, self.T - 1)] + b
+        before = before * self.stride_t + b * self.stride_b if starts is None else starts[before.clamp(0, self.T - 1)] + b
         before = before.clamp(0, max(N - 1, 0))
         result = states[:, r].index_select(0, before)
         result[self.at(0, r)] = result.new_zeros(()) if first is None else first
