@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .spec import no_autocast
 
 # The differentiable inputs of layer_forward come first: x, h0, c0, w_ih, w_hh, bias, w_h0.
 N_INPUTS = 7
@@ -68,7 +69,7 @@ class FusedLSTMBackward(torch.autograd.Function):
         *tensors, lengths, batch_sizes, resets = ctx.saved_tensors  # dy, dh_n, dc_n and the seven inputs
         wanted = [i for i, t in enumerate(tensors) if t is not None and ctx.needs_input_grad[i]]
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), no_autocast(tensors[3]):
             # Views, so that what lies behind an input (x behind h0, say) is not differentiated here.
             fresh = [None if t is None else (t.view_as(t) if t.requires_grad else t) for t in tensors]
             inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in fresh[3:]]

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .gemm import linear
 from .rows import Rows
+from .spec import no_autocast
 from .tf32 import tf32_as_cudnn
 
 
@@ -161,7 +162,7 @@ def layer_backward(
     R, H = w_hh.shape[0], w_hh.shape[2]
     rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
     N = c_all.shape[0]
-    with tf32_as_cudnn(x):
+    with no_autocast(x), tf32_as_cudnn(x):
         new = x.new_empty if lengths is None else x.new_zeros
         h_prev = new(N, R, H)
         start = h0.contiguous() if w_h0 is None else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from .aten import by_direction, controlled, fused
 from .ragged import Unfolding
 from .rows import accumulator_dtype
-from .spec import PLAIN, Result, Sequences, Stack, in_fp32
+from .spec import PLAIN, Result, Sequences, Stack, in_fp32, no_autocast
 
 
 def segment_steps(T: int) -> int:
@@ -102,9 +101,7 @@ class Recomputed(torch.autograd.Function):
         direction, one, needs = ctx.direction, ctx.one, ctx.needs_input_grad[2:]
         x, *saved = ctx.saved_tensors
         states, weights = saved[: ctx.n_states], saved[ctx.n_states :]
-        device = x.device.type
-        # Autocast had its say before the layer was called, and has none in what runs again.
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with no_autocast(x):
             if torch.is_grad_enabled():
                 # To be differentiated again: all steps at once, on a graph that stays. By views, so that what lies behind
                 # an input (x behind h0, say) is not differentiated here.
@@ -126,7 +123,11 @@ def _in_segments(
     needs = [needs[0], True, True, *needs[3:]]  # the states hand the gradient from segment to segment
     dy, dh, dc = grads
     dx = torch.empty_like(x) if needs[0] else None
-    totals: list[Tensor | None] = [None] * len(weights)
+    # What is added up over segments is kept in fp32 where its terms are of less.
+    totals = [
+        torch.zeros_like(w, dtype=accumulator_dtype(w.dtype)) if need else None
+        for w, need in zip(weights, needs[3:], strict=True)
+    ]
     for (first, end), h, c in reversed(list(zip(direction.segments(), states[::2], states[1::2], strict=True))):
         rows = direction.rows(first, end)
         given = [t.detach().requires_grad_(need) for t, need in zip((x[rows], h, c, *weights), needs, strict=True)]
@@ -134,10 +135,10 @@ def _in_segments(
         dx_part, dh, dc, *parts = _gradients(direction, one, first, end, given, needs, (dy_part, dh, dc))
         if dx is not None:
             dx[rows] = dx_part
-        for k, part in enumerate(parts):
-            if part is not None:  # a sum over segments is kept in fp32 where its terms are of less
-                part = part.to(accumulator_dtype(part.dtype))
-                totals[k] = part if totals[k] is None else totals[k].add_(part)
+        for total, part in zip(totals, parts, strict=True):
+            if total is not None:
+                total += part
+        del given, dx_part, part, parts  # before the next segment takes as much
     return [dx, dh, dc, *(t if t is None else t.to(w.dtype) for t, w in zip(totals, weights, strict=True))]
 
 
