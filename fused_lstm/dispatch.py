@@ -110,7 +110,7 @@ def how_aten(p: Problem) -> tuple[str, str]:
     """The form in which the aten backend serves a problem, and the reason for that form."""
     if p.recompute and p.needs_grad and p.T > 1:
         n = segment_steps(p.T)
-        why = f"torch's own fused LSTM, gates recomputed in the backward pass, in segments of {n} steps"
+        why = f"torch's own fused LSTM, gates recomputed in the backward pass, in segments of {n} step{'s' * (n > 1)}"
         if p.device == "cpu" and p.dtype == torch.float16:
             return "segments fp32", why + ", computed in fp32"
         return "segments", why
