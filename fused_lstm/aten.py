@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,29 +28,44 @@ def fused(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: S
 
 def ragged(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
     """lengths and resets through torch's fused LSTM, by control columns (see :mod:`fused_lstm.ragged`)."""
-    resets, D = sequences.resets, stack.directions
+    resets = sequences.resets
     if stack.batch_first:
         x, resets = x.transpose(0, 1), None if resets is None else resets.t()
-    T, B = x.shape[:2]
-    layouts = [Unfolding(T, B, sequences.lengths, resets, backwards=d == 1) for d in range(D)]
+    layouts = [Unfolding(*x.shape[:2], sequences.lengths, resets, backwards=d == 1) for d in range(stack.directions)]
+    x, h_n, c_n = by_direction([partial(controlled, layout) for layout in layouts], x, h0, c0, weights, stack)
+    return x.transpose(0, 1) if stack.batch_first else x, h_n, c_n
+
+
+def controlled(layout: Unfolding, x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], one: Stack) -> Result:
+    """One direction of one layer over x (T, B, I), in the layout given; h0 and c0 (B, ...)."""
+    w_ih, *others = weights
+    control = control_weights(w_ih, layout.flags is not None)
+    hx = [(s if layout.begins is None else torch.where(layout.begins, 0, s))[None] for s in (h0, c0)]
+    y, _, c = fused(layout.lay_out(x), *hx, [control, *others], one, PLAIN)
+    h_n = torch.where(layout.empty, h0, y[layout.last, layout.rows[0]])
+    return layout.take_back(y), h_n, torch.where(layout.empty, c0, c[0])
+
+
+def by_direction(
+    runs: Sequence[Callable[..., Result]], x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack
+) -> Result:
+    """The stack, each layer by a function for each direction: (x, h, c, weights, stack of one) to y, h_n and c_n."""
+    D = stack.directions
     one = dataclasses.replace(stack, num_layers=1, dropout=0.0, bidirectional=False, batch_first=False)
     groups = weight_groups(weights, stack)
-    h_n, c_n = [], []
+    states = []
     for layer in range(stack.num_layers):
         if layer > 0 and stack.dropout > 0:
             x = F.dropout(x, stack.dropout)
         outputs = []
-        for d, layout in enumerate(layouts):
+        for d, run in enumerate(runs):
             k = layer * D + d
-            w_ih, *others = groups[k]
-            control = control_weights(w_ih, layout.flags is not None)
-            hx = [s[k : k + 1] if layout.begins is None else torch.where(layout.begins, 0, s[k : k + 1]) for s in (h0, c0)]
-            y, _, c = fused(layout.lay_out(x), *hx, [control, *others], one, PLAIN)
-            outputs.append(layout.take_back(y))
-            h_n.append(torch.where(layout.empty, h0[k], y[layout.last, layout.rows[0]]))
-            c_n.append(torch.where(layout.empty, c0[k], c[0]))
+            y, *state = run(x, h0[k], c0[k], groups[k], one)
+            outputs.append(y)
+            states.append(state)
         x = torch.cat(outputs, -1) if D > 1 else outputs[0]
-    return x.transpose(0, 1) if stack.batch_first else x, torch.stack(h_n), torch.stack(c_n)
+    h_n, c_n = (torch.stack(s) for s in zip(*states, strict=True))
+    return x, h_n, c_n
 
 
 def single_step(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:

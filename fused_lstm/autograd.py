@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .spec import no_autocast
 
 # The differentiable inputs of layer_forward come first: x, h0, c0, w_ih, w_hh, bias, w_h0.
 N_INPUTS = 7
@@ -22,7 +23,7 @@ class FusedLSTMFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        *tensors, directions, batch_first, save, engine = inputs
+        *tensors, directions, batch_first, save, engine = inputs[:14]
         y, _, _, gates, c_all = output
         ctx.mark_non_differentiable(gates, c_all)
         ctx.set_materialize_grads(False)
@@ -41,7 +42,8 @@ class FusedLSTMFunction(torch.autograd.Function):
         dc_n = state.new_zeros(state.shape) if dc_n is None else dc_n
         needs = list(ctx.needs_input_grad[:N_INPUTS])
         grads = FusedLSTMBackward.apply(dy, dh_n, dc_n, *tensors, y, gates, c_all, *ctx.options, needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7
+        others = len(ctx.needs_input_grad) - N_INPUTS  # torch leaves out what is given as its default
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * others
 
 
 class FusedLSTMBackward(torch.autograd.Function):
@@ -67,7 +69,7 @@ class FusedLSTMBackward(torch.autograd.Function):
         *tensors, lengths, batch_sizes, resets = ctx.saved_tensors  # dy, dh_n, dc_n and the seven inputs
         wanted = [i for i, t in enumerate(tensors) if t is not None and ctx.needs_input_grad[i]]
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), no_autocast(tensors[3]):
             # Views, so that what lies behind an input (x behind h0, say) is not differentiated here.
             fresh = [None if t is None else (t.view_as(t) if t.requires_grad else t) for t in tensors]
             inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in fresh[3:]]

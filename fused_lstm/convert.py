@@ -40,12 +40,13 @@ def explain(
     return plan
 
 
-def replace_lstm(model: M, backend: str = "auto") -> M:
+def replace_lstm(model: M, backend: str = "auto", recompute: bool = False) -> M:
     """Swap every :class:`torch.nn.LSTM` inside a model for a :class:`fused_lstm.LSTM` that shares its parameters.
 
     The model is changed in place and returned; a model that itself is an nn.LSTM is returned converted. Parameters stay
     the same objects, so that optimizers and ties keep working, and a module that occurs twice is replaced by one.
-    Subclasses of nn.LSTM, which may compute something else, are left alone.
+    Subclasses of nn.LSTM, which may compute something else, are left alone. ``backend`` and ``recompute`` are those of
+    :class:`fused_lstm.LSTM`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_lstm expects a torch.nn.Module, got: {type(model).__name__}")
@@ -55,7 +56,7 @@ def replace_lstm(model: M, backend: str = "auto") -> M:
         if type(module) is not nn.LSTM:
             return module
         if module not in done:
-            done[module] = LSTM.from_torch(module, backend=backend)
+            done[module] = LSTM.from_torch(module, backend=backend, recompute=recompute)
         return done[module]
 
     for parent in list(model.modules()):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from .segments import segment_steps
+
 BACKENDS = ("auto", "triton", "aten", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -29,6 +31,7 @@ class Problem(NamedTuple):
     lengths: bool = False
     resets: bool = False
     needs_grad: bool = False
+    recompute: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,12 @@ SUPPORTS: dict[str, Callable[[Problem], tuple[bool, str]]] = {
 
 def how_aten(p: Problem) -> tuple[str, str]:
     """The form in which the aten backend serves a problem, and the reason for that form."""
+    if p.recompute and p.needs_grad and p.T > 1:
+        n = segment_steps(p.T)
+        why = f"torch's own fused LSTM, gates recomputed in the backward pass, in segments of {n} step{'s' * (n > 1)}"
+        if p.device == "cpu" and p.dtype == torch.float16:
+            return "segments fp32", why + ", computed in fp32"
+        return "segments", why
     if p.lengths or p.resets:
         why = "lengths and resets as control columns of torch's own fused LSTM"
         if p.device == "cpu" and p.dtype == torch.float16:
@@ -120,8 +129,15 @@ def how_aten(p: Problem) -> tuple[str, str]:
     return "fused", "torch's own fused LSTM"
 
 
+def _recomputed(p: Problem) -> str:
+    """What the explicit path adds to its reason."""
+    return ", gates recomputed in the backward pass" if p.recompute and p.needs_grad else ""
+
+
 def prefers_reference(p: Problem) -> str | None:
     """Why a CPU is better served by the explicit PyTorch path, as measured by bench/cpu.py; None if it is not."""
+    if p.recompute and p.needs_grad:  # there torch's LSTM, segment by segment, takes half the memory
+        return None
     if p.dtype == torch.float64 and p.needs_grad and p.T > 1 and not (p.packed or p.lengths or p.resets):
         return "fp64 training on a CPU, where oneDNN has no LSTM: the explicit backward pass is faster than torch's"
     return None
@@ -140,13 +156,13 @@ def choose_backend(p: Problem, backend: str = "auto") -> Plan:
         ok, reason = SUPPORTS[backend](p)
         if not ok:
             raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
-        how, why = how_aten(p) if backend == "aten" else (backend, reason)
+        how, why = how_aten(p) if backend == "aten" else (backend, reason + _recomputed(p))
         return Plan(backend, how, f"asked for; {why}")
     rejected = {}
     if p.device == "cuda":
         ok, reason = supports_triton(p)
         if ok:
-            return Plan("triton", "triton", f"{reason}; not measured on this device")
+            return Plan("triton", "triton", f"{reason}{_recomputed(p)}; not measured on this device")
         rejected["triton"] = reason
     else:
         rejected["triton"] = "slower than torch's LSTM in the interpreter" if triton_interpreted() else supports_triton(p)[1]
@@ -161,4 +177,4 @@ def choose_backend(p: Problem, backend: str = "auto") -> Plan:
     ok, reason = supports_reference(p)
     if not ok:
         raise RuntimeError(f"no backend can serve this call: {reason}")
-    return Plan("reference", "reference", reason, rejected)
+    return Plan("reference", "reference", reason + _recomputed(p), rejected)

@@ -72,7 +72,7 @@ def _layer(
     call = FusedLSTMFunction.apply if save and not torch.compiler.is_compiling() else ops.layer_forward
     directions = 2 if stack.bidirectional else 1
     ragged = (sequences.lengths, sequences.batch_sizes, sequences.resets)
-    y, h_n, c_n, _, _ = call(*tensors, *ragged, directions, stack.batch_first, save, engine)
+    y, h_n, c_n, _, _ = call(*tensors, *ragged, directions, stack.batch_first, save, engine, stack.recompute)
     if pad or w_hr is not None:
         y = y.unflatten(-1, (R, H + pad))[..., :H]
         h_n, c_n = h_n[..., :H], c_n[..., :H]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import aten, engine
+from . import aten, engine, segments
 from .dispatch import Problem, choose_backend
 from .spec import PLAIN, Result, Runner, Sequences, Stack, as_lengths, as_resets, check_batch_sizes
 
@@ -27,6 +27,7 @@ def lstm(
     lengths: Tensor | Sequence[int] | None = None,
     resets: Tensor | None = None,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> Result:
     """Run a stack of LSTM layers; the function behind :class:`fused_lstm.LSTM`.
 
@@ -48,6 +49,7 @@ def lstm(
         resets: bool, integer or float, (T, B), or (B, T) if ``batch_first``. Where not zero, a new episode begins at t: h
             and c are zero before step t, and neither values nor gradients pass, in any layer or direction.
         backend: ``"auto"``, ``"triton"``, ``"aten"`` or ``"reference"``; see :func:`fused_lstm.explain`.
+        recompute: keep no gates for the backward pass, which computes them again: less memory, more time.
 
     Returns:
         output, like input with D*Hout features; h_n and c_n, like h0 and c0.
@@ -59,7 +61,7 @@ def lstm(
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
     weights = list(weights)
-    stack = Stack(has_biases, num_layers, dropout if training else 0.0, bidirectional, batch_first)
+    stack = Stack(has_biases, num_layers, dropout if training else 0.0, bidirectional, batch_first, recompute)
     check(input, hx, weights, stack, batch_sizes)
     hx, sequences = settle(input, hx, stack, batch_sizes, lengths, resets)
     return run(input, hx, weights, stack, sequences, backend)
@@ -153,6 +155,7 @@ def problem_of(
         packed=sequences.batch_sizes is not None,
         lengths=sequences.lengths is not None,
         resets=sequences.resets is not None,
+        recompute=stack.recompute,
         needs_grad=torch.is_grad_enabled()
         and (input.requires_grad or h0.requires_grad or c0.requires_grad or any([w.requires_grad for w in weights])),
     )
@@ -228,4 +231,4 @@ def check_like(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tenso
             )
 
 
-RUNNERS: dict[str, Runner] = {**engine.RUNNERS, **aten.RUNNERS}
+RUNNERS: dict[str, Runner] = {**engine.RUNNERS, **aten.RUNNERS, **segments.RUNNERS}

@@ -31,6 +31,8 @@ class LSTM(nn.RNNBase):
         device, dtype: of the parameters; fp16, bf16, fp32 or fp64.
         backend: ``"auto"``, ``"triton"`` (the fused kernels), ``"aten"`` (torch's own LSTM) or ``"reference"`` (plain
             PyTorch). All but ``"auto"`` fail rather than let another backend step in. See :func:`fused_lstm.explain`.
+        recompute: train with less memory in more time. The gates, most of what a backward pass keeps of an LSTM, are not
+            kept but computed again. Results are the same up to rounding; without gradients nothing changes.
 
     Call with ``input`` of shape (T, B, I), (B, T, I) if ``batch_first``, (T, I) unbatched, or a PackedSequence, and
     optionally ``hx = (h0, c0)`` of shapes (D*num_layers, B, Hout) and (D*num_layers, B, H), without B when unbatched;
@@ -60,15 +62,16 @@ class LSTM(nn.RNNBase):
     """
 
     backend: str = "auto"  # on the class too, so that pickles from before an option existed still load
+    recompute: bool = False
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
 
-    def __init__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
-        _checked(backend)
+    def __init__(self, *args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any) -> None:
+        own = _checked(backend, recompute)
         super().__init__("LSTM", *args, **kwargs)
-        self.backend = backend
+        self.__dict__.update(own)
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -90,11 +93,11 @@ class LSTM(nn.RNNBase):
         self._init_flat_weights()
 
     @classmethod
-    def from_torch(cls, module: nn.LSTM, backend: str = "auto") -> LSTM:
+    def from_torch(cls, module: nn.LSTM, backend: str = "auto", recompute: bool = False) -> LSTM:
         """The same layer as ``module``, sharing its parameters, hooks and mode of training."""
         if not isinstance(module, nn.LSTM) or is_parametrized(module):
             raise TypeError(f"from_torch expects a torch.nn.LSTM, got: {type(module).__name__}")
-        return _share(module, cls, backend=_checked(backend))
+        return _share(module, cls, **_checked(backend, recompute))
 
     def to_torch(self) -> nn.LSTM:
         """A torch.nn.LSTM that shares this layer's parameters, hooks and mode of training."""
@@ -106,7 +109,8 @@ class LSTM(nn.RNNBase):
         """Does nothing: there is no flat weight buffer to keep in order. Here for code that calls it."""
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", backend={self.backend}" if self.backend != "auto" else "")
+        backend = f", backend={self.backend}" if self.backend != "auto" else ""
+        return super().extra_repr() + backend + (", recompute=True" if self.recompute else "")
 
     def forward(
         self,
@@ -139,7 +143,7 @@ class LSTM(nn.RNNBase):
 
     def _stack(self) -> Stack:
         dropout = self.dropout if self.training else 0.0
-        return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first)
+        return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first, self.recompute)
 
     def _weights(self) -> list[Tensor]:
         held = self._parameters  # where most of them are; nn.Module's own look-up is slow
@@ -188,13 +192,16 @@ class LSTM(nn.RNNBase):
         return x, hx, sequences
 
 
-def _checked(backend: str) -> str:
+def _checked(backend: str, recompute: bool) -> dict[str, Any]:
+    """The attributes that nn.LSTM does not have."""
     if backend not in BACKENDS:
         raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
-    return backend
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+    return {"backend": backend, "recompute": recompute}
 
 
-OWN = ("_flat_weights", "backend")  # what one of the two classes keeps in its modules and the other does not
+OWN = ("_flat_weights", "backend", "recompute")  # what one of the two classes keeps in its modules and the other does not
 
 
 def _share(module: nn.RNNBase, cls: type[L], **own: Any) -> L:

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .gemm import linear
 from .rows import Rows
+from .spec import no_autocast
 from .tf32 import tf32_as_cudnn
 
 
@@ -39,6 +40,27 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return linear(b.t(), a.t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
 
 
+def _input_gates(x: Tensor, h0: Tensor, w_ih: Tensor, bias: Tensor | None, w_h0: Tensor | None, rows: Rows) -> Tensor:
+    """(N, R, 4, H): the pre-activations but for the product with the recurrence's own state."""
+    N, R, H = x.shape[:-1].numel(), w_ih.shape[0], w_ih.shape[1] // 4
+    flat = x.reshape(N, x.shape[-1])
+    gates = linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
+    if w_h0 is not None:
+        for r in range(R):
+            gates[rows.at(0, r), r] += linear(_kept(h0[r], rows, r), w_h0[r]).view(-1, 4, H)
+    return gates
+
+
+def _activate(gates: Tensor, w_hh: Tensor, h_prev: Tensor, rows: Rows) -> None:
+    """Make :func:`_input_gates` the activated gates, of all steps at once, for each step's state before it is known."""
+    for r in range(w_hh.shape[0]):
+        gates[:, r].flatten(1).addmm_(h_prev[:, r], w_hh[r].t())
+    gates[:, :, :2].sigmoid_()  # i and f
+    gates[:, :, 2].tanh_()
+    gates[:, :, 3].sigmoid_()
+    rows.clear_padding(gates)  # where no gradients will be written over them
+
+
 @torch.library.custom_op("fused_lstm::layer_forward", mutates_args=())
 def layer_forward(
     x: Tensor,
@@ -55,6 +77,7 @@ def layer_forward(
     batch_first: bool,
     save: bool,
     engine: str,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one layer.
 
@@ -75,20 +98,17 @@ def layer_forward(
         batch_first: whether padded data is (B, T, ...).
         save: keep what the backward pass needs.
         engine: ``"triton"`` or ``"reference"``.
+        recompute: of that, keep no gates, so that the backward pass computes them again.
 
     Returns:
         y with R*H features, zero past a row's length; h_n (R, B, H); c_n (R, B, H); activated gates (N, R, 4, H) and cell
-        states (N, R, H), both empty unless ``save``.
+        states (N, R, H), both empty unless ``save``, the gates also if ``recompute``.
     """
     R, H = w_hh.shape[0], w_hh.shape[2]
     rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
     N = x.shape[:-1].numel()
-    flat = x.reshape(N, x.shape[-1])
     with tf32_as_cudnn(x):
-        gates = linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
-        if w_h0 is not None:
-            for r in range(R):
-                gates[rows.at(0, r), r] += linear(_kept(h0[r], rows, r), w_h0[r]).view(-1, 4, H)
+        gates = _input_gates(x, h0, w_ih, bias, w_h0, rows)
         new = x.new_empty if lengths is None else x.new_zeros  # no one writes what lies past a row's length
         y = new(*x.shape[:-1], R * H)
         c_all = new(N, R, H) if save else None
@@ -96,16 +116,17 @@ def layer_forward(
         h_n, c_n = _engine(engine).recurrence_forward(
             gates, w_hh.contiguous(), start, c0.contiguous(), rows, y.view(N, R, H), c_all
         )
-    if c_all is None:
-        gates, c_all = x.new_empty(0), x.new_empty(0)
-    return y, h_n, c_n, gates, c_all
+    nothing = x.new_empty(0)
+    return y, h_n, c_n, gates if save and not recompute else nothing, x.new_empty(0) if c_all is None else c_all
 
 
 @layer_forward.register_fake
-def _(x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, resets, directions, batch_first, save, engine):
+def _(
+    x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, resets, directions, batch_first, save, engine, recompute=False
+):
     R, H = w_hh.shape[0], w_hh.shape[2]
     N = x.shape[:-1].numel()
-    gates = x.new_empty(N, R, 4, H) if save else x.new_empty(0)
+    gates = x.new_empty(N, R, 4, H) if save and not recompute else x.new_empty(0)
     c_all = x.new_empty(N, R, H) if save else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], R * H), x.new_empty(c0.shape), x.new_empty(c0.shape), gates, c_all
 
@@ -135,16 +156,23 @@ def layer_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`layer_forward` by x, h0, c0, w_ih, w_hh, bias and w_h0, in this order.
 
-    ``dy``, ``dh_n`` and ``dc_n`` have the shapes of y, h_n and c_n. A gradient whose entry in ``needs`` is False comes back
-    empty and costs nothing.
+    ``dy``, ``dh_n`` and ``dc_n`` have the shapes of y, h_n and c_n. Gates that were not kept are empty, and computed again.
+    A gradient whose entry in ``needs`` is False comes back empty and costs nothing.
     """
     R, H = w_hh.shape[0], w_hh.shape[2]
     rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
-    N = gates.shape[0]
-    with tf32_as_cudnn(x):
+    N = c_all.shape[0]
+    with no_autocast(x), tf32_as_cudnn(x):
         new = x.new_empty if lengths is None else x.new_zeros
-        dgates, h_prev = new(N, R, 4, H), new(N, R, H)
+        h_prev = new(N, R, H)
         start = h0.contiguous() if w_h0 is None else None
+        if gates.dim() == 4:
+            dgates = new(N, R, 4, H)
+        else:  # not kept; their gradients then overwrite them
+            for r in range(R):
+                h_prev[:, r] = rows.previous(y.view(N, R, H), None if start is None else start[r], r)
+            dgates = gates = _input_gates(x, h0, w_ih, bias, w_h0, rows)
+            _activate(gates, w_hh, h_prev, rows)
         dc0 = _engine(engine).recurrence_backward(
             dy.contiguous().view(N, R, H), dh_n.contiguous(), dc_n.contiguous(), gates, c_all, y.view(N, R, H),
             start, c0.contiguous(), w_hh.contiguous(), rows, dgates, h_prev,

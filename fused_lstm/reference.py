@@ -146,7 +146,7 @@ def recurrence_backward(
     dy: Tensor,  # (N, R, H)
     dh_n: Tensor,  # (R, B, H)
     dc_n: Tensor,  # (R, B, H)
-    gates: Tensor,  # (N, R, 4, H) activated
+    gates: Tensor,  # (N, R, 4, H) activated; may be dgates, whose memory is then used twice
     c_all: Tensor,  # (N, R, H)
     y: Tensor,  # (N, R, H)
     h0: Tensor | None,  # (R, B, H); None: zero
@@ -159,13 +159,17 @@ def recurrence_backward(
     """Gradients through the recurrence, by hand. Returns dc_0, (R, B, H)."""
     c_prev = torch.empty_like(c_all)
     for r in range(w_hh.shape[0]):
-        _previous(y, None if h0 is None else h0[r], rows, r, out=h_prev)
-        _previous(c_all, c0[r], rows, r, out=c_prev)
-    # What each pre-activation does to c, or in the output gate's case to h, is known for all steps before the loop.
+        h_prev[:, r] = rows.previous(y, None if h0 is None else h0[r], r)
+        c_prev[:, r] = rows.previous(c_all, c0[r], r)
+    # What each pre-activation does to c, or in the output gate's case to h, is known for all steps before the loop. dgates
+    # may be the memory of gates: of these, a line first reads what it writes over.
     i, f, g, o = gates.unbind(2)
+    f = f.clone()
     tanh_c = torch.tanh(c_all)
-    torch.stack((d_sigmoid(g, i), d_sigmoid(c_prev, f), d_tanh(i, g), d_sigmoid(tanh_c, o)), 2, out=dgates)
     dc_dh = d_tanh(o, tanh_c)  # h_s = o * tanh(c_s)
+    dgates[:, :, 0], dgates[:, :, 2] = d_sigmoid(g, i), d_tanh(i, g)
+    dgates[:, :, 1], dgates[:, :, 3] = d_sigmoid(c_prev, f), d_sigmoid(tanh_c, o)
+    del tanh_c, c_prev
     dc_0 = dc_n.clone()
     for r in range(w_hh.shape[0]):
         dh_next = dh_n[r]  # gradient by h_s that comes from the steps after s, or from h_n
@@ -190,15 +194,6 @@ def recurrence_backward(
             dc_next = dc if n == rows.B else torch.cat((dc, dc_next[n:]))
         dc_0[r] = dc_next
     return dc_0
-
-
-def _previous(states: Tensor, first: Tensor | None, rows: Rows, r: int, out: Tensor) -> None:
-    """Put the state before each step, ``first`` (B, H) or zero before step 0, where ``states`` has the one after it."""
-    for s in range(rows.T):
-        before = states[rows.at(s - 1, r, rows.active(s)), r] if s > 0 else out.new_zeros(()) if first is None else first
-        for mask in (rows.valid(s), rows.kept(s, r)):
-            before = before if mask is None else torch.where(mask, before, 0)
-        out[rows.at(s, r), r] = before
 
 
 def d_sigmoid(grad: Tensor, y: Tensor) -> Tensor:

@@ -98,6 +98,44 @@ class Rows:
         starts = self.starts()
         return t * self.stride_t + b * self.stride_b if starts is None else starts[t] + b
 
+    def previous(self, states: Tensor, first: Tensor | None, r: int) -> Tensor:
+        """(N, H): the state before each data row's step, of ``states`` (N, R, H) with the ones after it.
+
+        ``first`` (B, H), or zero if None, before step 0; zero where a reset lies between, and past a row's length.
+        """
+        N, back = states.shape[0], self.backwards(r)
+        t, b = self.times_and_batch_rows(N, states.device)
+        end = self.T if self.lengths is None else self.lengths[b]
+        starts = self.starts()
+        before = t + 1 if back else t - 1  # the time of the step before; in range but at step 0
+        before = before * self.stride_t + b * self.stride_b if starts is None else starts[before.clamp(0, self.T - 1)] + b
+        before = before.clamp(0, max(N - 1, 0))
+        result = states[:, r].index_select(0, before)
+        result[self.at(0, r)] = result.new_zeros(()) if first is None else first
+        if self.resets is not None:  # as in kept()
+            cut = self.resets[before] & (t + 1 < end) if back else self.resets
+            result.masked_fill_(cut[:, None], 0)
+        self.clear_padding(result)
+        return result
+
+    def times_and_batch_rows(self, N: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Time and batch row of each of the N data rows, both (N,) int64."""
+        row = torch.arange(N, device=device)
+        if self.batch_sizes is not None:
+            t = torch.arange(self.T).repeat_interleave(self.batch_sizes).to(device, non_blocking=True)
+            starts = self.starts()
+            assert starts is not None
+            return t, row - starts[t]
+        if self.batch_first:
+            return row % self.T, row // self.T
+        return row // max(self.B, 1), row % max(self.B, 1)
+
+    def clear_padding(self, data: Tensor) -> None:
+        """Put zero past each row's length, in data (N, ...)."""
+        if self.lengths is not None and self.batch_sizes is None:
+            t, b = self.times_and_batch_rows(data.shape[0], data.device)
+            data.masked_fill_((t >= self.lengths[b]).view(-1, *[1] * (data.dim() - 1)), 0)
+
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the kernels add up in, and keep the running cell state in."""

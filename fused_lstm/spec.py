@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ class Stack:
     dropout: float  # 0 unless training
     bidirectional: bool
     batch_first: bool
+    recompute: bool = False  # gates are not kept for the backward pass, which computes them again
 
     @property
     def directions(self) -> int:
@@ -98,6 +100,12 @@ def weight_groups(weights: Sequence[Tensor], stack: Stack) -> list[Sequence[Tens
     """The weights of each layer and direction."""
     step = len(weights) // (stack.num_layers * stack.directions)
     return [weights[k : k + step] for k in range(0, len(weights), step)]
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """For backward passes: autocast casts what a layer is given, before it runs, and is to cast nothing else."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 # A runner serves a whole stack: (input, h0, c0, weights, stack, sequences) to output, h_n and c_n.

@@ -166,7 +166,7 @@ def results(module: nn.Module, config: Config, dtype: torch.dtype, device: str =
     return names, [t.detach().cpu() for t in (output, h_n, c_n, *grads)]
 
 
-def add_config(rule: Rule, config: Config, backend: str) -> None:
+def add_config(rule: Rule, config: Config, backend: str, recompute: bool = False) -> None:
     """fused_lstm.LSTM against nn.LSTM of the same dtype, both measured against nn.LSTM in fp64."""
     if backend == "triton":
         skip_unless_it_compiles(config.dtype)
@@ -174,6 +174,6 @@ def add_config(rule: Rule, config: Config, backend: str) -> None:
     names, exact = results(rounded.double(), config, torch.float64)
     rounded = rounded.to(config.dtype)
     _, torchs = results(rounded, config, config.dtype)
-    ours = fused_lstm.LSTM.from_torch(rounded, backend=backend)
+    ours = fused_lstm.LSTM.from_torch(rounded, backend=backend, recompute=recompute)
     _, ours = results(ours, config, config.dtype, DEVICE if backend == "triton" else "cpu")
     rule.add(config, names, ours, torchs, exact)

@@ -18,9 +18,9 @@ BACKENDS = ("auto", "aten", "reference", pytest.param("triton", marks=[pytest.ma
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def pair(*args: Any, backend: str = "auto", **kwargs: Any) -> tuple[nn.LSTM, fused_lstm.LSTM]:
+def pair(*args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any) -> tuple[nn.LSTM, fused_lstm.LSTM]:
     """torch's layer and ours, with the same weights."""
-    theirs, ours = nn.LSTM(*args, **kwargs), fused_lstm.LSTM(*args, backend=backend, **kwargs)
+    theirs, ours = nn.LSTM(*args, **kwargs), fused_lstm.LSTM(*args, backend=backend, recompute=recompute, **kwargs)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 

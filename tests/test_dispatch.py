@@ -97,6 +97,35 @@ def test_cpu(options: dict, backend: str, how: str, state: bool | None, triton: 
     assert plan.rejected["triton"]
 
 
+@pytest.mark.parametrize(
+    ("options", "backend", "how", "reason"),
+    [
+        ({}, "auto", "segments", "gates recomputed in the backward pass, in segments of 7 steps"),
+        ({"packed": True}, "auto", "segments", "in segments of 7 steps"),
+        ({"lengths": True, "resets": True, "T": 2}, "aten", "segments", "in segments of 1 step"),
+        ({"dtype": torch.float16}, "auto", "segments fp32", "in segments of 7 steps, computed in fp32"),
+        ({"dtype": torch.float64}, "auto", "segments", "in segments of 7 steps"),
+        ({"device": "cuda"}, "aten", "segments", "in segments of 7 steps"),
+        ({"device": "cuda"}, "auto", "triton", "gates recomputed in the backward pass; not measured"),
+        ({"device": "cuda"}, "triton", "triton", "a fused launch per time step, gates recomputed in the backward pass"),
+        ({}, "reference", "reference", "the explicit backward pass, gates recomputed in the backward pass"),
+        ({"T": 1}, "auto", "cell", "a cell per layer and direction"),
+        ({"T": 1, "lengths": True}, "auto", "ragged", "control columns of torch's own fused LSTM"),
+        ({"needs_grad": False}, "auto", "fused", "torch's own fused LSTM"),
+        ({"needs_grad": False}, "reference", "reference", "plain PyTorch with the explicit backward pass"),
+        ({"needs_grad": False, "device": "cuda"}, "triton", "triton", "a fused launch per time step"),
+    ],
+)
+def test_recompute(options: dict, backend: str, how: str, reason: str, triton: Callable) -> None:
+    triton(False)
+    plan = choose_backend(problem(**{"T": 98, "needs_grad": True, "recompute": True, **options}), backend)
+    assert plan.how == how
+    assert reason in plan.reason
+    plain = choose_backend(problem(**{"T": 98, "needs_grad": True, **options}), backend)
+    kept = options.get("needs_grad") is False or options.get("T") == 1
+    assert (plan == plain) is kept, "where nothing can be recomputed, nothing changes"
+
+
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
 def test_other_devices(device: str, triton: Callable) -> None:
     triton(False)
@@ -180,6 +209,10 @@ def layer_for(**options: Any) -> fused_lstm.LSTM:
         ({"dtype": torch.float64}, pack_sequence([X[:, 0].double(), X[:2, 1].double()]), ("aten", "fused")),
         ({"backend": "reference"}, X, ("reference", "reference")),
         ({"backend": "aten"}, X[:1], ("aten", "cell")),
+        ({"recompute": True}, X, ("aten", "segments")),
+        ({"recompute": True, "dtype": torch.float16}, X.half(), ("aten", "segments fp32")),
+        ({"recompute": True, "dtype": torch.float64}, X.double(), ("aten", "segments")),
+        ({"recompute": True, "backend": "reference"}, X, ("reference", "reference")),
     ],
 )
 def test_explain(options: dict, x: Any, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

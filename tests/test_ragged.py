@@ -80,11 +80,11 @@ class Ragged:
         results = torch.stack(outputs, 1) + nothing, torch.stack(hs, 1), torch.stack(cs, 1)
         return self._with_gradients(results, [x, h0, c0, *lstm.parameters()], dtype)
 
-    def fused(self, backend: str, dirty: bool = False) -> list[Tensor]:
+    def fused(self, backend: str, dirty: bool = False, recompute: bool = False) -> list[Tensor]:
         if backend == "triton":
             skip_unless_it_compiles(self.dtype)
         device = DEVICE if backend == "triton" else "cpu"
-        lstm = fused_lstm.LSTM.from_torch(self.lstm, backend=backend).to(device)
+        lstm = fused_lstm.LSTM.from_torch(self.lstm, backend=backend, recompute=recompute).to(device)
         lstm.batch_first = self.batch_first
         x, h0, c0 = self.inputs(self.dtype)
         given = x

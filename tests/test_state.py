@@ -88,7 +88,8 @@ def test_old_pickles(age: str) -> None:
         torch.manual_seed(0)
         old = cls(3, 4, 2, bidirectional=True)
         state = old.__getstate__()
-        state.pop("backend", None)
+        for option in ("backend", "recompute"):
+            state.pop(option, None)
         state["_flat_weights"] = list(old.parameters())
         if age != "no backend":
             del state["proj_size"]
@@ -99,6 +100,7 @@ def test_old_pickles(age: str) -> None:
         layers[-1].__setstate__(state)
     theirs, ours = layers
     assert ours.backend == "auto"
+    assert ours.recompute is False
     assert ours.proj_size == 0
     assert ours._all_weights == theirs._all_weights
     assert repr(ours) == repr(theirs)
