@@ -23,13 +23,13 @@ class Tiles(NamedTuple):
     max_block_b: int
     blocks_h: tuple[int, ...]
     block_k: int
-    num_stages: int = 2
+    max_registers: int | None = None
 
 
 STEPWISE = {
     "half": Tiles(64, (32, 16), 64),
     "tf32": Tiles(64, (32, 16), 32),
-    "fp32": Tiles(64, (16,), 16, num_stages=3),
+    "fp32": Tiles(64, (16,), 16, max_registers=255),
     "fp64": Tiles(16, (16,), 16),
 }
 
@@ -95,7 +95,7 @@ def stepwise(problem: Recurrence) -> Iterator[LaunchConfig]:
     block_b = min(max(power_of_two(problem.B), SMALLEST), tiles.max_block_b)
     for block_h in tiles.blocks_h:
         if block_h <= max(problem.H, SMALLEST):
-            yield LaunchConfig(block_b, block_h, tiles.block_k, num_warps=8, num_stages=tiles.num_stages)
+            yield LaunchConfig(block_b, block_h, tiles.block_k, num_warps=8, max_registers=tiles.max_registers)
 
 
 def persistent(problem: Recurrence, device: Device) -> Iterator[LaunchConfig]:

@@ -162,7 +162,7 @@ def choose_backend(p: Problem, backend: str = "auto") -> Plan:
     if p.device == "cuda":
         ok, reason = supports_triton(p)
         if ok:
-            return Plan("triton", "triton", f"{reason}{_recomputed(p)}; not measured on this device")
+            return Plan("triton", "triton", f"{reason}{_recomputed(p)}; not measured against torch's own on this device")
         rejected["triton"] = reason
     else:
         rejected["triton"] = "slower than torch's LSTM in the interpreter" if triton_interpreted() else supports_triton(p)[1]

@@ -107,13 +107,13 @@ def test_cpu(options: dict, backend: str, how: str, state: bool | None, triton: 
         ({"dtype": torch.float64}, "auto", "segments", "in segments of 7 steps"),
         ({"device": "cuda"}, "aten", "segments", "in segments of 7 steps"),
         ({"device": "cuda"}, "auto", "triton", "gates recomputed in the backward pass; not measured"),
-        ({"device": "cuda"}, "triton", "triton", "a fused launch per time step, gates recomputed in the backward pass"),
+        ({"device": "cuda"}, "triton", "triton", "fused kernels, gates recomputed in the backward pass"),
         ({}, "reference", "reference", "the explicit backward pass, gates recomputed in the backward pass"),
         ({"T": 1}, "auto", "cell", "a cell per layer and direction"),
         ({"T": 1, "lengths": True}, "auto", "ragged", "control columns of torch's own fused LSTM"),
         ({"needs_grad": False}, "auto", "fused", "torch's own fused LSTM"),
         ({"needs_grad": False}, "reference", "reference", "plain PyTorch with the explicit backward pass"),
-        ({"needs_grad": False, "device": "cuda"}, "triton", "triton", "a fused launch per time step"),
+        ({"needs_grad": False, "device": "cuda"}, "triton", "triton", "fused kernels"),
     ],
 )
 def test_recompute(options: dict, backend: str, how: str, reason: str, triton: Callable) -> None:
