@@ -13,6 +13,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import pytest
@@ -74,9 +75,10 @@ def run_forked(
             arg.share_memory_()  # moves its storage, which all its views share: what is one memory stays one
     context = multiprocessing.get_context("fork")
     programs = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
+    start = context.Barrier(len(programs))
     children = {
-        program: context.Process(target=_child, args=(program, kernel, grid, args, meta, delays, timeout), daemon=True)
-        for program in programs
+        p: context.Process(target=_child, args=(p, start, kernel, grid, args, meta, delays, timeout), daemon=True)
+        for p in programs
     }
     end = time.monotonic() + timeout
     try:
@@ -101,7 +103,14 @@ def run_forked(
 
 
 def _child(
-    program: Program, kernel: str, grid: Program, args: tuple, meta: dict[str, Any], delays: Delays | None, timeout: float
+    program: Program,
+    start: Barrier,
+    kernel: str,
+    grid: Program,
+    args: tuple,
+    meta: dict[str, Any],
+    delays: Delays | None,
+    timeout: float,
 ) -> None:
     """Run one program of the grid. Whatever is patched here dies with the process."""
     from triton.runtime import interpreter
@@ -120,6 +129,7 @@ def _child(
     builder.set_grid_dim = builder.set_grid_idx = lambda *_: None  # the launch below is of a grid of one
     # After its run the interpreter copies arguments back, onto themselves here: nothing to do, and a race if it were done.
     interpreter.GridExecutor._restore_args_dev = lambda *_: None
+    start.wait()  # none gets ahead because it was forked first
     launch.KERNELS[kernel][(1, 1, 1)](*args, **meta)
 
 

@@ -219,8 +219,8 @@ FAULTS = {f"{kernel}: {name}": fault for kernel in WAIT for name, fault in fault
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_show(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # In half a second the other programs do many steps; where the machine is very busy, in five.
-    assert any(FAULTS[name].shows(tmp_path, monkeypatch, seconds) for seconds in (0.5, 5.0))
+    # In half a second the other programs do many steps; where the machine is very busy, they take longer.
+    assert any(FAULTS[name].shows(tmp_path, monkeypatch, seconds) for seconds in (0.5, 4.0, 20.0))
 
 
 @pytest.mark.parametrize("kernel", WAIT)
