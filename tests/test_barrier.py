@@ -1,0 +1,287 @@
+"""Persistent launches whose programs wait for one another, each in a process of its own, and faults that must show there."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import Program, fork_launches, late_store, random_delays, run_forked
+from pairs import IN_INTERPRETER, all_equal
+from test_kernels import Problem, check, force
+from torch import Tensor
+
+from fused_lstm.config import Choice, Device, LaunchConfig, Recurrence
+
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("nan_memory"), IN_INTERPRETER]
+
+
+def persistent(block_b: int, block_h: int, block_k: int, resident: int, **options: Any) -> LaunchConfig:
+    return LaunchConfig(block_b, block_h, block_k, persistent=True, resident=resident, **options)
+
+
+def stepwise(config: LaunchConfig) -> LaunchConfig:
+    """The other schedule of the same tiles."""
+    return replace(config, persistent=False, resident=0)
+
+
+# A configuration, a problem and the grid that the two make: hidden tiles, batch tiles, recurrences.
+CASES: dict[str, tuple[LaunchConfig, dict[str, Any], Program]] = {
+    "resident": (persistent(16, 16, 16, 2), {"T": 6, "B": 3, "H": 32}, (2, 1, 1)),
+    "two batch tiles": (persistent(16, 16, 16, 2), {"T": 5, "B": 20, "H": 32}, (2, 2, 1)),
+    "two directions": (persistent(16, 16, 32, 1), {"T": 5, "H": 32, "directions": 2}, (2, 1, 2)),
+    "both": (persistent(16, 16, 32, 2), {"T": 3, "B": 17, "H": 64, "directions": 2}, (4, 2, 2)),
+    "partly resident": (persistent(16, 16, 16, 2), {"H": 48}, (3, 1, 1)),
+    "streamed": (persistent(16, 16, 32, 0), {"H": 48, "directions": -1}, (3, 1, 1)),
+    "swapped": (persistent(16, 16, 16, 2, swap=True, ahead=2), {"T": 5, "H": 32}, (2, 1, 1)),
+    "swapped, partly": (persistent(32, 16, 16, 1, swap=True), {"H": 48}, (3, 1, 1)),
+    "few rows": (persistent(16, 16, 16, 2, rows=3), {"B": 5, "H": 32}, (2, 2, 1)),
+    "three ahead": (persistent(16, 16, 16, 3, ahead=3, swap=True), {"H": 48}, (3, 1, 1)),
+    "ahead of a part": (persistent(16, 32, 16, 2, ahead=3), {"H": 64, "batch_first": True}, (2, 1, 1)),
+    "lengths": (
+        persistent(16, 16, 16, 2, rows=3),
+        {"B": 6, "H": 32, "directions": 2, "mode": "lengths"},
+        (2, 2, 2),
+    ),
+    "packed": (
+        persistent(16, 16, 16, 1, swap=True, rows=2, ahead=2),
+        {"T": 5, "B": 4, "H": 32, "directions": -1, "mode": "packed"},
+        (2, 2, 1),
+    ),
+    "resets": (persistent(16, 16, 16, 2), {"H": 32, "directions": 2, "resets": True}, (2, 1, 2)),
+    "packed with resets": (
+        persistent(16, 16, 32, 0, rows=4),
+        {"T": 5, "B": 5, "H": 32, "mode": "packed", "resets": True},
+        (2, 2, 1),
+    ),
+    "projection": (persistent(16, 16, 16, 2), {"H": 32, "K": 3, "mode": "lengths", "resets": True}, (2, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal_bits_by_both_schedules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, options, grid = CASES[name]
+    problem = Problem(torch.float32, **options)
+    force(monkeypatch, stepwise(config))
+    expected = problem.run("triton", torch.float32)
+    force(monkeypatch, config)
+    for seed in range(2):
+        with monkeypatch.context() as patch:
+            grids = fork_launches(patch, random_delays(seed))
+            assert all_equal(problem.run("triton", torch.float32), expected)
+        assert grids == [grid, grid]  # forward and backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_equal_bits_in_other_dtypes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, options, _ = CASES["two directions"]
+    problem = Problem(dtype, **options)
+    force(monkeypatch, stepwise(config))
+    expected = problem.run("triton", dtype)
+    force(monkeypatch, config)
+    fork_launches(monkeypatch, random_delays(0))
+    assert all_equal(problem.run("triton", dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_rule(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, persistent(16, 16, 16, 1, rows=3))
+    fork_launches(monkeypatch, random_delays(0))
+    check([Problem(dtype, B=5, H=32, mode="lengths", resets=True), Problem(dtype, H=32, directions=-1)])
+
+
+class OnGPU(Tensor):
+    """A CPU tensor that makes the launcher ask for the GPU."""
+
+    is_cuda = True
+
+
+def test_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three batch tiles on a GPU that runs two at once."""
+    from fused_lstm import launch
+
+    run, config = launch._run, persistent(16, 16, 16, 1, rows=2)
+    problem = Problem(torch.float64, T=3, B=5, H=32, directions=2)
+    force(monkeypatch, stepwise(config))
+    expected = problem.run("triton", torch.float64)
+    force(monkeypatch, config)
+    monkeypatch.setattr(launch, "device", lambda _: Device("small", 8))
+    monkeypatch.setattr(launch, "_run", lambda *args, **flags: run(*args[:-1], args[-1].as_subclass(OnGPU), **flags))
+    grids = fork_launches(monkeypatch, random_delays(0))
+    assert all_equal(problem.run("triton", torch.float64), expected)
+    assert grids == [(2, 2, 2), (2, 1, 2)] * 2
+
+
+def test_the_interpreter_alone_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, persistent(16, 16, 16, 2))
+    with pytest.raises(RuntimeError, match="these 2 would wait for one another"):
+        Problem(torch.float32, H=32).run("triton", torch.float32)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kernel with parts of its source replaced, and where its first program has to be late for that to show."""
+
+    kernel: str
+    parts: dict[str, str]
+    late: int = 0  # which store
+    options: tuple[tuple[str, Any], ...] = ()  # of the problem
+
+    def install(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from fused_lstm import kernels, launch
+
+        source = (Path(kernels.__path__[0]) / f"{self.kernel}.py").read_text()
+        for old, new in self.parts.items():
+            assert source.count(old) == 1, f"expected once in the {self.kernel} kernel: {old}"
+            source = source.replace(old, new)
+        path = folder / f"faulty_{self.kernel}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(f"fused_lstm.kernels.{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(launch.KERNELS, self.kernel, getattr(module, f"lstm_{self.kernel}_kernel"))
+
+    def shows(self, folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.5, timeout: float = 60.0) -> bool:
+        """Whether one launch of this kernel, with a late program, gives other results than the right kernel stepwise."""
+        from fused_lstm import launch
+
+        def choose(recurrence: Recurrence, _: Any) -> Choice:
+            return Choice(TWO if recurrence.kernel == self.kernel else stepwise(TWO), "forced")
+
+        expected = right_results(self.options)
+        with monkeypatch.context() as patch:
+            self.install(folder, patch)
+            patch.setattr(launch, "choose", choose)
+            grids = fork_launches(patch, late_store((0, 0, 0), self.late, seconds), timeout)
+            results = small_problem(self.options).run("triton", torch.float32)
+        assert len(grids) == 1
+        return not all_equal(results, expected)
+
+
+TWO = persistent(16, 16, 16, 2, rows=2)
+
+
+def small_problem(options: tuple[tuple[str, Any], ...]) -> Problem:
+    return Problem(torch.float32, **{"T": 3, "B": 2, "H": 32, **dict(options)})
+
+
+@lru_cache
+def right_results(options: tuple[tuple[str, Any], ...]) -> list[Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, stepwise(TWO))
+        results = small_problem(options).run("triton", torch.float32)
+    assert not any(t.isnan().any() for t in results)  # which would equal nothing
+    return results
+
+
+ARRIVE = "arrive(arrived_ptr)"
+WAIT = {"forward": "wait(arrived_ptr, (s - first) * programs)", "backward": "wait(arrived_ptr, step * programs)"}
+AFTER_PRODUCT = {"forward": "even, odd = tl.split", "backward": "dy, dhn, i, f, g, o, c, c_prev, h_prev = saved"}
+STORE = {"forward": "tl.store(h_ptr + offs, h_new", "backward": "tl.store(dgates_ptr + gate, da_i"}
+LAST_STORE = "tl.store(dgates_ptr + gate + 3 * H, da_o"
+COUNTER = "(tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * 16"
+
+
+def before(statement: str, call: str) -> dict[str, str]:
+    """A call put before a statement of the loop over time."""
+    return {statement: f"if PERSISTENT and not LOCAL:\n            {call}\n        {statement}"}
+
+
+def faults(kernel: str) -> dict[str, Fault]:
+    """Kernels that do not wait long enough."""
+    wait = WAIT[kernel]
+    result = {
+        "no wait": Fault(kernel, {wait: "pass"}),
+        "wait after the product": Fault(kernel, {wait: "pass", **before(AFTER_PRODUCT[kernel], wait)}),
+        "wait for one less": Fault(kernel, {wait: wait[:-1] + " - 1)"}),
+        "arrive twice": Fault(kernel, {ARRIVE: f"{ARRIVE}\n            {ARRIVE}"}),
+        "arrive before the store": Fault(kernel, {ARRIVE: "pass", **before(STORE[kernel], ARRIVE)}),
+        "batch tiles share a counter": Fault(kernel, {COUNTER: "tl.program_id(2) * 16"}, options=(("B", 4),)),
+        "directions share a counter": Fault(kernel, {COUNTER: "tl.program_id(1) * 16"}, options=(("directions", 2),)),
+    }
+    if kernel == "backward":
+        result["arrive before the last store"] = Fault(kernel, {ARRIVE: "pass", **before(LAST_STORE, ARRIVE)}, late=3)
+    return result
+
+
+FAULTS = {f"{kernel}: {name}": fault for kernel in WAIT for name, fault in faults(kernel).items()}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_show(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In half a second the other programs do many steps; where the machine is very busy, they take longer.
+    assert any(FAULTS[name].shows(tmp_path, monkeypatch, seconds) for seconds in (0.5, 4.0, 20.0))
+
+
+@pytest.mark.parametrize("kernel", WAIT)
+@pytest.mark.parametrize(("late", "option"), [(0, ("B", 4)), (3, ("directions", 2))])
+def test_late_programs_without_a_fault(
+    kernel: str, late: int, option: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What shows the faults is not the delay."""
+    assert not Fault(kernel, {}, late, (option,)).shows(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("kernel", WAIT)
+@pytest.mark.parametrize("name", ["no arrival", "wait for one more"])
+def test_a_deadlock_is_an_error(kernel: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = WAIT[kernel]
+    fault = Fault(kernel, {ARRIVE: "pass"} if name == "no arrival" else {wait: wait[:-1] + " + 1)"})
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match=rf"{kernel}: after 1.5 s, these of \(2, 1, 1\) programs still run"):
+        fault.shows(tmp_path, monkeypatch, seconds=0.0, timeout=1.5)
+    assert time.monotonic() - begin < 30
+    assert not multiprocessing.active_children()
+
+
+def run_function(function: Callable[..., None], grid: Program, args: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """:func:`run_forked` of a Python function of the program and the arguments."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    from fused_lstm import launch
+
+    class Kernel:
+        def __getitem__(self, _: Program) -> Callable[..., None]:
+            return lambda *args: function(interpreter_builder.grid_idx, *args)
+
+    monkeypatch.setitem(launch.KERNELS, "forward", Kernel())
+    run_forked("forward", grid, args, {})
+
+
+def test_memory_is_shared_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program writes to one argument is in all that share its memory, in this process and in the others."""
+    a = torch.zeros(2, 3, 2, dtype=torch.int64)
+    view = a[1:]
+
+    def write(program: Program, whole: Tensor, part: Tensor) -> None:
+        x, y, z = program
+        (part if x else whole)[0, y, z] = 100 + x * 10 + y * 3 + z
+        while not (whole != 0).all():
+            time.sleep(1e-3)
+
+    run_function(write, (2, 3, 2), (a, view), monkeypatch)
+    assert a.tolist() == [[[100 + x * 10 + y * 3 + z for z in range(2)] for y in range(3)] for x in range(2)]
+    assert view.data_ptr() == a[1].data_ptr()
+
+
+def test_a_dead_program_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(program: Program) -> None:
+        if program == (1, 0, 0):
+            os._exit(3)
+        time.sleep(30)
+
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"program \(1, 0, 0\) of \(2, 1, 1\) ended with exit code 3"):
+        run_function(die, (2, 1, 1), (), monkeypatch)
+    assert time.monotonic() - begin < 20
+    assert not multiprocessing.active_children()
