@@ -36,7 +36,7 @@ def problem(kernel: str = "forward", kind: str = "half", T: int = 100, H: int = 
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
-@pytest.mark.parametrize("B", [1, 16, 64, 128])
+@pytest.mark.parametrize("B", [1, 16, 64])
 @pytest.mark.parametrize("H", [64, 128, 256, 512, 528, 640, 656, 768, 1024, 1152])
 def test_an_h100_keeps_half_precision_weights_on_chip(kernel: str, H: int, B: int) -> None:
     p = problem(kernel, H=H, B=B)

@@ -68,7 +68,7 @@ def test_what_an_h100_runs(name: str, H: int) -> None:
     device = ledger.DEVICES["sm_90"]
     largest = {"bf16": 1152, "tf32": 656, "fp32": 512}[name]
     for n, (problem, config) in enumerate(ledger.chosen(name, device, [H])):
-        if largest >= H:
+        if largest >= H and problem.B <= 64:
             assert config.persistent
             assert config.resident == config.tiles(H)
         check(name, problem, config, "sm_90", FLAGS[problem.kernel][n % 3])
