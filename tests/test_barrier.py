@@ -19,7 +19,8 @@ from pairs import IN_INTERPRETER, all_equal
 from test_kernels import Problem, check, force
 from torch import Tensor
 
-from fused_lstm.config import Choice, Device, LaunchConfig, Recurrence
+from fused_lstm.choose import Choice
+from fused_lstm.config import Device, LaunchConfig, Recurrence
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("nan_memory"), IN_INTERPRETER]
 
@@ -114,7 +115,9 @@ def test_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = problem.run("triton", torch.float64)
     force(monkeypatch, config)
     monkeypatch.setattr(launch, "device", lambda _: Device("small", 8))
-    monkeypatch.setattr(launch, "_run", lambda *args, **flags: run(*args[:-1], args[-1].as_subclass(OnGPU), **flags))
+    monkeypatch.setattr(
+        launch, "_run", lambda *args, **flags: run(*args[:5], args[5].as_subclass(OnGPU), *args[6:], **flags)
+    )
     grids = fork_launches(monkeypatch, random_delays(0))
     assert all_equal(problem.run("triton", torch.float64), expected)
     assert grids == [(2, 2, 2), (2, 1, 2)] * 2

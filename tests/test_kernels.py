@@ -201,10 +201,10 @@ def test_empty_batch() -> None:
 
 def force(monkeypatch: pytest.MonkeyPatch, config: object) -> None:
     """Make every launch take a configuration."""
-    from fused_lstm import config as configs
+    from fused_lstm import choose as choices
     from fused_lstm import launch
 
-    monkeypatch.setattr(launch, "choose", lambda *_: configs.Choice(config, "forced"))
+    monkeypatch.setattr(launch, "choose", lambda *_: choices.Choice(config, "forced"))
 
 
 def configurations(H: int) -> dict[str, object]:
