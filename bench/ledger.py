@@ -170,12 +170,14 @@ def kind_of(name: str) -> str:
     return arithmetic(*ARITHMETIC[name])
 
 
-def chosen(name: str, device: Device, sizes: Sequence[int] = SIZES) -> list[tuple[Recurrence, LaunchConfig]]:
+def chosen(
+    name: str, device: Device, sizes: Sequence[int] = SIZES, batches: Sequence[int] = (1, 16, 64, 128, 2048)
+) -> list[tuple[Recurrence, LaunchConfig]]:
     """What choose() picks for batches of several sizes: each configuration once for each hidden size and kernel."""
     found = {}
     for kernel in KERNELS:
         for H in sizes:
-            for B in (1, 16, 64, 128, 2048):
+            for B in batches:
                 problem = Recurrence(kernel, kind_of(name), 100, H, B, 1)
                 config = choose(problem, device).config
                 found.setdefault((kernel, H, replace(config, rows=config.block_b)), (problem, config))

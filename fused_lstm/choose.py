@@ -51,7 +51,7 @@ PERSISTENT = {
     ("forward", "half"): (
         Tile(16, 16, 128, 4, 2, True), Tile(16, 32, 128, 4, 2, True), Tile(32, 16, 128, 4, 2, True),
         Tile(32, 32, 128, 8, 2, True), Tile(64, 16, 64, 4, 2, True), Tile(64, 32, 64, 8, 2, True),
-        Tile(128, 16, 64, 8, 2, False), Tile(128, 32, 64, 8, 2, True),
+        Tile(128, 16, 64, 8, 2, False), Tile(128, 32, 64, 8, 1, True),
     ),
     ("backward", "half"): (
         Tile(16, 64, 128, 4, 2, True), Tile(32, 64, 64, 4, 2, True), Tile(64, 16, 64, 4, 2, False),
@@ -63,11 +63,11 @@ PERSISTENT = {
         Tile(128, 16, 32, 8, 2, False),
     ),
     ("backward", "tf32"): (
-        Tile(16, 64, 64, 4, 1, True), Tile(64, 16, 64, 8, 1, False), Tile(64, 32, 32, 8, 1, False),
+        Tile(16, 64, 64, 4, 1, True), Tile(64, 16, 32, 8, 1, False), Tile(64, 32, 32, 8, 1, False),
         Tile(128, 16, 32, 8, 1, False),
     ),
     # Not for tensor cores: strict fp32.
-    ("forward", "fp32"): (Tile(16, 16, 32, 4, 2, False), Tile(32, 16, 32, 4, 2, False), Tile(64, 16, 32, 8, 2, False)),
+    ("forward", "fp32"): (Tile(16, 16, 32, 8, 2, False), Tile(32, 16, 32, 8, 2, False), Tile(64, 16, 32, 8, 2, False)),
     ("backward", "fp32"): (Tile(16, 16, 64, 8, 1, False),),
 }  # fmt: skip
 
