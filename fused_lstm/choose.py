@@ -63,13 +63,23 @@ PERSISTENT = {
         Tile(128, 16, 32, 8, 2, False),
     ),
     ("backward", "tf32"): (
-        Tile(16, 64, 64, 4, 1, True), Tile(64, 16, 32, 8, 1, False), Tile(64, 32, 32, 8, 1, False),
+        Tile(16, 64, 64, 4, 1, True), Tile(64, 16, 64, 8, 1, False), Tile(64, 32, 32, 8, 1, False),
         Tile(128, 16, 32, 8, 1, False),
     ),
     # Not for tensor cores: strict fp32.
     ("forward", "fp32"): (Tile(16, 16, 32, 8, 2, False), Tile(32, 16, 32, 8, 2, False), Tile(64, 16, 32, 8, 2, False)),
     ("backward", "fp32"): (Tile(16, 16, 64, 8, 1, False),),
 }  # fmt: skip
+
+# No weights on chip, and yet no launches: (block_b, block_h).
+STREAMED = {
+    "half": ((16, 16), (16, 32), (32, 16), (32, 32), (64, 32)),
+    "tf32": ((16, 16), (16, 32), (32, 16), (32, 32), (64, 16), (64, 32)),
+    "fp32": ((16, 16),),
+}
+
+# The largest H whose weights are kept on chip, wholly or in part: above it the compiler, or the chip, runs out of registers.
+LARGEST_RESIDENT = {"half": 2048, "tf32": 528, "fp32": 528}
 
 # Programs that have all hidden units, by the largest H: (block_b, warps).
 LOCAL = {
@@ -110,11 +120,12 @@ def persistent(problem: Recurrence, device: Device) -> Iterator[LaunchConfig]:
                     yield LaunchConfig(block_b, block, block, num_warps, persistent=True, resident=1, swap=True)
                 break
         for tile in PERSISTENT.get(key, ()):
-            if tile.block_h < H:
+            if tile.block_h < H <= LARGEST_RESIDENT[problem.arithmetic]:
                 yield from _resident(tile, problem, device)
-    for config in stepwise(problem):  # no weights on chip, and yet no launches
-        if config.block_h < H:
-            yield replace(config, persistent=True)
+    for block_b, block_h in STREAMED.get(problem.arithmetic, ()):
+        if block_h < H and block_b <= max(power_of_two(problem.B), SMALLEST):
+            block_k, stages = (64, 3) if problem.arithmetic == "half" else (32, 2 if problem.arithmetic == "fp32" else 3)
+            yield LaunchConfig(block_b, block_h, block_k, 8, stages, persistent=True, max_registers=255)
 
 
 def _resident(tile: Tile, problem: Recurrence, device: Device) -> Iterator[LaunchConfig]:
