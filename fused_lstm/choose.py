@@ -138,6 +138,8 @@ def _resident(tile: Tile, problem: Recurrence, device: Device) -> Iterator[Launc
     config = replace(config, resident=config.tiles(problem.H))
     while config.resident and config.shared_memory(problem) > device.shared_memory:
         config = replace(config, resident=config.resident - 1)
+    if config.resident < config.tiles(problem.H) and tile.block_b > 64:
+        return  # spills
     for rows in (8, 16, 32, 64, 128):  # whatever B is: what is compiled does not depend on it
         if rows <= tile.block_b:
             yield replace(config, rows=rows)
