@@ -48,11 +48,11 @@ def device(index: int) -> Device:
 def constants(config: LaunchConfig, H: int) -> dict[str, Any]:
     """The constexpr arguments and the compiler's options that a configuration stands for."""
     config.check(H)
+    only_nvidia = {} if torch.version.hip else {"maxnreg": config.max_registers}
     return dict(
         PERSISTENT=config.persistent, SWAP=config.swap, RESIDENT=config.resident, AHEAD=config.ahead, ROWS=config.rows,
         BLOCK_B=config.block_b, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
-        enable_fp_fusion=True,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **only_nvidia,
         # Where a program waits for others, the driver must let all of them run at once, or refuse.
         launch_cooperative_grid=config.persistent and not config.local(H),
     )  # fmt: skip

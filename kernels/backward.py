@@ -78,7 +78,7 @@ def lstm_backward_kernel(
     next_rows = data_rows(last, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)
     rows = data_rows(s, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)
     prev_rows = data_rows(s - 1, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)
-    mask_s = s < lengths  # rows that have this step
+    mask_s = (s < lengths) & (lengths > 0)  # rows that have this step; s is -1 where no row has any
     keep = kept(s, rows, prev_rows, mask_s, lengths, backwards, resets_ptr, RESETS)  # ... and a state from before
     # Rows that get a gradient from the step after this one, in order of processing: none if there is no such step, or a
     # reset before it.
