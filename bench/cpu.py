@@ -69,6 +69,7 @@ CASES = [
         for versus in ("padded", "loop")
         for size in ((16, 128, 64, 128), (2, 128, 512, 128))
     ),
+    *(Case("recompute", "train", *size) for size in ((16, 128, 64, 128), (64, 128, 512, 512))),
 ]
 
 
@@ -105,7 +106,7 @@ def measure(case: Case, backend: str, seconds: float) -> dict[str, float | str]:
     dtype = getattr(torch, case.dtype)
     torch.manual_seed(0)
     theirs = nn.LSTM(case.I, case.H, case.layers, bidirectional=case.bidirectional, dtype=dtype)
-    ours = fused_lstm.LSTM.from_torch(theirs, backend=backend)
+    ours = fused_lstm.LSTM.from_torch(theirs, backend=backend, recompute=case.name == "recompute")
     ours.train()
     x = torch.randn(case.T, case.B, case.I, dtype=dtype)
     ragged: dict[str, Tensor] = {}
