@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,6 +62,16 @@ def triton_interpreted() -> bool | None:
 
 
 @cache
+def triton_too_old() -> str | None:
+    """The version of a Triton that does not know all that the kernels use (tl.range's disable_licm); None if it does."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # ROCm's has another name
+        return None
+    return version if tuple(map(int, version.split(".")[:2])) < (3, 5) else None
+
+
+@cache
 def fp64_compiles() -> bool:
     from . import launch
 
@@ -75,6 +86,8 @@ def supports_triton(p: Problem) -> tuple[bool, str]:
     interpreted = triton_interpreted()
     if interpreted is None:
         return False, "Triton is not installed (pip install triton)"
+    if triton_too_old():
+        return False, f"the kernels need Triton 3.5 or newer, found {triton_too_old()}"
     if p.device == "cpu" and not interpreted:
         return False, (
             "the kernels need a GPU and the input is on the CPU; only in Triton's interpreter (TRITON_INTERPRET=1 "

@@ -126,6 +126,17 @@ def test_recompute(options: dict, backend: str, how: str, reason: str, triton: C
     assert (plan == plain) is kept, "where nothing can be recomputed, nothing changes"
 
 
+def test_an_old_triton(triton: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton(False)
+    for version, old in (("3.4.0", True), ("3.5.0", False), ("3.10.1+git", False), ("4.0", False)):
+        monkeypatch.setattr("importlib.metadata.version", lambda _, version=version: version)
+        dispatch.triton_too_old.cache_clear()
+        plan = choose_backend(problem("cuda"))
+        assert (plan.backend == "aten") is old
+        assert old is (plan.rejected.get("triton") == f"the kernels need Triton 3.5 or newer, found {version}")
+    dispatch.triton_too_old.cache_clear()
+
+
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
 def test_other_devices(device: str, triton: Callable) -> None:
     triton(False)
