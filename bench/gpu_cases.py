@@ -24,6 +24,7 @@ from fused_lstm.config import LaunchConfig, Recurrence, arithmetic
 from fused_lstm.rows import Rows
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICE = "cuda"
 KINDS = {
     "bf16": (torch.bfloat16, False),
     "fp16": (torch.float16, False),
@@ -37,13 +38,13 @@ class Both:
 
     def __init__(self, kind: str, T: int, H: int, B: int, R: int = 1, ragged: bool = False) -> None:
         self.dtype, self.tf32 = KINDS[kind]
-        self.shape, g = (T, H, B, R), torch.Generator("cuda").manual_seed(T + H + B + R)
+        self.shape, g = (T, H, B, R), torch.Generator(DEVICE).manual_seed(T + H + B + R)
 
         def numbers(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=g, device="cuda") * scale).to(self.dtype)
+            return (torch.randn(*shape, generator=g, device=DEVICE) * scale).to(self.dtype)
 
-        lengths = torch.randint(0, T + 1, (B,), generator=g, device="cuda") if ragged else None
-        resets = torch.rand(T * B, generator=g, device="cuda") < 0.1 if ragged else None
+        lengths = torch.randint(0, T + 1, (B,), generator=g, device=DEVICE) if ragged else None
+        resets = torch.rand(T * B, generator=g, device=DEVICE) < 0.1 if ragged else None
         self.rows = Rows(T, B, False, 2 if R == 2 else 1, lengths, None, resets)
         self.x, self.w = numbers(T * B, R, 4, H), numbers(R, 4 * H, H, scale=H**-0.5)
         self.h0, self.c0, self.dh_n, self.dc_n = (numbers(R, B, H) for _ in range(4))
