@@ -238,6 +238,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu_check.py needs a CUDA device, and torch sees none here", file=sys.stderr)
         return 2
+    if not any(args.only in name for name in CASES):
+        parser.error(f"no case has {args.only!r} in its name; the cases are {', '.join(CASES)}")
     end = time.monotonic() + args.budget
     args.out.mkdir(parents=True, exist_ok=True)
     about = {"date": date.today().isoformat(), "commit": _output("git", "rev-parse", "HEAD")}

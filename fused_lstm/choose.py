@@ -18,11 +18,12 @@ from .config import SMALLEST, Device, LaunchConfig, Recurrence, ceil_div, power_
 
 
 class Tiles(NamedTuple):
-    """The tiles open to the stepwise schedule for one kind of arithmetic; with 8 warps none of them spills on sm_90."""
+    """The tiles open to the stepwise schedule for one kind of arithmetic; none of them spills on sm_90."""
 
     max_block_b: int
     blocks_h: tuple[int, ...]
     block_k: int
+    num_warps: int = 8
     max_registers: int | None = None
 
 
@@ -30,7 +31,7 @@ STEPWISE = {
     "half": Tiles(64, (32, 16), 64),
     "tf32": Tiles(64, (32, 16), 32),
     "fp32": Tiles(64, (16,), 16, max_registers=255),
-    "fp64": Tiles(16, (16,), 16),
+    "fp64": Tiles(16, (16,), 16, num_warps=4),
 }
 
 
@@ -105,7 +106,7 @@ def stepwise(problem: Recurrence) -> Iterator[LaunchConfig]:
     block_b = min(max(power_of_two(problem.B), SMALLEST), tiles.max_block_b)
     for block_h in tiles.blocks_h:
         if block_h <= max(problem.H, SMALLEST):
-            yield LaunchConfig(block_b, block_h, tiles.block_k, num_warps=8, max_registers=tiles.max_registers)
+            yield LaunchConfig(block_b, block_h, tiles.block_k, tiles.num_warps, max_registers=tiles.max_registers)
 
 
 def persistent(problem: Recurrence, device: Device) -> Iterator[LaunchConfig]:
@@ -233,6 +234,7 @@ def describe(choice: Choice, problem: Recurrence, device: Device | None) -> str:
 # Measured tables -----------------------------------------------------------------------------------------------------
 
 Key = tuple[str, str, int, int, int]
+KEYS = ("kernel", "arithmetic", "H", "B", "R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,9 +251,17 @@ def key_of(problem: Recurrence) -> Key:
 
 
 def user_folder() -> Path:
-    """Where ``python -m fused_lstm.tune`` keeps tables: $FUSED_LSTM_CONFIGS, else fused_lstm in the user's cache."""
+    """Where ``python -m fused_lstm.tune`` keeps tables: $FUSED_LSTM_CONFIGS, else fused_lstm in the user's cache.
+
+    Raises ValueError where the variable names something else than a folder; one that is not there yet is no error.
+    """
     given = os.environ.get("FUSED_LSTM_CONFIGS")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_lstm"
+    if not given:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_lstm"
+    folder = Path(given).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"FUSED_LSTM_CONFIGS should name a folder, got {given}, which is none")
+    return folder
 
 
 def file_name(device_name: str) -> str:
@@ -272,33 +282,30 @@ def read_table(path: Path) -> Table:
     """Raises ValueError for a file that is no table: what it says is not to be lost in silence."""
     try:
         entries = json.loads(path.read_text())["configs"]
+        if not isinstance(entries, list):
+            raise TypeError(f"configs should be a list, got {type(entries).__name__}")
         configs = {}
         for entry in entries:
-            problem = Recurrence(T=0, **{k: entry[k] for k in ("kernel", "arithmetic", "H", "B", "R")})
+            problem = Recurrence(T=1, **{k: entry[k] for k in KEYS})
             configs[key_of(problem)] = LaunchConfig(**entry["config"])
             configs[key_of(problem)].check(problem.H)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a table of launch configurations ({type(error).__name__}: {error}); "
-            "write it anew with python -m fused_lstm.tune, or remove it"
+            "remove it, and measure anew with python -m fused_lstm.tune"
         ) from error
     return Table(str(path), configs)
 
 
-def write_table(path: Path, entries: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    """Write measured entries: a problem's key, its ``config`` and ``microseconds`` for each step. Keeps others' entries."""
-    old = json.loads(path.read_text())["configs"] if path.is_file() else []
-    new = {_entry_key(e): e for e in (*old, *entries)}
+def write_table(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Add measured entries to a table, in place of those for the same problems. Raises what :func:`read_table` raises."""
+    old = json.loads(path.read_text())["configs"] if path.is_file() and read_table(path) else []
+    new = {key_of(Recurrence(T=1, **{k: e[k] for k in KEYS})): e for e in (*old, *entries)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "configs": list(new.values())}, indent=1) + "\n")
+    path.write_text(json.dumps({"configs": list(new.values())}, indent=1) + "\n")
     tables.cache_clear()
 
 
-def entry(problem: Recurrence, config: LaunchConfig, microseconds: float) -> dict[str, Any]:
-    """A table's entry."""
-    keys = ("kernel", "arithmetic", "H", "B", "R")
-    return {k: getattr(problem, k) for k in keys} | {"config": asdict(config), "microseconds": microseconds}
-
-
-def _entry_key(e: dict[str, Any]) -> Key:
-    return key_of(Recurrence(T=0, **{k: e[k] for k in ("kernel", "arithmetic", "H", "B", "R")}))
+def entry(problem: Recurrence, config: LaunchConfig, microseconds: float, **about: str) -> dict[str, Any]:
+    """A table's entry: the problem, its configuration, the time of a step, and where and when that was measured."""
+    return {k: getattr(problem, k) for k in KEYS} | {"config": asdict(config), "microseconds": microseconds, **about}

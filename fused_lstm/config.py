@@ -29,6 +29,16 @@ class Device:
     wgmma: bool = False  # tensor cores that multiply from shared memory: Hopper and newer
 
 
+KERNELS = ("forward", "backward")
+ARITHMETICS = ("half", "tf32", "fp32", "fp64")
+
+
+def _check(name: str, value: object, least: int, most: int | None = None) -> None:
+    if type(value) is not int or value < least or (most is not None and value > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} should be an integer {bounds}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Recurrence:
     """One layer's recurrence, as a problem for one kernel."""
@@ -39,6 +49,15 @@ class Recurrence:
     H: int  # as the kernels see it: a multiple of 16
     B: int
     R: int  # recurrences of one launch
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS or self.arithmetic not in ARITHMETICS:
+            raise ValueError(
+                f"kernel should be one of {', '.join(KERNELS)} and arithmetic one of {', '.join(ARITHMETICS)}, "
+                f"got {self.kernel!r} and {self.arithmetic!r}"
+            )
+        for name in ("T", "H", "B", "R"):
+            _check(name, getattr(self, name), 1)
 
     @property
     def element_size(self) -> int:
@@ -70,12 +89,21 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         for name in ("block_b", "block_h", "block_k"):
             size = getattr(self, name)
-            if size < SMALLEST or size != power_of_two(size):
-                raise ValueError(f"{name} should be a power of two of at least {SMALLEST}, got {size}")
-        if not self.rows:
+            _check(name, size, SMALLEST, 1024)
+            if size != power_of_two(size):
+                raise ValueError(f"{name} should be a power of two, got {size}")
+        if self.num_warps not in (1, 2, 4, 8, 16, 32):
+            raise ValueError(f"num_warps should be a power of two from 1 to 32, got {self.num_warps!r}")
+        _check("num_stages", self.num_stages, 1, 10)
+        _check("resident", self.resident, 0)
+        _check("ahead", self.ahead, 0)
+        if self.max_registers is not None:
+            _check("max_registers", self.max_registers, 24, 255)
+        if type(self.persistent) is not bool or type(self.swap) is not bool:
+            raise ValueError(f"persistent and swap should be bools, got {self.persistent!r} and {self.swap!r}")
+        if self.rows == 0:
             object.__setattr__(self, "rows", self.block_b)
-        if not 1 <= self.rows <= self.block_b:
-            raise ValueError(f"rows should be between 1 and block_b = {self.block_b}, got {self.rows}")
+        _check("rows", self.rows, 1, self.block_b)
         if self.resident and not self.persistent:
             raise ValueError("resident weights need the persistent schedule: a launch for each step keeps nothing")
 

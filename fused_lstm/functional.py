@@ -58,6 +58,12 @@ def lstm(
         ValueError: wrong number of weights, wrong dtype, lengths or resets that do not fit, or unknown backend.
         RuntimeError: wrong shape or device, T = 0, or a backend that cannot serve the call.
     """
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input should be a tensor, of a packed sequence its data, got: {type(input).__name__}")
+    if isinstance(weights, Tensor) or not all(isinstance(w, Tensor) for w in weights):
+        raise TypeError("weights should be a sequence of tensors")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
     weights = list(weights)

@@ -74,7 +74,7 @@ def explain(call: Problem, where: torch.device) -> dict[str, str]:
     kind = arithmetic(call.dtype, where.type == "cuda" and tf32_allowed())
     H = ceil_div(call.hidden_size, ALIGNMENT) * ALIGNMENT
     words = {}
-    for kernel in ("forward", "backward") if call.needs_grad else ("forward",):
+    for kernel in KERNELS if call.needs_grad and call.B else ("forward",) * bool(call.B):
         problem = Recurrence(kernel, kind, call.T, H, call.B, 2 if call.bidirectional else 1)
         words[kernel] = describe(choose(problem, gpu), problem, gpu)
     return words

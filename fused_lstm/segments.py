@@ -36,7 +36,7 @@ class Direction:
     sequences: Sequences  # resets (T, B)
 
     def __call__(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], one: Stack) -> Result:
-        return Recomputed.apply(self, one, x, h, c, *weights)
+        return Recomputed.apply(self, one, x, h, c, *weights)[:3]
 
     def segments(self) -> list[tuple[int, int]]:
         """First time and end of each segment, in the order of processing."""
@@ -82,22 +82,28 @@ class Recomputed(torch.autograd.Function):
     """A :class:`Direction` from its first step to its last, with a gradient that is computed segment by segment."""
 
     @staticmethod
-    def forward(
-        ctx: Any, direction: Direction, one: Stack, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(direction: Direction, one: Stack, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        """y, h_n and c_n, and the states between segments, which are for the backward pass only."""
         y = x.new_empty(*x.shape[:-1], h.shape[-1])
         states = []
         for first, end in direction.segments():
-            states += [h, c]
             rows = direction.rows(first, end)
             y[rows], h, c = direction.run(first, end, x[rows], h, c, weights, one)
-        ctx.direction, ctx.one, ctx.n_states = direction, one, len(states)
+            states += [h, c]
+        return y, *states[-2:], *states[:-2]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        direction, one, x, h, c, *weights = inputs
+        between = output[3:]
+        ctx.direction, ctx.one, ctx.n_states = direction, one, len(between) + 2
+        ctx.mark_non_differentiable(*between)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *states, *weights)
-        return y, h, c
+        ctx.save_for_backward(x, h, c, *between, *weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        grads = grads[:3]
         direction, one, needs = ctx.direction, ctx.one, ctx.needs_input_grad[2:]
         x, *saved = ctx.saved_tensors
         states, weights = saved[: ctx.n_states], saved[ctx.n_states :]

@@ -47,6 +47,8 @@ PLAIN = Sequences()
 
 def check_batch_sizes(batch_sizes: Tensor, N: int) -> None:
     """Raise ValueError unless batch_sizes fit N rows of packed data: otherwise rows would be read that are not there."""
+    if not isinstance(batch_sizes, Tensor):
+        raise ValueError(f"batch_sizes should be a 1-D int64 tensor on the CPU, got {type(batch_sizes).__name__}")
     if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
         raise ValueError(
             "batch_sizes should be a 1-D int64 tensor on the CPU, as torch.nn.utils.rnn.PackedSequence has it, got "
@@ -76,6 +78,7 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
         raise ValueError(f"lengths should be integers, got dtype {given.dtype}")
     if given.shape != (B,):
         raise ValueError(f"lengths should have shape ({B},), one for each batch row, got {tuple(given.shape)}")
+    given = given.long()  # unsigned types know no minimum
     if given.device.type == "cpu" and B and not (int(given.min()) >= 0 and int(given.max()) <= T):
         raise ValueError(f"lengths should be between 0 and T = {T}, got {int(given.min())} to {int(given.max())}")
     return given.to(device, torch.int64, non_blocking=True)

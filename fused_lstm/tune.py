@@ -22,7 +22,18 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .choose import Choice, choose, entry, estimate, file_name, persistent, stepwise, user_folder, write_table
+from .choose import (
+    Choice,
+    choose,
+    entry,
+    estimate,
+    file_name,
+    persistent,
+    read_table,
+    stepwise,
+    user_folder,
+    write_table,
+)  # fmt: skip
 from .config import Device, LaunchConfig, Recurrence, refusal
 from .rows import Rows
 
@@ -152,20 +163,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fused_lstm.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 256, 512, 768, 1024], metavar="H")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256], metavar="B")
-    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=["bf16", "tf32"])
-    parser.add_argument("--directions", type=int, choices=[1, 2], nargs="+", default=[1])
+    default = "(default: %(default)s)"
+    hidden, batch, dtypes = [64, 128, 256, 512, 768, 1024], [1, 16, 64, 256], ["bf16", "tf32"]
+    parser.add_argument("--hidden", type=int, nargs="+", default=hidden, metavar="H", help=f"hidden sizes {default}")
+    parser.add_argument("--batch", type=int, nargs="+", default=batch, metavar="B", help=f"batch sizes {default}")
+    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=dtypes, help=f"fp16 serves bf16, too {default}")
+    parser.add_argument("--directions", type=int, choices=[1, 2], nargs="+", default=[1], help=f"of the layer {default}")
     parser.add_argument("--steps", type=int, default=128, metavar="T", help="time steps of a trial")
     parser.add_argument("--candidates", type=int, default=8, help="configurations to measure for each problem")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many, keeping what is measured")
     parser.add_argument("--out", type=Path, default=None, help="folder for the table (default: the user's)")
     args = parser.parse_args(arguments)
+    if min(*args.hidden, *args.batch, args.steps, args.candidates) < 1:
+        parser.error("--hidden, --batch, --steps and --candidates should be at least 1")
     if not torch.cuda.is_available():
         print("fused_lstm.tune needs a CUDA or ROCm device, and torch sees none here", file=sys.stderr)
         return 2
-    if min(*args.hidden, *args.batch, args.steps, args.candidates) < 1:
-        parser.error("--hidden, --batch, --steps and --candidates should be at least 1")
     from . import launch
     from .config import ALIGNMENT, ceil_div
 
@@ -181,7 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name in args.dtype
         for p in problems(hidden, args.batch, KINDS.get(name, name), args.directions, args.steps)
     ]
-    end = time.monotonic() + args.seconds
+    if path.is_file():
+        read_table(path)  # one that is broken is an error now, not after the first measurement
+    end, written = time.monotonic() + args.seconds, 0
     tf32 = torch.backends.cudnn.allow_tf32
     try:
         for n, (name, problem) in enumerate(work, 1):
@@ -190,12 +205,13 @@ def main(arguments: list[str] | None = None) -> int:
                 break
             torch.backends.cudnn.allow_tf32 = name == "tf32"
             result = tune(Trial(problem, DTYPES[name], torch.device("cuda")), device, args.candidates)
-            write_table(path, [entry(problem, result.best, 1e6 * result.best_seconds / problem.T)], about)
+            write_table(path, [entry(problem, result.best, 1e6 * result.best_seconds / problem.T, **about)])
+            written += 1
             print(f"{n}/{len(work)} {result}", flush=True)
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
-    print(f"written to {path}")
-    return 0
+    print(f"{written} configurations written to {path}" if written else "nothing was measured, nothing written")
+    return 0 if written else 1
 
 
 if __name__ == "__main__":

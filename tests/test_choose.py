@@ -141,9 +141,16 @@ def test_the_model_knows_what_costs_time() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_b": 8}, "block_b should be a power of two of at least 16, got 8"),
-        ({"block_h": 48}, "block_h should be a power of two of at least 16, got 48"),
-        ({"rows": 65}, "rows should be between 1 and block_b = 64, got 65"),
+        ({"block_b": 8}, "block_b should be an integer from 16 to 1024, got 8"),
+        ({"block_b": 64.0}, "block_b should be an integer from 16 to 1024, got 64.0"),
+        ({"block_h": 48}, "block_h should be a power of two, got 48"),
+        ({"rows": 65}, "rows should be an integer from 1 to 64, got 65"),
+        ({"num_warps": 3}, "num_warps should be a power of two from 1 to 32, got 3"),
+        ({"num_stages": -1}, "num_stages should be an integer from 1 to 10, got -1"),
+        ({"resident": -1}, "resident should be an integer of at least 0, got -1"),
+        ({"ahead": -3}, "ahead should be an integer of at least 0, got -3"),
+        ({"max_registers": "x"}, "max_registers should be an integer from 24 to 255, got 'x'"),
+        ({"persistent": "no"}, "persistent and swap should be bools, got 'no' and False"),
         ({"resident": 1, "persistent": False}, "resident weights need the persistent schedule"),
     ],
 )
@@ -180,7 +187,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_was_measured_is_taken(folder: Path) -> None:
     p, config = problem(B=60), LaunchConfig(32, 16, 64, persistent=True, resident=8)
     assert choose(p, H100, tables(H100.name)).config != config
-    write_table(folder / file_name(H100.name), [entry(p, config, 1.5)], {"device": H100.name})
+    write_table(folder / file_name(H100.name), [entry(p, config, 1.5)])
     choice = choose(p, H100, tables(H100.name))
     assert (choice.config, choice.measured) == (config, True)
     words = describe(choice, p, H100)
@@ -203,20 +210,43 @@ def test_what_was_measured_is_not_taken_where_it_cannot_run() -> None:
 def test_a_later_measurement_replaces_an_earlier_one_and_keeps_the_others(folder: Path) -> None:
     path = folder / file_name(H100.name)
     a, b = LaunchConfig(32, 16, 64), LaunchConfig(64, 16, 64)
-    write_table(path, [entry(problem(), a, 2.0), entry(problem(H=64), a, 1.0)], {"device": H100.name})
-    write_table(path, [entry(problem(), b, 1.0)], {"device": H100.name})
+    write_table(path, [entry(problem(), a, 2.0), entry(problem(H=64), a, 1.0)])
+    write_table(path, [entry(problem(), b, 1.0, date="today")])
     table = read_table(path)
     assert table.configs == {key_of(problem()): b, key_of(problem(H=64)): a}
-    assert json.loads(path.read_text())["device"] == H100.name
+    assert [e.get("date") for e in json.loads(path.read_text())["configs"]] == ["today", None]
+
+
+GOOD = {"kernel": "forward", "arithmetic": "half", "H": 64, "B": 1, "R": 1}
+TILES = {"block_b": 16, "block_h": 16, "block_k": 16}
 
 
 @pytest.mark.parametrize(
-    "text", ["not json", "{}", '{"configs": [{"H": 1}]}', '{"configs": [{"kernel": "forward", "arithmetic": "half", '
-    '"H": 64, "B": 1, "R": 1, "config": {"block_b": 1, "block_h": 16, "block_k": 16}}]}'],
-)  # fmt: skip
+    "text",
+    [
+        "not json",
+        "{}",
+        '{"configs": {}}',
+        '{"configs": [{"H": 1}]}',
+        json.dumps({"configs": [{**GOOD, "kernel": "sideways", "config": TILES}]}),
+        json.dumps({"configs": [{**GOOD, "B": 64.0, "config": TILES}]}),
+        json.dumps({"configs": [{**GOOD, "config": {**TILES, "block_b": 1}}]}),
+    ],
+)
 def test_a_broken_table_is_an_error_that_names_the_file(folder: Path, text: str) -> None:
     path = folder / file_name(H100.name)
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"{path.name} is not a table of launch configurations"):
-        tables(H100.name)
+    for use in (lambda: tables(H100.name), lambda: write_table(path, [entry(problem(), LaunchConfig(16, 16, 16), 1.0)])):
+        with pytest.raises(ValueError, match=f"{path.name} is not a table of launch configurations"):
+            use()
+
+
+def test_a_folder_that_is_none_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "table.json"
+    file.write_text("{}")
+    monkeypatch.setenv("FUSED_LSTM_CONFIGS", str(file))
+    with pytest.raises(ValueError, match="FUSED_LSTM_CONFIGS should name a folder"):
+        user_folder()
+    monkeypatch.setenv("FUSED_LSTM_CONFIGS", "~/nowhere")
+    assert user_folder() == Path.home() / "nowhere"
