@@ -20,6 +20,7 @@ from .config import SMALLEST, Device, LaunchConfig, Recurrence, ceil_div, power_
 class Tiles(NamedTuple):
     """The tiles open to the stepwise schedule for one kind of arithmetic; none of them spills on sm_90."""
 
+    min_block_b: int
     max_block_b: int
     blocks_h: tuple[int, ...]
     block_k: int
@@ -28,10 +29,10 @@ class Tiles(NamedTuple):
 
 
 STEPWISE = {
-    "half": Tiles(64, (32, 16), 64),
-    "tf32": Tiles(64, (32, 16), 32),
-    "fp32": Tiles(64, (16,), 16, max_registers=255),
-    "fp64": Tiles(16, (16,), 16, num_warps=4),
+    "half": Tiles(SMALLEST, 64, (32, 16), 64),
+    "tf32": Tiles(64, 64, (32, 16), 32),
+    "fp32": Tiles(SMALLEST, 64, (16,), 16, max_registers=255),
+    "fp64": Tiles(SMALLEST, 16, (16,), 16, num_warps=4),
 }
 
 
@@ -103,7 +104,7 @@ class Choice:
 def stepwise(problem: Recurrence) -> Iterator[LaunchConfig]:
     """Every configuration with a launch for each time step."""
     tiles = STEPWISE[problem.arithmetic]
-    block_b = min(max(power_of_two(problem.B), SMALLEST), tiles.max_block_b)
+    block_b = min(max(power_of_two(problem.B), tiles.min_block_b), tiles.max_block_b)
     for block_h in tiles.blocks_h:
         if block_h <= max(problem.H, SMALLEST):
             yield LaunchConfig(block_b, block_h, tiles.block_k, tiles.num_warps, max_registers=tiles.max_registers)

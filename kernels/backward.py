@@ -74,11 +74,11 @@ def lstm_backward_kernel(
     lengths = row_lengths(offs_b, mask_b, T, lengths_ptr, LENGTHS)
     state = (r * B + offs_b)[:, None] * H + offs_h[None, :]  # (R, B, H)
     last = tl.minimum(last, tl.max(lengths, 0).to(tl.int32))
-    s = last - 1
+    s = tl.maximum(last - 1, 0)  # where no row has a step, one that none has
     next_rows = data_rows(last, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)
     rows = data_rows(s, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)
     prev_rows = data_rows(s - 1, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED)
-    mask_s = (s < lengths) & (lengths > 0)  # rows that have this step; s is -1 where no row has any
+    mask_s = s < lengths  # rows that have this step
     keep = kept(s, rows, prev_rows, mask_s, lengths, backwards, resets_ptr, RESETS)  # ... and a state from before
     # Rows that get a gradient from the step after this one, in order of processing: none if there is no such step, or a
     # reset before it.
