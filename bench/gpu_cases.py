@@ -62,14 +62,14 @@ class Both:
     def run(self, forward: LaunchConfig, backward: LaunchConfig) -> list[Tensor]:
         from fused_lstm import launch
 
-        torch.backends.cudnn.allow_tf32 = self.tf32
         gates, nan = self.x.clone(), float("nan")
         y, c = torch.full_like(self.dy, nan), torch.full_like(self.dy, nan)
         dgates, h_prev = torch.full_like(self.x, nan), torch.full_like(self.dy, nan)
-        h_n, c_n = launch.recurrence_forward(gates, self.w, self.h0, self.c0, self.rows, y, c, forward)
-        dc0 = launch.recurrence_backward(
-            self.dy, self.dh_n, self.dc_n, gates, c, y, self.h0, self.c0, self.w, self.rows, dgates, h_prev, backward
-        )
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=self.tf32):
+            h_n, c_n = launch.recurrence_forward(gates, self.w, self.h0, self.c0, self.rows, y, c, forward)
+            dc0 = launch.recurrence_backward(
+                self.dy, self.dh_n, self.dc_n, gates, c, y, self.h0, self.c0, self.w, self.rows, dgates, h_prev, backward
+            )
         return [t.nan_to_num(7) for t in (y, h_n, c_n, gates, c, dgates, h_prev, dc0)]
 
 
