@@ -47,8 +47,8 @@ class Tile(NamedTuple):
     swap: bool
 
 
-# For tensor cores that multiply from shared memory (Hopper and newer), which want 64 rows: the gates of 16 units forwards,
-# 64 units or 64 batch rows backwards. None of them spills on sm_90, at any size that fits (tests/test_compile.py).
+# For tensor cores that multiply from shared memory (sm_90 and sm_100), which want 64 rows: the gates of 16 units forwards,
+# 64 units or 64 batch rows backwards. None of them spills on sm_90 at the sizes that tests/test_compile.py compiles.
 PERSISTENT = {
     ("forward", "half"): (
         Tile(16, 16, 128, 4, 2, True), Tile(16, 32, 128, 4, 2, True), Tile(32, 16, 128, 4, 2, True),
@@ -73,11 +73,12 @@ PERSISTENT = {
     ("backward", "fp32"): (Tile(16, 16, 64, 8, 1, False),),
 }  # fmt: skip
 
-# No weights on chip, and yet no launches: (block_b, block_h).
+# No weights on chip, and yet no launches: block_k, num_stages and pairs of block_b and block_h.
 STREAMED = {
-    "half": ((16, 16), (16, 32), (32, 16), (32, 32), (64, 32)),
-    "tf32": ((16, 16), (16, 32), (32, 16), (32, 32), (64, 16), (64, 32)),
-    "fp32": ((16, 16),),
+    "half": (64, 3, ((16, 16), (16, 32), (32, 16), (32, 32), (64, 32))),
+    "tf32": (32, 3, ((16, 16), (16, 32), (32, 16), (32, 32), (64, 16), (64, 32))),
+    "fp32": (32, 2, ((16, 16),)),
+    "fp64": (16, 2, ()),
 }
 
 # The largest H whose weights are kept on chip, wholly or in part: above it the compiler, or the chip, runs out of registers.
@@ -124,10 +125,10 @@ def persistent(problem: Recurrence, device: Device) -> Iterator[LaunchConfig]:
         for tile in PERSISTENT.get(key, ()):
             if tile.block_h < H <= LARGEST_RESIDENT[problem.arithmetic]:
                 yield from _resident(tile, problem, device)
-    for block_b, block_h in STREAMED.get(problem.arithmetic, ()):
+    block_k, num_stages, tiles = STREAMED[problem.arithmetic]
+    for block_b, block_h in tiles:
         if block_h < H and block_b <= max(power_of_two(problem.B), SMALLEST):
-            block_k, stages = (64, 3) if problem.arithmetic == "half" else (32, 2 if problem.arithmetic == "fp32" else 3)
-            yield LaunchConfig(block_b, block_h, block_k, 8, stages, persistent=True, max_registers=255)
+            yield LaunchConfig(block_b, block_h, block_k, 8, num_stages, persistent=True, max_registers=255)
 
 
 def _resident(tile: Tile, problem: Recurrence, device: Device) -> Iterator[LaunchConfig]:
@@ -231,8 +232,6 @@ def describe(choice: Choice, problem: Recurrence, device: Device | None) -> str:
     text = f"{schedule}; {x} x {y} x {z} programs of {config.block_h} units x {config.rows} rows ({choice.reason}"
     return text + (")" if choice.measured or device is None else f"; not measured on {device.name})")
 
-
-# Measured tables -----------------------------------------------------------------------------------------------------
 
 Key = tuple[str, str, int, int, int]
 KEYS = ("kernel", "arithmetic", "H", "B", "R")

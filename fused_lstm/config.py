@@ -26,7 +26,7 @@ class Device:
     name: str
     multiprocessors: int
     shared_memory: int = 0  # bytes that one program may use
-    wgmma: bool = False  # tensor cores that multiply from shared memory: Hopper and newer
+    wgmma: bool = False  # tensor cores that multiply from shared memory: sm_90 and sm_100
 
 
 KERNELS = ("forward", "backward")
