@@ -29,7 +29,7 @@ class Unfolding:
         self.begins = None if resets is None or backwards else (resets[0] & self.valid[0])[:, None]
         self.rows = torch.arange(B, device=device).expand(T, B)
         self.steps, self.identity = T, resets is None and not backwards
-        self.position = torch.where(self.valid & backwards, ends - 1 - t, t)  # in the order of processing
+        self.position = torch.where(self.valid, ends - 1 - t, t) if backwards else t  # in the order of processing
         cleared = torch.zeros_like(ends)
         self.flags: Tensor | None = None
         if resets is not None:
@@ -44,9 +44,14 @@ class Unfolding:
             self.steps = T + int(total.max()) if B else T
             self.flags = torch.zeros(self.steps, B, dtype=torch.bool, device=device)
             self.flags[(self.position - 1)[resets], self.rows[resets]] = True
-        self.padding = torch.arange(self.steps, device=device)[:, None] >= ends + cleared
+        self.padding = ~self.valid
+        self.blank = self.past = Rest(self.padding)
+        if self.flags is not None:
+            self.padding = torch.arange(self.steps, device=device)[:, None] >= ends + cleared
+            self.blank = Rest(self.padding | self.flags)
         last = torch.zeros_like(ends) if backwards else (ends - 1).clamp(min=0)
-        self.last = self.position[last, self.rows[0]] if T else last  # position of each row's last step
+        # Position of each row's last step.
+        self.last = last if self.identity or not T else self.position[last, self.rows[0]]
         self.empty = (ends == 0)[:, None]
 
     def columns(self, dtype: torch.dtype) -> Tensor:
@@ -56,14 +61,40 @@ class Unfolding:
 
     def lay_out(self, x: Tensor) -> Tensor:
         """x (T, B, I) with its control columns; what it holds past a row's length does not matter."""
-        x = torch.where(self.valid[..., None], x, 0)
-        if not self.identity:
-            x = x.new_zeros(self.steps, *x.shape[1:]).index_put((self.position, self.rows), x)
-        return torch.cat((x, self.columns(x.dtype)), -1)
+        columns = self.columns(x.dtype)
+        width = x.shape[-1]
+        laid_out = x.new_empty(*columns.shape[:2], width + columns.shape[2])
+        if self.identity:
+            laid_out[..., :width] = x
+        else:
+            laid_out[..., :width].index_put_((self.position, self.rows), x)
+        self.blank.clear_(laid_out)
+        laid_out[..., width:] = columns
+        return laid_out
 
     def take_back(self, y: Tensor) -> Tensor:
         """The steps of time 0..T-1 out of the laid-out y; zero past a row's length, where the output gate is shut."""
-        return torch.where(self.valid[..., None], y if self.identity else y[self.position, self.rows], 0)
+        if not self.identity:
+            y = y[self.position, self.rows]
+        elif y.requires_grad:  # a backward pass needs it as it is
+            y = y.clone()
+        return self.past.clear_(y)
+
+
+class Rest:
+    """The steps of a layout that ``mask`` (steps, B) says hold nothing."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask[..., None]
+        # On a CPU their index is soon found, and filling few rows is several times quicker than a choice for each number.
+        self.index = mask.flatten().nonzero()[:, 0] if mask.device.type == "cpu" else None
+
+    def clear_(self, data: Tensor) -> Tensor:
+        """Put zero there, in data (steps, B, features) that is contiguous."""
+        if self.index is None:
+            return data.masked_fill_(self.mask, 0)
+        data.view(-1, data.shape[-1]).index_fill_(0, self.index, 0)
+        return data
 
 
 def control_weights(w_ih: Tensor, resets: bool) -> Tensor:
