@@ -2,8 +2,10 @@
 
     python bench/cpu.py [--threads 1 2] [--backend auto] [--only train] [--seconds 1.0] [--json FILE]
 
-Every case is checked for equal results first; then the two layers take turns, and each turn of both gives one ratio
-nn.LSTM's time / fused_lstm's time. Above 1 fused_lstm is faster. Printed: the ratios' median and quartiles.
+Every case has a process of its own, since the state in which earlier cases leave the heap decides who pays for page faults
+(a block of 32 MiB or more is mapped anew in every call, or not, by what was freed before). It is checked for equal results
+first; then the two layers take turns, and each turn of both gives one ratio nn.LSTM's time / fused_lstm's time. Above 1
+fused_lstm is faster. Printed: the ratios' median and quartiles.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +105,8 @@ def loop(lstm: nn.LSTM, x: Tensor, resets: Tensor) -> Tensor:
     return torch.cat(outputs)
 
 
-def measure(case: Case, backend: str, seconds: float) -> dict[str, float | str]:
+def measure(case: Case, threads: int, backend: str, seconds: float) -> dict[str, float | str]:
+    torch.set_num_threads(threads)
     dtype = getattr(torch, case.dtype)
     torch.manual_seed(0)
     theirs = nn.LSTM(case.I, case.H, case.layers, bidirectional=case.bidirectional, dtype=dtype)
@@ -180,11 +184,11 @@ def main() -> None:
         f"{'threads':>7} {'case':18} {'kind':5} {'B':>4} {'T':>4} {'I':>4} {'H':>4} {'dtype':8} {'ratio':>6} quartiles  plan"
     )
     for threads in args.threads:
-        torch.set_num_threads(threads)
         for case in CASES:
             if args.only not in f"{case.name} {case.kind} {case.dtype}":
                 continue
-            result = measure(case, args.backend, args.seconds)
+            with get_context("spawn").Pool(1) as process:
+                result = process.apply(measure, (case, threads, args.backend, args.seconds))
             records.append({"threads": threads, **asdict(case), **result})
             print(
                 f"{threads:7} {case.name:18} {case.kind:5} {case.B:4} {case.T:4} {case.I:4} {case.H:4} {case.dtype:8} "
