@@ -43,7 +43,7 @@ def controlled(layout: Unfolding, x: Tensor, h0: Tensor, c0: Tensor, weights: Se
     hx = [(s if layout.begins is None else torch.where(layout.begins, 0, s))[None] for s in (h0, c0)]
     y, _, c = fused(layout.lay_out(x), *hx, [control, *others], one, PLAIN)
     h_n = torch.where(layout.empty, h0, y[layout.last, layout.rows[0]])
-    return layout.take_back(y), h_n, torch.where(layout.empty, c0, c[0])
+    return layout.take_back(y, c), h_n, torch.where(layout.empty, c0, c[0])
 
 
 def by_direction(

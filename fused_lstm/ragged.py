@@ -30,7 +30,6 @@ class Unfolding:
         self.rows = torch.arange(B, device=device).expand(T, B)
         self.steps, self.identity = T, resets is None and not backwards
         self.position = torch.where(self.valid, ends - 1 - t, t) if backwards else t  # in the order of processing
-        cleared = torch.zeros_like(ends)
         self.flags: Tensor | None = None
         if resets is not None:
             # Between t-1 and t: before step t forwards; backwards before t-1, and so not for t = 0.
@@ -40,44 +39,41 @@ class Unfolding:
             total = resets.sum(0)
             before = resets.flip(0).cumsum(0).flip(0) if backwards else resets.cumsum(0)
             self.position = self.position + torch.where(self.valid, before, total)
-            cleared = total
             self.steps = T + int(total.max()) if B else T
             self.flags = torch.zeros(self.steps, B, dtype=torch.bool, device=device)
             self.flags[(self.position - 1)[resets], self.rows[resets]] = True
         self.padding = ~self.valid
         self.blank = self.past = Rest(self.padding)
         if self.flags is not None:
-            self.padding = torch.arange(self.steps, device=device)[:, None] >= ends + cleared
+            self.padding = torch.arange(self.steps, device=device)[:, None] >= ends + total
             self.blank = Rest(self.padding | self.flags)
         last = torch.zeros_like(ends) if backwards else (ends - 1).clamp(min=0)
         # Position of each row's last step.
         self.last = last if self.identity or not T else self.position[last, self.rows[0]]
         self.empty = (ends == 0)[:, None]
 
-    def columns(self, dtype: torch.dtype) -> Tensor:
-        """The control columns, (steps, B, 1 or 2): padding and, if there are resets, clearing."""
-        flags = [self.padding] if self.flags is None else [self.padding, self.flags]
-        return torch.stack(flags, -1).to(dtype)
-
     def lay_out(self, x: Tensor) -> Tensor:
         """x (T, B, I) with its control columns; what it holds past a row's length does not matter."""
-        columns = self.columns(x.dtype)
-        width = x.shape[-1]
-        laid_out = x.new_empty(*columns.shape[:2], width + columns.shape[2])
+        B, I = x.shape[1:]  # noqa: E741
+        laid_out = x.new_empty(self.steps, B, I + (1 if self.flags is None else 2))
         if self.identity:
-            laid_out[..., :width] = x
+            laid_out[..., :I] = x
         else:
-            laid_out[..., :width].index_put_((self.position, self.rows), x)
+            laid_out[..., :I].index_put_((self.position, self.rows), x)
         self.blank.clear_(laid_out)
-        laid_out[..., width:] = columns
+        laid_out[..., I] = self.padding
+        if self.flags is not None:
+            laid_out[..., I + 1] = self.flags
         return laid_out
 
-    def take_back(self, y: Tensor) -> Tensor:
-        """The steps of time 0..T-1 out of the laid-out y; zero past a row's length, where the output gate is shut."""
+    def take_back(self, y: Tensor, c_n: Tensor) -> Tensor:
+        """The steps of time 0..T-1 out of the laid-out y, whose last cell state is c_n; zero past a row's length."""
         if not self.identity:
             y = y[self.position, self.rows]
         elif y.requires_grad:  # a backward pass needs it as it is
             y = y.clone()
+        elif y.device.type == "cpu" and not c_n.isnan().any():
+            return y  # the output gate is shut: it is zero there, unless a NaN, which the cell then holds to the end, was let in
         return self.past.clear_(y)
 
 

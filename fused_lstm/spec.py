@@ -79,8 +79,10 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
     if given.shape != (B,):
         raise ValueError(f"lengths should have shape ({B},), one for each batch row, got {tuple(given.shape)}")
     given = given.long()  # unsigned types know no minimum
-    if given.device.type == "cpu" and B and not (int(given.min()) >= 0 and int(given.max()) <= T):
-        raise ValueError(f"lengths should be between 0 and T = {T}, got {int(given.min())} to {int(given.max())}")
+    if given.device.type == "cpu" and B:
+        low, high = map(int, given.aminmax())
+        if low < 0 or high > T:
+            raise ValueError(f"lengths should be between 0 and T = {T}, got {low} to {high}")
     return given.to(device, torch.int64, non_blocking=True)
 
 
