@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import batching, ops, reference
 from .spec import no_autocast
 
 # The differentiable inputs of layer_forward come first: x, h0, c0, w_ih, w_hh, bias, w_h0.
@@ -20,6 +22,10 @@ class FusedLSTMFunction(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return ops.layer_forward(*args)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> batching.Mapped:
+        return batching.forward(FusedLSTMFunction.apply, info, in_dims, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -58,6 +64,10 @@ class FusedLSTMBackward(torch.autograd.Function):
         return ops.layer_backward(*args)
 
     @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> batching.Mapped:
+        return batching.backward(FusedLSTMBackward.apply, info, in_dims, *args)
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         *tensors, _, _, _, directions, batch_first, _, needs = inputs
         ctx.set_materialize_grads(False)
@@ -68,26 +78,35 @@ class FusedLSTMBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         *tensors, lengths, batch_sizes, resets = ctx.saved_tensors  # dy, dh_n, dc_n and the seven inputs
         wanted = [i for i, t in enumerate(tensors) if t is not None and ctx.needs_input_grad[i]]
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad(), no_autocast(tensors[3]):
-            # Views, so that what lies behind an input (x behind h0, say) is not differentiated here.
-            fresh = [None if t is None else (t.view_as(t) if t.requires_grad else t) for t in tensors]
-            inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in fresh[3:]]
-            fresh[3:] = inputs
-            outputs = reference.layer(*inputs, lengths, batch_sizes, resets, *ctx.options)
-            by = [t for t, need in zip(inputs, ctx.needs, strict=True) if need]
-            first = torch.autograd.grad(outputs, by, fresh[:3], create_graph=True, allow_unused=True)
+        by = [3 + i for i, need in enumerate(ctx.needs) if need]
+
+        def first_order(*given: Tensor) -> tuple[Tensor, ...]:
+            full = _replaced(tensors, wanted, given)
+
+            def results(*inputs: Tensor) -> tuple[Tensor, ...]:
+                return reference.layer(*_replaced(full, by, inputs)[3:], lengths, batch_sizes, resets, *ctx.options)
+
+            _, pullback = torch.func.vjp(results, *[full[i] for i in by])
+            return pullback(tuple(full[:3]))
+
+        with no_autocast(tensors[3]):
+            first, pullback = torch.func.vjp(first_order, *[tensors[i] for i in wanted])
             given = [g for g, need in zip(grads, ctx.needs, strict=True) if need]
-            pairs = [(f, g) for f, g in zip(first, given, strict=True) if g is not None and f is not None]
-            second = torch.autograd.grad(
-                [f for f, _ in pairs], [fresh[i] for i in wanted], [g for _, g in pairs],
-                create_graph=create_graph, allow_unused=True,
-            )  # fmt: skip
-        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for i, g in zip(wanted, second, strict=True):
-            result[i] = g
-        return tuple(result)
+            second = pullback(tuple(torch.zeros_like(f) if g is None else g for f, g in zip(first, given, strict=True)))
+        return tuple(_replaced([None] * len(ctx.needs_input_grad), wanted, second))
 
 
-for _op, _function in (("layer_forward", FusedLSTMFunction), ("layer_backward", FusedLSTMBackward)):
-    torch.library.register_autograd(f"fused_lstm::{_op}", _function.backward, setup_context=_function.setup_context)
+def _replaced(tensors: Sequence[Tensor | None], where: Sequence[int], by: Sequence[Tensor]) -> list[Tensor | None]:
+    """The tensors with those at the indices ``where`` replaced by others."""
+    result = list(tensors)
+    for i, t in zip(where, by, strict=True):
+        result[i] = t
+    return result
+
+
+for _op, _function, _rule in (
+    (ops.layer_forward, FusedLSTMFunction, batching.forward),
+    (ops.layer_backward, FusedLSTMBackward, batching.backward),
+):
+    torch.library.register_autograd(_op, _function.backward, setup_context=_function.setup_context)
+    torch.library.register_vmap(_op, partial(_rule, _op))

@@ -33,6 +33,8 @@ class Problem(NamedTuple):
     resets: bool = False
     needs_grad: bool = False
     recompute: bool = False
+    transformed: bool = False  # a transform of torch.func is at work
+    forward_mode: bool = False  # a level of forward-mode AD is open
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,26 @@ def prefers_reference(p: Problem) -> str | None:
 def choose_backend(p: Problem, backend: str = "auto") -> Plan:
     """The plan for a problem.
 
+    torch's own LSTM knows neither vmap nor forward-mode AD, and is slow under the other transforms of torch.func; the kernels
+    do not know forward-mode AD. There the explicit path in plain PyTorch steps in, whichever backend was asked for.
+
     Raises:
         ValueError: ``backend`` is no backend's name.
         RuntimeError: the backend that was asked for cannot serve the problem; says why.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
+    plan = _choose(p, backend)
+    if p.forward_mode:
+        return Plan("reference", "loop", "forward-mode AD, which torch follows op by op through the readable loop", plan.rejected)
+    if p.transformed:
+        engine = "triton" if plan.backend == "triton" else "reference"
+        why = "torch.func: vmap's members become batch rows, or recurrences of one call if each has weights of its own"
+        return Plan(engine, f"{engine}, transformed", why, plan.rejected)
+    return plan
+
+
+def _choose(p: Problem, backend: str) -> Plan:
     if backend != "auto":
         ok, reason = SUPPORTS[backend](p)
         if not ok:

@@ -8,14 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, reference
 from .autograd import FusedLSTMFunction
 from .config import ALIGNMENT
+from .rows import Rows
 from .spec import Result, Runner, Sequences, Stack, in_fp32, weight_groups
 
 
-def layers(engine: str) -> Runner:
-    """Runs the stack layer by layer through the custom op, with the recurrence done by ``engine``."""
+def layers(engine: str, transformed: bool = False) -> Runner:
+    """Runs the stack layer by layer through the custom op, with the recurrence done by ``engine``, or through ``"loop"``, the
+    readable loop that torch follows op by op.
+
+    ``transformed``: by torch.func. The input projections are then left to torch, which maps them and their gradients well.
+    """
 
     def run_layers(
         x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences
@@ -32,7 +37,7 @@ def layers(engine: str) -> Runner:
             part = slice(layer * D, (layer + 1) * D)
             if layer > 0 and stack.dropout > 0:
                 x = F.dropout(x, stack.dropout)
-            x, *state = _layer(engine, x, h0[part], c0[part], groups[part], stack, sequences)
+            x, *state = _layer(engine, transformed, x, h0[part], c0[part], groups[part], stack, sequences)
             states.append(state)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in zip(*states, strict=True))
         return x, h_n, c_n
@@ -42,6 +47,7 @@ def layers(engine: str) -> Runner:
 
 def _layer(
     engine: str,
+    transformed: bool,
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
@@ -66,13 +72,22 @@ def _layer(
         c0 = F.pad(c0, (0, pad))
         w_h0 = None if w_h0 is None else _pad_gates(w_h0, pad)
         h0 = F.pad(h0, (0, pad)) if w_h0 is None else h0
-    tensors = (x, h0, c0, w_ih, w_hh, bias, w_h0)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    # The compiler takes the op itself, which has the same gradient registered: one node in its graph.
-    call = FusedLSTMFunction.apply if save and not torch.compiler.is_compiling() else ops.layer_forward
     directions = 2 if stack.bidirectional else 1
     ragged = (sequences.lengths, sequences.batch_sizes, sequences.resets)
-    y, h_n, c_n, _, _ = call(*tensors, *ragged, directions, stack.batch_first, save, engine, stack.recompute)
+    tensors = (x, h0, c0, w_ih, w_hh, bias, w_h0)
+    if transformed:
+        x = F.linear(x, w_ih.flatten(0, 1), None if bias is None else bias.flatten())
+        if w_h0 is not None:
+            x = _with_first(x, h0, w_h0, Rows.of(x, c0, *ragged, directions, stack.batch_first))
+        tensors = (x, h0 if w_h0 is None else torch.zeros_like(c0), c0, None, w_hh, None, None)
+    if engine == "loop":
+        y, h_n, c_n = reference.layer(*tensors, *ragged, directions, stack.batch_first)
+    else:
+        # Under vmap a tensor does not tell whether a gradient is asked for outside.
+        save = torch.is_grad_enabled() and (transformed or any(t is not None and t.requires_grad for t in tensors))
+        # The compiler takes the op itself, which has the same gradient registered: one node in its graph.
+        call = FusedLSTMFunction.apply if save and not torch.compiler.is_compiling() else ops.layer_forward
+        y, h_n, c_n, _, _ = call(*tensors, *ragged, directions, stack.batch_first, save, engine, stack.recompute)
     if pad or w_hr is not None:
         y = y.unflatten(-1, (R, H + pad))[..., :H]
         h_n, c_n = h_n[..., :H], c_n[..., :H]
@@ -85,10 +100,28 @@ def _layer(
     return y, h_n, c_n
 
 
+def _with_first(x: Tensor, h0: Tensor, w_h0: Tensor, rows: Rows) -> Tensor:
+    """The pre-activations x (..., R*4H) with what h0 (R, B, K) adds to each recurrence's first step, out of place."""
+    R = w_h0.shape[0]
+    gates = x.reshape(-1, R, w_h0.shape[1])
+    for r in range(R):
+        first = torch.arange(gates.shape[0], device=x.device)[rows.at(0, r)]
+        keep = rows.kept(0, r)
+        h = h0[r] if keep is None else torch.where(keep, h0[r], 0)
+        gates = gates.index_put((first, torch.full_like(first, r)), h @ w_h0[r].t(), accumulate=True)
+    return gates.view(x.shape)
+
+
 def _pad_gates(w: Tensor, pad: int) -> Tensor:
     """(R, 4H, ...) to (R, 4(H+pad), ...), each gate padded with zeros."""
     w = w.unflatten(1, (4, -1))
     return F.pad(w, (0, 0) * (w.dim() - 3) + (0, pad)).flatten(1, 2)
 
 
-RUNNERS = {"triton": layers("triton"), "reference": in_fp32(layers("reference"))}
+RUNNERS = {
+    "triton": layers("triton"),
+    "reference": in_fp32(layers("reference")),
+    "triton, transformed": layers("triton", transformed=True),
+    "reference, transformed": in_fp32(layers("reference", transformed=True)),
+    "loop": in_fp32(layers("loop")),
+}

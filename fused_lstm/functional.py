@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import aten, engine, segments
+from . import aten, engine, segments, transforms
 from .dispatch import Problem, choose_backend
 from .spec import PLAIN, Result, Runner, Sequences, Stack, as_lengths, as_resets, check_batch_sizes
 
@@ -162,6 +162,8 @@ def problem_of(
         lengths=sequences.lengths is not None,
         resets=sequences.resets is not None,
         recompute=stack.recompute,
+        transformed=transforms.active(),
+        forward_mode=transforms.forward_mode(),
         needs_grad=torch.is_grad_enabled()
         and (input.requires_grad or h0.requires_grad or c0.requires_grad or any([w.requires_grad for w in weights])),
     )

@@ -4,7 +4,8 @@ The ops make the large GEMMs (input, weight and bias gradients) and hand the rec
 or the explicit PyTorch reference. Both fill the same buffers, so that everything around them is shared.
 
 Shapes: x is (T, B, I), (B, T, I) if ``batch_first``, or (N, I) when packed, which ``batch_sizes`` tells. There are R
-recurrences (directions), K is the size of h0: H, or the projection's size when ``w_h0`` is given.
+recurrences (directions, and under vmap members), K is the size of h0: H, or the projection's size when ``w_h0`` is given.
+Without ``w_ih``, x has R*4H features and is what that product would have made: the pre-activations, biases included.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from . import reference
 from .gemm import linear
 from .rows import Rows
-from .spec import no_autocast
+from .spec import check_range, no_autocast
 from .tf32 import tf32_as_cudnn
 
 
@@ -36,15 +37,23 @@ def _kept(t: Tensor, rows: Rows, r: int) -> Tensor:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """a^T @ b for a (N, M), b (N, K): the sum over rows of outer products; in the order that oneDNN is quickest at."""
-    return linear(b.t(), a.t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
+    """a^T @ b for a (N, M), b (N, K): the sum over rows of outer products; in the order that oneDNN is quickest at.
+
+    Rows with gaps between them, as one direction of two has, are copied first: oneDNN is a thousand times slower with them.
+    """
+    return linear(b.contiguous().t(), a.contiguous().t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
 
 
-def _input_gates(x: Tensor, h0: Tensor, w_ih: Tensor, bias: Tensor | None, w_h0: Tensor | None, rows: Rows) -> Tensor:
-    """(N, R, 4, H): the pre-activations but for the product with the recurrence's own state."""
-    N, R, H = x.shape[:-1].numel(), w_ih.shape[0], w_ih.shape[1] // 4
-    flat = x.reshape(N, x.shape[-1])
-    gates = linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
+def _input_gates(
+    x: Tensor, h0: Tensor, w_ih: Tensor | None, w_hh: Tensor, bias: Tensor | None, w_h0: Tensor | None, rows: Rows
+) -> Tensor:
+    """(N, R, 4, H), fresh: the pre-activations but for the product with the recurrence's own state."""
+    N, R, H = x.shape[:-1].numel(), w_hh.shape[0], w_hh.shape[2]
+    if w_ih is None:
+        gates = x.clone(memory_format=torch.contiguous_format).view(N, R, 4, H)
+    else:
+        flat = x.reshape(N, x.shape[-1])
+        gates = linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
     if w_h0 is not None:
         for r in range(R):
             gates[rows.at(0, r), r] += linear(_kept(h0[r], rows, r), w_h0[r]).view(-1, 4, H)
@@ -66,7 +75,7 @@ def layer_forward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     bias: Tensor | None,
     w_h0: Tensor | None,
@@ -85,7 +94,7 @@ def layer_forward(
         x: input, see the module's text.
         h0: (R, B, K) initial hidden state.
         c0: (R, B, H) initial cell state.
-        w_ih: (R, 4H, I) input weights, gate order i, f, g, o.
+        w_ih: (R, 4H, I) input weights, gate order i, f, g, o, or None.
         w_hh: (R, 4H, H) recurrent weights.
         bias: (R, 4H) sum of both biases, or None.
         w_h0: (R, 4H, K) weights that h0 meets in the first step, where they are not ``w_hh``: with a projection folded
@@ -107,8 +116,10 @@ def layer_forward(
     R, H = w_hh.shape[0], w_hh.shape[2]
     rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
     N = x.shape[:-1].numel()
+    if lengths is not None:
+        check_range(lengths, rows.T)
     with tf32_as_cudnn(x):
-        gates = _input_gates(x, h0, w_ih, bias, w_h0, rows)
+        gates = _input_gates(x, h0, w_ih, w_hh, bias, w_h0, rows)
         new = x.new_empty if lengths is None else x.new_zeros  # no one writes what lies past a row's length
         y = new(*x.shape[:-1], R * H)
         c_all = new(N, R, H) if save else None
@@ -139,7 +150,7 @@ def layer_backward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     bias: Tensor | None,
     w_h0: Tensor | None,
@@ -163,6 +174,7 @@ def layer_backward(
     rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
     N = c_all.shape[0]
     with no_autocast(x), tf32_as_cudnn(x):
+        y, gates, c_all = y.contiguous(), gates.contiguous(), c_all.contiguous()  # vmap may hand in views
         new = x.new_empty if lengths is None else x.new_zeros
         h_prev = new(N, R, H)
         start = h0.contiguous() if w_h0 is None else None
@@ -171,15 +183,18 @@ def layer_backward(
         else:  # not kept; their gradients then overwrite them
             for r in range(R):
                 h_prev[:, r] = rows.previous(y.view(N, R, H), None if start is None else start[r], r)
-            dgates = gates = _input_gates(x, h0, w_ih, bias, w_h0, rows)
+            dgates = gates = _input_gates(x, h0, w_ih, w_hh, bias, w_h0, rows)
             _activate(gates, w_hh, h_prev, rows)
         dc0 = _engine(engine).recurrence_backward(
             dy.contiguous().view(N, R, H), dh_n.contiguous(), dc_n.contiguous(), gates, c_all, y.view(N, R, H),
             start, c0.contiguous(), w_hh.contiguous(), rows, dgates, h_prev,
         )  # fmt: skip
         flat = dgates.view(N, R * 4 * H)
-        dx = linear(flat, w_ih.flatten(0, 1).t()).view(x.shape) if needs[0] else None
-        dw_ih = _products(flat, x.reshape(N, x.shape[-1])).view(w_ih.shape) if needs[3] else None
+        dx = dw_ih = None
+        if needs[0]:
+            dx = (flat if w_ih is None else linear(flat, w_ih.flatten(0, 1).t())).view(x.shape)
+        if needs[3] and w_ih is not None:
+            dw_ih = _products(flat, x.reshape(N, x.shape[-1])).view(w_ih.shape)
         dw_hh = torch.stack([_products(dgates[:, r].flatten(1), h_prev[:, r]) for r in range(R)]) if needs[4] else None
         dbias = flat.sum(0).view(R, 4 * H) if needs[5] else None
         first = [_kept(dgates[rows.at(0, r), r].flatten(1), rows, r) for r in range(R)] if needs[1] or needs[6] else []

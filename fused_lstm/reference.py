@@ -44,7 +44,7 @@ def layer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor,
     bias: Tensor | None,
     w_h0: Tensor | None,
@@ -66,15 +66,17 @@ def layer(
         resets = None if resets is None else resets.transpose(0, 1)
     T, B = x.shape[:2]
     rows = Rows(T, B, False, directions, lengths, None, None if resets is None else resets.flatten())
+    if w_ih is not None:
+        x = F.linear(x, w_ih.flatten(0, 1), None if bias is None else bias.flatten())
+    gates = x.reshape(T * B, w_hh.shape[0], w_hh.shape[1])
     outputs, h_n, c_n = [], [], []
     for r in range(w_hh.shape[0]):
-        gates = F.linear(x, w_ih[r], None if bias is None else bias[r]).flatten(0, 1)
         h, c, w, hs = h0[r], c0[r], (w_hh if w_h0 is None else w_h0)[r], []
         for s in range(T):
             h_prev, c_prev, keep = h, c, rows.kept(s, r)
             if keep is not None:  # a new episode begins with no memory
                 h_prev, c_prev = torch.where(keep, h, 0), torch.where(keep, c, 0)
-            h_new, c_new = cell(gates[rows.at(s, r)] + h_prev @ w.t(), c_prev)
+            h_new, c_new = cell(gates[rows.at(s, r), r] + h_prev @ w.t(), c_prev)
             if s == 0 and w_h0 is not None:  # from here on the state has the recurrence's width, not h0's
                 h, w = c.new_zeros(c.shape), w_hh[r]
             valid = rows.valid(s)
@@ -112,17 +114,19 @@ def recurrence_forward(
     """The recurrence, explicitly. Returns h_n and c_n, (R, B, H)."""
     h_n = torch.zeros_like(c0) if h0 is None else h0.clone()
     c_n = c0.clone()
-    for r in range(w_hh.shape[0]):
-        h, c = h_n[r], c_n[r]
+    for r in rows.in_step(w_hh.shape[0]):
+        h, c = h_n[r].transpose(0, 1), c_n[r].transpose(0, 1)  # (B, recurrences, H)
+        w = w_hh[r]
         for s in range(rows.T):
-            at, n, valid, keep = rows.at(s, r), rows.active(s), rows.valid(s), rows.kept(s, r)
+            at, n = rows.at(s, r.start), rows.active(s)
+            valid, keep = (None if m is None else m[..., None] for m in (rows.valid(s), rows.kept(s, r.start)))
             h_prev, c_prev = h[:n], c[:n]
             if keep is not None:  # a new episode begins with no memory
                 h_prev, c_prev = torch.where(keep, h_prev, 0), torch.where(keep, c_prev, 0)
             a = gates[at, r]
-            a += linear(h_prev, w_hh[r]).view(a.shape)
-            i, f, g, o = a.unbind(1)
-            torch.sigmoid_(a[:, :2])  # i and f
+            a += product(h_prev, w).view(a.shape)
+            i, f, g, o = a.unbind(2)
+            torch.sigmoid_(a[:, :, :2])  # i and f
             torch.tanh_(g)
             torch.sigmoid_(o)
             c_new = (f * c_prev).addcmul_(i, g)
@@ -138,8 +142,15 @@ def recurrence_forward(
                     gates[at, r] = a
             h = h_new if n == rows.B else torch.cat((h_new, h[n:]))
             c = c_new if n == rows.B else torch.cat((c_new, c[n:]))
-        h_n[r], c_n[r] = h, c
+        h_n[r], c_n[r] = h.transpose(0, 1), c.transpose(0, 1)
     return h_n, c_n
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x (B, R, K) times the transpose of w (R, N, K), for each of the R: (B, R, N)."""
+    if w.shape[0] == 1:
+        return linear(x[:, 0], w[0]).unsqueeze(1)
+    return torch.bmm(x.transpose(0, 1), w.mT).transpose(0, 1)
 
 
 def recurrence_backward(
@@ -171,28 +182,30 @@ def recurrence_backward(
     dgates[:, :, 1], dgates[:, :, 3] = d_sigmoid(c_prev, f), d_sigmoid(tanh_c, o)
     del tanh_c, c_prev
     dc_0 = dc_n.clone()
-    for r in range(w_hh.shape[0]):
-        dh_next = dh_n[r]  # gradient by h_s that comes from the steps after s, or from h_n
-        dc_next = dc_0[r]  # and by c_s
+    for r in rows.in_step(w_hh.shape[0]):
+        dh_next = dh_n[r].transpose(0, 1)  # gradient by h_s that comes from the steps after s, or from h_n
+        dc_next = dc_0[r].transpose(0, 1)  # and by c_s
+        w = w_hh[r].mT
         for s in range(rows.T - 1, -1, -1):
-            at, n, valid, keep = rows.at(s, r), rows.active(s), rows.valid(s), rows.kept(s, r)
+            at, n = rows.at(s, r.start), rows.active(s)
+            valid, keep = (None if m is None else m[..., None] for m in (rows.valid(s), rows.kept(s, r.start)))
             dh = dy[at, r] + dh_next[:n]  # h_s is seen by the loss and by step s+1
             dc = torch.addcmul(dc_next[:n], dh, dc_dh[at, r])  # c_s by step s+1 and by h_s
             da = dgates[at, r]
-            da[:, :3] *= dc[:, None]  # i, f and g act through c
-            da[:, 3] *= dh
+            da[:, :, :3] *= dc[:, :, None]  # i, f and g act through c
+            da[:, :, 3] *= dh
             if valid is not None:
                 da = torch.where(valid[..., None], da, 0)
             if valid is not None or isinstance(at, Tensor):  # then da is a copy of the buffer's rows
                 dgates[at, r] = da
-            dh, dc = linear(da.flatten(1), w_hh[r].t()), dc * f[at, r]
+            dh, dc = product(da.flatten(2), w), dc * f[at, r]
             if keep is not None:  # gradients stay within the episode
                 dh, dc = torch.where(keep, dh, 0), torch.where(keep, dc, 0)
             if valid is not None:  # a row without this step hands its gradients through
                 dh, dc = torch.where(valid, dh, dh_next), torch.where(valid, dc, dc_next)
             dh_next = dh if n == rows.B else torch.cat((dh, dh_next[n:]))
             dc_next = dc if n == rows.B else torch.cat((dc, dc_next[n:]))
-        dc_0[r] = dc_next
+        dc_0[r] = dc_next.transpose(0, 1)
     return dc_0
 
 

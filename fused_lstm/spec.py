@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .transforms import active
+
 Result = tuple[Tensor, Tensor, Tensor]  # output, h_n, c_n
 
 
@@ -79,11 +81,17 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
     if given.shape != (B,):
         raise ValueError(f"lengths should have shape ({B},), one for each batch row, got {tuple(given.shape)}")
     given = given.long()  # unsigned types know no minimum
-    if given.device.type == "cpu" and B:
-        low, high = map(int, given.aminmax())
+    if not (active() or torch.compiler.is_compiling()):  # under these only the op, or nobody, sees numbers
+        check_range(given, T)
+    return given.to(device, torch.int64, non_blocking=True)
+
+
+def check_range(lengths: Tensor, T: int) -> None:
+    """Raise ValueError unless all lengths are from 0 to T, where finding out needs no host sync."""
+    if lengths.device.type == "cpu" and lengths.numel():
+        low, high = map(int, lengths.aminmax())
         if low < 0 or high > T:
             raise ValueError(f"lengths should be between 0 and T = {T}, got {low} to {high}")
-    return given.to(device, torch.int64, non_blocking=True)
 
 
 def as_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
