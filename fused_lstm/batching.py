@@ -57,32 +57,33 @@ class Fold:
 
 def _absent(name: str, t: Tensor) -> bool:
     """Whether a buffer was not kept, or a gradient not wanted."""
-    return t.dim() == 1 and name not in ("lengths", "resets")
+    return t.dim() == 1 and t.numel() == 0 and name not in ("lengths", "resets")
 
 
 STATES = ("h0", "c0", "h_n", "c_n", "dh_n", "dc_n")
 
 
-def folds(E: int, x: Tensor, x_dim: int | None, packed: bool, batch_first: bool, projected: bool) -> tuple[Fold, Fold]:
-    """Into the batch rows, and into the recurrences; the latter if x is pre-activations, ``projected``, for x too."""
+def folds(E: int, x: Tensor, x_dim: int | None, w_ih: Any, batch_sizes: Any, batch_first: bool, engine: str) -> list[Fold]:
+    """The ways there are for a call: into the batch rows, and into the recurrences."""
     last = x.dim() - 1 - (x_dim is not None)
-    rows = 0 if packed or batch_first else 1  # of data
+    rows = 0 if batch_first or batch_sizes is not None else 1  # of data
     into_rows = dict.fromkeys(("x", "y", "dy", "resets"), rows) | dict.fromkeys(STATES, 1)
     into_rows |= dict.fromkeys(("gates", "c_all", "lengths"), 0)
     into_recurrences = dict.fromkeys(("y", "dy"), last) | dict.fromkeys(STATES, 0) | dict.fromkeys(INPUTS[WEIGHTS], 0)
-    into_recurrences |= dict.fromkeys(("gates", "c_all"), 1)
-    if projected:
+    into_recurrences |= dict.fromkeys(("gates", "c_all"), 0 if engine == "onednn" else 1)
+    if w_ih is None or engine == "onednn":  # x has features for each recurrence, or for each member
         into_recurrences["x"] = last
     # Data rows are counted by time first, or by batch row; members are to stand next to their batch row in either.
-    return Fold(E, into_rows, in_front=batch_first and not packed), Fold(E, into_recurrences, in_front=True)
+    ways = [Fold(E, into_rows, in_front=rows == 0 and batch_sizes is None), Fold(E, into_recurrences, in_front=True)]
+    return ways[1:] if engine == "onednn" else ways  # whose saved bytes know nothing of batch rows
 
 
 def forward(call: Call, info: Any, in_dims: tuple, *args: Any) -> Mapped:
     """The vmap rule of :func:`fused_lstm.ops.layer_forward`, which ``call`` is, or has its arguments."""
     n = len(INPUTS)
     tensors, dims, options = args[:n], in_dims[:n], args[n:]
-    x, w_ih, batch_sizes = tensors[0], tensors[3], tensors[8]
-    for fold in folds(info.batch_size, x, dims[0], batch_sizes is not None, options[1], w_ih is None):
+    _, batch_first, _, engine, *_ = options
+    for fold in folds(info.batch_size, tensors[0], dims[0], tensors[3], tensors[8], batch_first, engine):
         if fold.fits(INPUTS, tensors, dims):
             results = call(*map(fold, INPUTS, tensors, dims), *options)
             names = ("y", "h_n", "c_n", "gates", "c_all")
@@ -94,25 +95,27 @@ def backward(call: Call, info: Any, in_dims: tuple, *args: Any) -> Mapped:
     """The vmap rule of :func:`fused_lstm.ops.layer_backward`, whose gradients by weights are each member's own."""
     names = (*COTANGENTS, *INPUTS, *SAVED)
     n, E = len(names), info.batch_size
-    tensors, dims, (directions, batch_first, engine, needs) = args[:n], in_dims[:n], args[n:]
+    tensors, dims, options = args[:n], in_dims[:n], args[n:]
+    directions, batch_first, engine, needs = options
     x, w_ih, w_hh, batch_sizes = tensors[3], tensors[6], tensors[7], tensors[11]
-    into_rows, into_recurrences = folds(E, x, dims[3], batch_sizes is not None, batch_first, w_ih is None)
+    *into_rows, into_recurrences = folds(E, x, dims[3], w_ih, batch_sizes, batch_first, engine)
     grads = [f"d{name}" for name in INPUTS[:7]]
-    if w_ih is None and into_recurrences.fits(names, tensors, dims) and dims[7] is not None:
-        results = call(*map(into_recurrences, names, tensors, dims), directions, batch_first, engine, needs)
-        return _transposed([into_recurrences.undo(g[1:], t) for g, t in zip(grads, results, strict=True)])
     by_weights = any(needs[WEIGHTS])
-    if into_rows.fits(names, tensors, dims) and (not by_weights or (w_ih is None and not needs[6])):
-        folded = dict(zip(names, map(into_rows, names, tensors, dims), strict=True))
-        first = [needs[0] or needs[4], needs[1], needs[2], False, False, False, False]
-        results = list(call(*folded.values(), directions, batch_first, engine, first))
-        found = [into_rows.undo(g[1:], t) for g, t in zip(grads, results, strict=True)]
-        if needs[4]:
-            found[4] = _by_w_hh(into_rows, results[0], folded, w_hh, directions, batch_first), 0
-        if not needs[0]:
-            found[0] = results[0].new_empty(0), None
-        return _transposed(found)
-    return _one_by_one(call, E, tensors, dims, (directions, batch_first, engine, needs))
+    for fold in into_rows:
+        if fold.fits(names, tensors, dims) and (not by_weights or (w_ih is None and not needs[6])):
+            folded = dict(zip(names, map(fold, names, tensors, dims), strict=True))
+            first = [needs[0] or needs[4], needs[1], needs[2], False, False, False, False]
+            results = call(*folded.values(), directions, batch_first, engine, first)
+            found = [fold.undo(g[1:], t) for g, t in zip(grads, results, strict=True)]
+            if needs[4]:
+                found[4] = _by_w_hh(fold, results[0], folded, w_hh, directions, batch_first), 0
+            if not needs[0]:
+                found[0] = results[0].new_empty(0), None
+            return _transposed(found)
+    if "x" in into_recurrences.at and into_recurrences.fits(names, tensors, dims):
+        results = call(*map(into_recurrences, names, tensors, dims), *options)
+        return _transposed([into_recurrences.undo(g[1:], t) for g, t in zip(grads, results, strict=True)])
+    return _one_by_one(call, E, tensors, dims, options)
 
 
 def _by_w_hh(fold: Fold, dgates: Tensor, folded: dict[str, Any], w_hh: Tensor, directions: int, batch_first: bool) -> Tensor:

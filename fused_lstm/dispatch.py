@@ -34,6 +34,7 @@ class Problem(NamedTuple):
     needs_grad: bool = False
     recompute: bool = False
     transformed: bool = False  # a transform of torch.func is at work
+    ensemble: bool = False  # vmap maps over the weights
     forward_mode: bool = False  # a level of forward-mode AD is open
 
 
@@ -110,6 +111,11 @@ def supports_aten(p: Problem) -> tuple[bool, str]:
     return True, "torch's own LSTM: " + ("cuDNN or MIOpen" if p.device == "cuda" else "oneDNN where it serves")
 
 
+def supports_onednn(p: Problem) -> bool:
+    """Whether the op's oneDNN engine takes the problem, fp16 and bf16 as fp32."""
+    return p.device == "cpu" and p.dtype != torch.float64 and p.proj_size == 0 and torch.backends.mkldnn.is_available()
+
+
 def supports_reference(p: Problem) -> tuple[bool, str]:
     if p.dtype not in FLOATS:
         return False, f"the explicit path knows {', '.join(map(str, FLOATS))}, not {p.dtype}"
@@ -173,6 +179,8 @@ def choose_backend(p: Problem, backend: str = "auto") -> Plan:
     plan = _choose(p, backend)
     if p.forward_mode:
         return Plan("reference", "loop", "forward-mode AD, which torch follows op by op through the readable loop", plan.rejected)
+    if p.transformed and p.ensemble and plan.backend == "aten" and supports_onednn(p):
+        return Plan("aten", "onednn", "vmap over weights: a call of oneDNN's fused LSTM for each member", plan.rejected)
     if p.transformed:
         engine = "triton" if plan.backend == "triton" else "reference"
         why = "torch.func: vmap's members become batch rows, or recurrences of one call if each has weights of its own"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, reference, transforms
 from .autograd import FusedLSTMFunction
 from .config import ALIGNMENT
 from .rows import Rows
@@ -84,7 +84,8 @@ def _layer(
         y, h_n, c_n = reference.layer(*tensors, *ragged, directions, stack.batch_first)
     else:
         # Under vmap a tensor does not tell whether a gradient is asked for outside.
-        save = torch.is_grad_enabled() and (transformed or any(t is not None and t.requires_grad for t in tensors))
+        hidden = not torch.compiler.is_compiling() and transforms.active()
+        save = torch.is_grad_enabled() and (hidden or any(t is not None and t.requires_grad for t in tensors))
         # The compiler takes the op itself, which has the same gradient registered: one node in its graph.
         call = FusedLSTMFunction.apply if save and not torch.compiler.is_compiling() else ops.layer_forward
         y, h_n, c_n, _, _ = call(*tensors, *ragged, directions, stack.batch_first, save, engine, stack.recompute)
@@ -123,5 +124,6 @@ RUNNERS = {
     "reference": in_fp32(layers("reference")),
     "triton, transformed": layers("triton", transformed=True),
     "reference, transformed": in_fp32(layers("reference", transformed=True)),
+    "onednn": in_fp32(layers("onednn")),
     "loop": in_fp32(layers("loop")),
 }

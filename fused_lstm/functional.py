@@ -163,6 +163,7 @@ def problem_of(
         resets=sequences.resets is not None,
         recompute=stack.recompute,
         transformed=transforms.active(),
+        ensemble=transforms.active() and transforms.mapped(weights),
         forward_mode=transforms.forward_mode(),
         needs_grad=torch.is_grad_enabled()
         and (input.requires_grad or h0.requires_grad or c0.requires_grad or any([w.requires_grad for w in weights])),

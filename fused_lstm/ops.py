@@ -1,7 +1,8 @@
 """One LSTM layer as two torch.library custom ops, forward and backward.
 
 The ops make the large GEMMs (input, weight and bias gradients) and hand the recurrence to an *engine*: the Triton kernels
-or the explicit PyTorch reference. Both fill the same buffers, so that everything around them is shared.
+or the explicit PyTorch reference. Both fill the same buffers, so that everything around them is shared. A third engine,
+oneDNN's fused LSTM, does the whole layer by itself.
 
 Shapes: x is (T, B, I), (B, T, I) if ``batch_first``, or (N, I) when packed, which ``batch_sizes`` tells. There are R
 recurrences (directions, and under vmap members), K is the size of h0: H, or the projection's size when ``w_h0`` is given.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import onednn, reference
 from .gemm import linear
 from .rows import Rows
 from .spec import check_range, no_autocast
@@ -106,7 +107,8 @@ def layer_forward(
         directions: 1 forward, -1 backwards in time, 2 both (odd r backwards).
         batch_first: whether padded data is (B, T, ...).
         save: keep what the backward pass needs.
-        engine: ``"triton"`` or ``"reference"``.
+        engine: ``"triton"``, ``"reference"``, or ``"onednn"``: torch's own LSTM, for fp32 on a CPU without ``w_h0``, which
+            keeps bytes of its own in place of gates and cell states.
         recompute: of that, keep no gates, so that the backward pass computes them again.
 
     Returns:
@@ -118,6 +120,8 @@ def layer_forward(
     N = x.shape[:-1].numel()
     if lengths is not None:
         check_range(lengths, rows.T)
+    if engine == "onednn":
+        return onednn.forward(x, h0, c0, w_ih, w_hh, bias, rows, save)
     with tf32_as_cudnn(x):
         gates = _input_gates(x, h0, w_ih, w_hh, bias, w_h0, rows)
         new = x.new_empty if lengths is None else x.new_zeros  # no one writes what lies past a row's length
@@ -139,6 +143,9 @@ def _(
     N = x.shape[:-1].numel()
     gates = x.new_empty(N, R, 4, H) if save and not recompute else x.new_empty(0)
     c_all = x.new_empty(N, R, H) if save else x.new_empty(0)
+    if engine == "onednn" and save:
+        workspace = torch.library.get_ctx().new_dynamic_size()
+        gates, c_all = x.new_empty(workspace, dtype=torch.uint8), x.new_empty(c0.shape)
     return x.new_empty(*x.shape[:-1], R * H), x.new_empty(c0.shape), x.new_empty(c0.shape), gates, c_all
 
 
@@ -172,6 +179,9 @@ def layer_backward(
     """
     R, H = w_hh.shape[0], w_hh.shape[2]
     rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
+    if engine == "onednn":
+        found = onednn.backward(dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, bias, rows, y, gates, c_all)
+        return *(g if need else x.new_empty(0) for g, need in zip(found, needs[:6], strict=True)), x.new_empty(0)
     N = c_all.shape[0]
     with no_autocast(x), tf32_as_cudnn(x):
         y, gates, c_all = y.contiguous(), gates.contiguous(), c_all.contiguous()  # vmap may hand in views

@@ -34,12 +34,12 @@ class Unfolding:
         if resets is not None:
             # Between t-1 and t: before step t forwards; backwards before t-1, and so not for t = 0.
             resets = resets & self.valid
+            self.steps = T + int(resets.sum(0).max()) if B else T  # as many in either direction
             if backwards:
                 resets = torch.cat((resets[1:], torch.zeros_like(resets[:1])))
             total = resets.sum(0)
             before = resets.flip(0).cumsum(0).flip(0) if backwards else resets.cumsum(0)
             self.position = self.position + torch.where(self.valid, before, total)
-            self.steps = T + int(total.max()) if B else T
             self.flags = torch.zeros(self.steps, B, dtype=torch.bool, device=device)
             self.flags[(self.position - 1)[resets], self.rows[resets]] = True
         self.padding = ~self.valid
@@ -75,6 +75,16 @@ class Unfolding:
         elif y.device.type == "cpu" and not c_n.isnan().any():
             return y  # the output gate is shut: it is zero there, unless a NaN, which the cell then holds to the end, was let in
         return self.past.clear_(y)
+
+
+    def spread(self, y: Tensor) -> Tensor:
+        """What :meth:`take_back` made, or a gradient by it, laid out again: (steps, B, H)."""
+        y = torch.where(self.valid[..., None], y, 0)
+        return y.new_zeros(self.steps, *y.shape[1:]).index_put_((self.position, self.rows), y)
+
+    def gather(self, dx: Tensor) -> Tensor:
+        """The gradient by what :meth:`lay_out` took, with those by the control columns, from that by what it made."""
+        return torch.where(self.valid[..., None], dx[self.position, self.rows], 0)
 
 
 class Rest:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .gemm import linear
 from .rows import Rows
@@ -55,19 +54,25 @@ def layer(
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer, all directions, as a loop that autograd follows. Arguments as in :func:`fused_lstm.ops.layer_forward`."""
-    if batch_sizes is not None:
-        packed = PackedSequence(x, batch_sizes)
-        x, lengths = pad_packed_sequence(packed)
-        lengths = lengths.to(x.device)
-        if resets is not None:
-            resets, _ = pad_packed_sequence(PackedSequence(resets, batch_sizes))
+    place = None
+    if batch_sizes is not None:  # as padded data: by index, which torch.func can follow
+        packed = Rows.of(x, c0, None, batch_sizes, None, directions, False)
+        lengths, (t, b) = packed.lengths, packed.times_and_batch_rows(x.shape[0], x.device)
+        place = t * packed.B + b
+        x, resets = (
+            None if data is None else data.new_zeros(packed.T * packed.B, *data.shape[1:]).index_copy(0, place, data)
+            for data in (x, resets)
+        )
+        x = x.view(packed.T, packed.B, -1)
     elif batch_first:
         x = x.transpose(0, 1)
         resets = None if resets is None else resets.transpose(0, 1)
     T, B = x.shape[:2]
     rows = Rows(T, B, False, directions, lengths, None, None if resets is None else resets.flatten())
     if w_ih is not None:
-        x = F.linear(x, w_ih.flatten(0, 1), None if bias is None else bias.flatten())
+        members = x.unflatten(-1, (-1, w_ih.shape[2])).unbind(-2)  # whose recurrences follow one another
+        w, b = (None if t is None else t.flatten(0, 1).chunk(len(members)) for t in (w_ih, bias))
+        x = torch.cat([F.linear(m, w[k], None if b is None else b[k]) for k, m in enumerate(members)], -1)
     gates = x.reshape(T * B, w_hh.shape[0], w_hh.shape[1])
     outputs, h_n, c_n = [], [], []
     for r in range(w_hh.shape[0]):
@@ -95,8 +100,8 @@ def layer(
             y = y[torch.cat([index[o] for o in order])]
         outputs.append(y.view(T, B, y.shape[-1]))
     output = torch.cat(outputs, -1)
-    if batch_sizes is not None:
-        output = torch.cat([output[t, :n] for t, n in enumerate(batch_sizes.tolist())])
+    if place is not None:
+        output = output.flatten(0, 1)[place]
     elif batch_first:
         output = output.transpose(0, 1)
     return output, torch.stack(h_n), torch.stack(c_n)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -14,3 +17,14 @@ def forward_mode() -> bool:
 def active() -> bool:
     """Whether a transform of torch.func (vmap, grad, vjp, jvp, ...) is at work around the call."""
     return torch._C._are_functorch_transforms_active()
+
+
+def mapped(tensors: Iterable[Tensor]) -> bool:
+    """Whether vmap maps over one of the tensors."""
+    functorch = torch._C._functorch
+    for t in tensors:
+        while functorch.is_functorch_wrapped_tensor(t):
+            if functorch.is_batchedtensor(t):
+                return True
+            t = functorch.get_unwrapped(t)
+    return False
