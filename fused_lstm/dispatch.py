@@ -215,3 +215,19 @@ def _choose(p: Problem, backend: str) -> Plan:
     if not ok:
         raise RuntimeError(f"no backend can serve this call: {reason}")
     return Plan("reference", "reference", reason + _recomputed(p), rejected)
+
+
+def how_compiled(device: str, dtype: torch.dtype, projected: bool, backend: str) -> str:
+    """How a call runs in a graph of torch.compile or torch.export: as one op per layer, whatever T and B will be.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`choose_backend`.
+    """
+    p = Problem(device, dtype, T=2, B=2, hidden_size=2, proj_size=int(projected))
+    plan = choose_backend(p, backend)
+    if plan.backend != "aten":
+        return plan.how
+    return "onednn" if supports_onednn(p) else "reference"
+
+
+how_compiled._dynamo_marked_constant = True  # the compiler is to call it, not to look inside

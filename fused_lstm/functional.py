@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import aten, engine, segments, transforms
-from .dispatch import Problem, choose_backend
+from .dispatch import Problem, choose_backend, how_compiled
 from .spec import PLAIN, Result, Runner, Sequences, Stack, as_lengths, as_resets, check_batch_sizes
 
 
@@ -125,8 +125,11 @@ def run(
         with torch.autocast(input.device.type, enabled=False):
             check_like(input, (h0, c0), weights)
             return run(input, (h0, c0), weights, stack, sequences, backend)
-    plan = choose_backend(problem_of(input, h0, c0, weights, stack, sequences), backend)
-    return RUNNERS[plan.how](input, h0, c0, weights, stack, sequences)
+    if torch.compiler.is_compiling():  # without a look at T and B, which are to stay dynamic
+        how = how_compiled(input.device.type, input.dtype, h0.shape[2] != c0.shape[2], backend)
+    else:
+        how = choose_backend(problem_of(input, h0, c0, weights, stack, sequences), backend).how
+    return RUNNERS[how](input, h0, c0, weights, stack, sequences)
 
 
 def _autocast(x: Tensor) -> bool:

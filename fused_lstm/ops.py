@@ -11,6 +11,8 @@ Without ``w_ih``, x has R*4H features and is what that product would have made: 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -140,7 +142,7 @@ def _(
     x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, resets, directions, batch_first, save, engine, recompute=False
 ):
     R, H = w_hh.shape[0], w_hh.shape[2]
-    N = x.shape[:-1].numel()
+    N = math.prod(x.shape[:-1])  # shape.numel() would fix the symbols of a dynamic shape
     gates = x.new_empty(N, R, 4, H) if save and not recompute else x.new_empty(0)
     c_all = x.new_empty(N, R, H) if save else x.new_empty(0)
     if engine == "onednn" and save:
