@@ -67,6 +67,7 @@ class LSTM(nn.RNNBase):
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
+    __setattr__ = nn.Module.__setattr__  # RNNBase's writes to _flat_weights, which computes parametrized weights
 
     def __init__(self, *args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any) -> None:
         own = _checked(backend, recompute)
@@ -91,6 +92,15 @@ class LSTM(nn.RNNBase):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
         self._init_flat_weights()
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        # RNNBase's asks _flat_weights for a dtype, which computes parametrized weights once more: slow, and with
+        # spectral_norm a further iteration. So it is asked only where it would fail; check_like looks at dtypes as well.
+        dims = 3 if batch_sizes is None else 2
+        weight = self._parameters.get(self._flat_weights_names[0])
+        dtype = input.dtype if weight is None else weight.dtype
+        if input.dim() != dims or input.shape[-1] != self.input_size or input.dtype != dtype:
+            super().check_input(input, batch_sizes)
 
     @classmethod
     def from_torch(cls, module: nn.LSTM, backend: str = "auto", recompute: bool = False) -> LSTM:
@@ -120,8 +130,9 @@ class LSTM(nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        x, hx, sequences = self._prepare(input, hx, lengths, resets)
-        output, h_n, c_n = run(x, hx, self._weights(), self._stack(), sequences, self.backend)
+        weights = self._weights()
+        x, hx, sequences = self._prepare(input, hx, weights, lengths, resets)
+        output, h_n, c_n = run(x, hx, weights, self._stack(), sequences, self.backend)
         if isinstance(input, PackedSequence):
             packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
             return packed, self.permute_hidden((h_n, c_n), input.unsorted_indices)
@@ -138,14 +149,16 @@ class LSTM(nn.RNNBase):
         resets: Tensor | None = None,
     ) -> Problem:
         """What a call with these arguments would ask of a backend; raises what the call would raise."""
-        x, hx, sequences = self._prepare(input, hx, lengths, resets)
-        return problem_of(x, *hx, self._weights(), self._stack(), sequences)
+        weights = self._weights()
+        x, hx, sequences = self._prepare(input, hx, weights, lengths, resets)
+        return problem_of(x, *hx, weights, self._stack(), sequences)
 
     def _stack(self) -> Stack:
         dropout = self.dropout if self.training else 0.0
         return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first, self.recompute)
 
     def _weights(self) -> list[Tensor]:
+        # Once for a call: a parametrized weight is computed whenever it is asked for.
         held = self._parameters  # where most of them are; nn.Module's own look-up is slow
         return [held[name] if name in held else getattr(self, name) for name in self._flat_weights_names]
 
@@ -153,6 +166,7 @@ class LSTM(nn.RNNBase):
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None,
+        weights: list[Tensor],
         lengths: Tensor | Sequence[int] | None,
         resets: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequences]:
@@ -185,7 +199,7 @@ class LSTM(nn.RNNBase):
             c0 = x.new_zeros(layers, batch, self.hidden_size)
             hx = (x.new_zeros(layers, batch, self.proj_size) if self.proj_size else c0, c0)
         self.check_forward_args(x, hx, batch_sizes)
-        check_like(x, hx, self._weights())
+        check_like(x, hx, weights)
         if resets is not None and batch_sizes is None and input.dim() == 2:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
         hx, sequences = settle(x, (hx[0], hx[1]), self._stack(), batch_sizes, lengths, resets)

@@ -16,6 +16,7 @@ import fused_lstm
 IN_INTERPRETER = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors: interpreter only")
 BACKENDS = ("auto", "aten", "reference", pytest.param("triton", marks=[pytest.mark.kernels, IN_INTERPRETER]))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_quick_backend = pytest.mark.parametrize("backend", BACKENDS[:3])  # for many calls: the interpreter is slow
 
 
 def pair(*args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any) -> tuple[nn.LSTM, fused_lstm.LSTM]:
