@@ -178,7 +178,9 @@ def choose_backend(p: Problem, backend: str = "auto") -> Plan:
         raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
     plan = _choose(p, backend)
     if p.forward_mode:
-        return Plan("reference", "loop", "forward-mode AD, which torch follows op by op through the readable loop", plan.rejected)
+        return Plan(
+            "reference", "loop", "forward-mode AD, which torch follows op by op through the readable loop", plan.rejected
+        )
     if p.transformed and p.ensemble and plan.backend == "aten" and supports_onednn(p):
         return Plan("aten", "onednn", "vmap over weights: a call of oneDNN's fused LSTM for each member", plan.rejected)
     if p.transformed:

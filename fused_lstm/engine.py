@@ -58,7 +58,9 @@ def _layer(
     """One layer, both directions at once. h0 (D, B, Hout), c0 (D, B, H)."""
     join = (lambda k: torch.stack([g[k] for g in groups])) if len(groups) > 1 else (lambda k: groups[0][k].unsqueeze(0))
     w_ih, w_hh = join(0), join(1)
-    bias = join(2) + join(3) if stack.has_biases else None
+    # a - (-1) b, not a + b, whose gradients would be two views of one tensor: what accumulation or clipping does to the one
+    # bias's in place it would do to the other's as well.
+    bias = torch.sub(join(2), join(3), alpha=-1) if stack.has_biases else None
     w_hr = join(-1) if len(groups[0]) > (4 if stack.has_biases else 2) else None
     w_h0 = None
     if w_hr is not None:

@@ -73,9 +73,8 @@ class Unfolding:
         elif y.requires_grad:  # a backward pass needs it as it is
             y = y.clone()
         elif y.device.type == "cpu" and not c_n.isnan().any():
-            return y  # the output gate is shut: it is zero there, unless a NaN, which the cell then holds to the end, was let in
+            return y  # zero there, since the output gate is shut; unless a NaN got in, which the cell then holds to the end
         return self.past.clear_(y)
-
 
     def spread(self, y: Tensor) -> Tensor:
         """What :meth:`take_back` made, or a gradient by it, laid out again: (steps, B, H)."""
