@@ -167,8 +167,8 @@ def prefers_reference(p: Problem) -> str | None:
 def choose_backend(p: Problem, backend: str = "auto") -> Plan:
     """The plan for a problem.
 
-    torch's own LSTM knows neither vmap nor forward-mode AD, and is slow under the other transforms of torch.func; the kernels
-    do not know forward-mode AD. There the explicit path in plain PyTorch steps in, whichever backend was asked for.
+    torch's own LSTM knows neither vmap nor forward-mode AD, and is slow under the other transforms of torch.func; the
+    kernels do not know forward-mode AD. There the explicit path in plain PyTorch steps in, whichever backend was asked for.
 
     Raises:
         ValueError: ``backend`` is no backend's name.

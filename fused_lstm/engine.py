@@ -16,8 +16,8 @@ from .spec import Result, Runner, Sequences, Stack, in_fp32, weight_groups
 
 
 def layers(engine: str, transformed: bool = False) -> Runner:
-    """Runs the stack layer by layer through the custom op, with the recurrence done by ``engine``, or through ``"loop"``, the
-    readable loop that torch follows op by op.
+    """Runs the stack layer by layer through the custom op, with the recurrence done by ``engine``; or through the readable
+    loop that torch follows op by op, which is the engine ``"loop"``.
 
     ``transformed``: by torch.func. The input projections are then left to torch, which maps them and their gradients well.
     """

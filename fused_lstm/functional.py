@@ -84,7 +84,7 @@ def settle(
     """Check what a call says of its sequences, for batched or packed input; returns the states to start from as well."""
     if lengths is None and resets is None and batch_sizes is None:
         return hx, PLAIN
-    if batch_sizes is not None:
+    if batch_sizes is not None and not torch.compiler.is_compiling():
         check_batch_sizes(batch_sizes, input.shape[0])
     if lengths is None and resets is None:
         return hx, Sequences(batch_sizes)

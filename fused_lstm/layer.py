@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
@@ -176,7 +177,8 @@ class LSTM(nn.RNNBase):
         batch_sizes = None
         if isinstance(input, PackedSequence):
             x, batch_sizes = input.data, input.batch_sizes
-            batch = int(batch_sizes[0])
+            order = input.sorted_indices
+            batch = int(batch_sizes[0]) if order is None else order.shape[0]
             if hx is not None:
                 hx = self.permute_hidden(hx, input.sorted_indices)
         else:
@@ -198,7 +200,8 @@ class LSTM(nn.RNNBase):
             layers = self.num_layers * (2 if self.bidirectional else 1)
             c0 = x.new_zeros(layers, batch, self.hidden_size)
             hx = (x.new_zeros(layers, batch, self.proj_size) if self.proj_size else c0, c0)
-        self.check_forward_args(x, hx, batch_sizes)
+        if batch_sizes is None or not torch.compiler.is_compiling():  # else they depend on numbers that no compiler knows
+            self.check_forward_args(x, hx, batch_sizes)
         check_like(x, hx, weights)
         if resets is not None and batch_sizes is None and input.dim() == 2:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)

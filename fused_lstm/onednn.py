@@ -1,7 +1,7 @@
 """One layer on oneDNN's fused LSTM, forward and backward, for the custom op: fp32 on a CPU, no projection.
 
-torch's own ``lstm`` does the same under autograd. Inside an op, which a compiler or vmap sees as one, there is no autograd, so
-the two halves are called by themselves. Lengths and resets are served as in :mod:`fused_lstm.ragged`.
+torch's own ``lstm`` does the same under autograd. Inside an op, which a compiler or vmap sees as one, there is no autograd,
+so the two halves are called by themselves. Lengths and resets are served as in :mod:`fused_lstm.ragged`.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ class Direction:
             y, dy = (layout.spread(t) for t in (y, dy))
             dy[layout.last, layout.rows[0]] += torch.where(layout.empty, 0, dh)
             dh = torch.zeros_like(dh)
-        x, w_ih, w_hh, b_ih, b_hh, h0, c0 = self.inputs
+        h0, c0 = self.inputs[-2:]
+        h_last = y[0 if self.reverse else -1]
         dx, dw_ih, dw_hh, db, _, dh0, dc0 = torch.ops.aten.mkldnn_rnn_layer_backward(
-            *self.inputs, y.contiguous(), y[0 if self.reverse else -1].contiguous(), c_n, dy.contiguous(), dh.contiguous(), dc.contiguous(),
+            *self.inputs, y.contiguous(), h_last.contiguous(), c_n, dy.contiguous(), dh.contiguous(), dc.contiguous(),
             self.reverse, LSTM_MODE, h0.shape[1], 1, True, True, False, [], False, workspace,
         )  # fmt: skip
         dh0, dc0 = dh0.view(h0.shape), dc0.view(c0.shape)
