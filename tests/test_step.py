@@ -174,11 +174,7 @@ def test_in_a_cuda_graph(size: int, backend: str) -> None:
     lstm = fused_lstm.LSTM(N, size, num_layers=2, device="cuda", backend=backend)
     x = torch.zeros(B, N, device="cuda")
     held = tuple(torch.zeros(2, B, size, device="cuda") for _ in range(2))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles the kernels, which a capture could not wait for
-        lstm.step(x, held, inplace=True)
-    torch.cuda.current_stream().wait_stream(side)
+    lstm.step(x, held, inplace=True)  # compiles the kernels, which a capture could not wait for
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output, _ = lstm.step(x, held, inplace=True)
