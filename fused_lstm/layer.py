@@ -47,6 +47,8 @@ class LSTM(nn.RNNBase):
       begins at t: h and c are zero before step t, also at t = 0, where hx is then ignored. Neither values nor gradients
       pass, in any layer or direction.
 
+    Data that arrives one time step at a time goes through :meth:`step`.
+
     Raises:
         TypeError, ValueError: on construction, as torch.nn.LSTM.
         ValueError: wrong number of dimensions or wrong dtype of the input; lengths or resets that do not fit.
@@ -140,6 +142,58 @@ class LSTM(nn.RNNBase):
         if input.dim() == 2:
             return output.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
         return output, (h_n, c_n)
+
+    def step(
+        self, input: Tensor, state: tuple[Tensor, Tensor] | None = None, *, inplace: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One time step, for data that arrives step by step: as a call with a sequence of one step, hooks included.
+
+        Nothing in it waits for a GPU. A CUDA graph can capture it, after a first call outside, which compiles the kernels:
+        with ``inplace``, each replay reads the captured input, moves the captured state on and fills the captured output.
+
+        Args:
+            input: (B, I), or (I,) unbatched, of the weights' dtype.
+            state: h (num_layers, B, Hout) and c (num_layers, B, H), without B when unbatched, of the input's dtype; zero
+                if None.
+            inplace: write the new state into the tensors of ``state`` and return these. For calls without gradients.
+
+        Returns:
+            output, (B, Hout) or (Hout,), which never shares memory with the state; (h, c) after the step.
+
+        Raises:
+            ValueError: wrong number of dimensions or wrong dtype; ``inplace`` without two tensors to write to.
+            RuntimeError: wrong sizes or devices, a bidirectional layer, ``inplace`` where a gradient is needed.
+        """
+        if self.bidirectional:
+            raise RuntimeError("step: a bidirectional layer cannot be streamed, its reverse direction begins at the end")
+        dims = input.dim()
+        if dims not in (1, 2):
+            raise ValueError(f"step: expected one step of input, (B, I) or (I,), got shape {tuple(input.shape)}")
+        if state is not None:
+            if len(state) != 2:
+                raise ValueError(f"step: expected state to be two tensors, (h, c), got {len(state)}")
+            if state[0].dim() != dims + 1 or state[1].dim() != dims + 1:
+                raise ValueError(
+                    f"step: with an input of {dims} dimensions, expected h and c of {dims + 1}, got shapes "
+                    f"{tuple(state[0].shape)} and {tuple(state[1].shape)}"
+                )
+        if inplace and (state is None or state[0] is state[1]):
+            got = "None" if state is None else "one tensor twice"
+            raise ValueError(f"step: inplace=True writes to the tensors of state, expected (h, c), got {got}")
+        time = 1 if self.batch_first and dims == 2 else 0
+        output, new = self(input.unsqueeze(time), state)
+        if state is not None and inplace:
+            if new[0].requires_grad:
+                raise RuntimeError(
+                    "step: inplace=True overwrites what a gradient needs, expected torch.no_grad() or input, state and "
+                    "weights that require no gradient, got some that do"
+                )
+            if new[0].dtype != state[0].dtype:  # by autocast; all else was compared by the call
+                raise ValueError(f"step: expected a state of the new one's dtype {new[0].dtype}, got {state[0].dtype}")
+            for old, value in zip(state, new, strict=True):
+                old.copy_(value)
+            new = state[0], state[1]
+        return output.squeeze(time), new
 
     def problem(
         self,
