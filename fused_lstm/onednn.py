@@ -83,27 +83,31 @@ class Direction:
 
 def forward(
     x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor | None, rows: Rows, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n and c_n as :func:`fused_lstm.ops.layer_forward` gives them, and, to be saved, the recurrences'
-    workspaces one behind the other and c_n again; x may hold an input (..., I) for each of several members."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, h_n and c_n as :func:`fused_lstm.ops.layer_forward` gives them, and, to be saved, the recurrences' workspaces one
+    behind the other; x may hold an input (..., I) for each of several members."""
+    if c0.shape[1] == 0:  # which oneDNN does not take
+        y = x.new_empty(*x.shape[:-1], w_hh.shape[0] * w_hh.shape[2])
+        return y, torch.empty_like(c0), torch.empty_like(c0), x.new_empty(0, dtype=torch.uint8)
     runs = _directions(x, h0, c0, w_ih, w_hh, bias, rows)
     ys, h_n, c_n, spaces = zip(*(run.forward(h0[r], save) for r, run in enumerate(runs)), strict=True)
     y = _as_given(torch.cat(ys, -1) if len(ys) > 1 else ys[0], rows)
-    if not save:
-        return y, torch.stack(h_n), torch.stack(c_n), x.new_empty(0), x.new_empty(0)
-    workspace = torch.cat(spaces) if len(spaces) > 1 else spaces[0]
-    return y, torch.stack(h_n), torch.stack(c_n), workspace, torch.stack(c_n)
+    workspace = (torch.cat(spaces) if len(spaces) > 1 else spaces[0]) if save else x.new_empty(0, dtype=torch.uint8)
+    return y, torch.stack(h_n), torch.stack(c_n), workspace
 
 
 def backward(
     dy: Tensor, dh_n: Tensor, dc_n: Tensor, x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor,
     bias: Tensor | None, rows: Rows, y: Tensor, workspace: Tensor, c_n: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients by x, h0, c0, w_ih, w_hh and bias."""
+    """Gradients by x, h0, c0, w_ih, w_hh and bias. A workspace that was not kept is empty, and made again."""
+    if c0.shape[1] == 0:
+        bias = w_ih[..., 0] if bias is None else bias
+        return tuple(torch.zeros_like(t) for t in (x, h0, c0, w_ih, w_hh, bias))
     runs = _directions(x, h0, c0, w_ih, w_hh, bias, rows)
     H = w_hh.shape[2]
     ys, dys = (_padded(t, rows).split(H, -1) for t in (y, dy))
-    spaces = workspace.view(len(runs), -1)
+    spaces = workspace.view(len(runs), -1) if workspace.numel() else [run.forward(c0[0], True)[3] for run in runs]
     found = [run.backward(ys[r], c_n[r], dys[r], dh_n[r], dc_n[r], spaces[r]) for r, run in enumerate(runs)]
     dxs, *others = zip(*found, strict=True)
     each = len(dxs) // (x.shape[-1] // w_ih.shape[2])  # recurrences of a member

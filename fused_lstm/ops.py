@@ -123,7 +123,8 @@ def layer_forward(
     if lengths is not None:
         check_range(lengths, rows.T)
     if engine == "onednn":
-        return onednn.forward(x, h0, c0, w_ih, w_hh, bias, rows, save)
+        y, h_n, c_n, workspace = onednn.forward(x, h0, c0, w_ih, w_hh, bias, rows, save and not recompute)
+        return y, h_n, c_n, workspace, c_n.clone() if save else x.new_empty(0)
     with tf32_as_cudnn(x):
         gates = _input_gates(x, h0, w_ih, w_hh, bias, w_h0, rows)
         new = x.new_empty if lengths is None else x.new_zeros  # no one writes what lies past a row's length
@@ -145,9 +146,9 @@ def _(
     N = math.prod(x.shape[:-1])  # shape.numel() would fix the symbols of a dynamic shape
     gates = x.new_empty(N, R, 4, H) if save and not recompute else x.new_empty(0)
     c_all = x.new_empty(N, R, H) if save else x.new_empty(0)
-    if engine == "onednn" and save:
-        workspace = torch.library.get_ctx().new_dynamic_size()
-        gates, c_all = x.new_empty(workspace, dtype=torch.uint8), x.new_empty(c0.shape)
+    if engine == "onednn":
+        size = torch.library.get_ctx().new_dynamic_size() if save and not recompute else 0
+        gates, c_all = x.new_empty(size, dtype=torch.uint8), x.new_empty(c0.shape if save else 0)
     return x.new_empty(*x.shape[:-1], R * H), x.new_empty(c0.shape), x.new_empty(c0.shape), gates, c_all
 
 

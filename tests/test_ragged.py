@@ -261,17 +261,3 @@ def test_lengths_that_are_no_integers(lengths: object) -> None:
 def test_lengths_of_an_empty_batch() -> None:
     y, _ = fused_lstm.LSTM(2, 3)(torch.zeros(4, 0, 2), lengths=[])
     assert y.shape == (4, 0, 3)
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("ragged", [False, True])
-def test_compiled_by_dynamo(backend: str, ragged: bool) -> None:
-    lstm = fused_lstm.LSTM(2, 3, 2, dtype=torch.float64, backend=backend)
-    x = torch.randn(4, 3, 2).double().requires_grad_()
-    given = {"resets": torch.rand(4, 3) < 0.3} if ragged else {}
-    results = []
-    for module in (lstm, torch.compile(lstm, backend="aot_eager")):
-        y, (h, c) = module(x, **given)
-        results.append([y, *torch.autograd.grad(y.sum() + (h * c).sum(), [x, *lstm.parameters()])])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)

@@ -1,0 +1,148 @@
+"""torch.compile: one graph, one op for each layer, whatever the batch and the number of steps."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from pairs import every_backend
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_leaves
+
+import fused_lstm
+
+HAS_CXX = shutil.which(os.environ.get("CXX", "g++")) is not None
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(not HAS_CXX, reason="needs a C++ compiler"))
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+I, H = 3, 8  # noqa: E741
+LAYERS: list[dict[str, Any]] = [
+    {},
+    {"bidirectional": True, "num_layers": 2, "batch_first": True},
+    {"proj_size": 2, "bias": False},
+    {"recompute": True},
+]
+every_layer = pytest.mark.parametrize("layer", LAYERS, ids=["plain", "bidirectional", "projection", "recompute"])
+SIZES = [(B, T) for B in (2, 3, 5, 7) for T in (2, 4, 6, 9, 12)]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch.compiler.reset()
+
+
+def arguments(module: fused_lstm.LSTM, B: int, T: int, ragged: str) -> tuple[Tensor, dict[str, Tensor]]:
+    shape = (B, T) if module.batch_first else (T, B)
+    x = torch.randn(*shape, I, dtype=module.weight_ih_l0.dtype, requires_grad=True)
+    given = {}
+    if "lengths" in ragged:
+        given["lengths"] = torch.randint(0, T + 1, (B,))
+    if "resets" in ragged:
+        given["resets"] = torch.rand(*shape) < 0.3
+    for t in (x, *given.values()):
+        for dim in range(min(t.dim(), 2)):
+            torch._dynamo.mark_dynamic(t, dim)
+    return x, given
+
+
+def everything(module: nn.Module, parameters: list[Tensor], x: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
+    """Results and gradients."""
+    results = tree_leaves(module(x, **given))
+    return [*results, *torch.autograd.grad([t.square().sum() for t in results], [x, *parameters])]
+
+
+def assert_close(ours: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def layer_ops(graphs: list[torch.fx.GraphModule]) -> list[int]:
+    return [sum("fused_lstm.layer_forward" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
+
+
+@every_layer
+@pytest.mark.parametrize("ragged", ["", "lengths", "resets", "lengths and resets"])
+@every_backend
+def test_one_graph_for_all_batches_and_times(backend: str, layer: dict[str, Any], ragged: str) -> None:
+    torch.manual_seed(0)
+    module = fused_lstm.LSTM(I, H, **layer, backend=backend)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for B, T in SIZES if backend != "triton" else SIZES[:3]:
+        x, given = arguments(module, B, T, ragged)
+        parameters = list(module.parameters())
+        assert_close(everything(compiled, parameters, x, given), everything(module, parameters, x, given))
+        with torch.no_grad():
+            assert_close(tree_leaves(compiled(x, **given)), tree_leaves(module(x, **given)))
+    assert layer_ops(counter.graphs) == [module.num_layers] * 2  # for training and inference
+
+
+@pytest.mark.parametrize("compiler", ["eager", INDUCTOR])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_compilers_and_dtypes(compiler: str, dtype: torch.dtype) -> None:
+    """A model around the layer, with states and lengths given."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = fused_lstm.LSTM(I, H, 2, bidirectional=True)
+            self.head = nn.Linear(2 * H, 2)
+
+        def forward(self, x: Tensor, h: Tensor, c: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+            y, (h, c) = self.lstm(x.relu(), (h, c), lengths=lengths)
+            return self.head(y).tanh(), h * c
+
+    torch.manual_seed(0)
+    model = Model().to(dtype)
+    x, h, c = (torch.randn(*shape, dtype=dtype) for shape in ((5, 3, I), (4, 3, H), (4, 3, H)))
+    given = {"h": h, "c": c, "lengths": torch.tensor([5, 0, 3])}
+    compiled = torch.compile(model, backend=compiler, fullgraph=True)
+    parameters = list(model.parameters())
+    x.requires_grad_()
+    ours, expected = (everything(m, parameters, x, given) for m in (compiled, model))
+    tolerance = {torch.bfloat16: 5e-2, torch.float16: 5e-3}.get(dtype, 1e-5)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+@every_backend
+def test_packed(backend: str, enforce_sorted: bool) -> None:
+    torch.manual_seed(0)
+    module = fused_lstm.LSTM(I, H, bidirectional=True, backend=backend)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for lengths in ((4, 3, 1), (5, 5), (6, 2, 2, 1)):
+        rows = [torch.randn(n, I) for n in (lengths if enforce_sorted else lengths[::-1])]
+        packed = pack_sequence(rows, enforce_sorted=enforce_sorted)
+        ours, theirs = (m(packed) for m in (compiled, module))
+        assert_close(tree_leaves((ours[0].data, ours[1])), tree_leaves((theirs[0].data, theirs[1])))
+        by = list(module.parameters())
+        a, b = (torch.autograd.grad(y.data.sum() + h.sum() + c.sum(), by) for y, (h, c) in (ours, theirs))
+        assert_close(list(a), list(b))
+
+
+def test_under_autocast() -> None:
+    module, x = fused_lstm.LSTM(I, H), torch.randn(4, 2, I)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in zip(tree_leaves(compiled(x)), tree_leaves(module(x)), strict=True):
+            assert a.dtype == b.dtype == torch.bfloat16
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-2)
+
+
+def test_a_bad_length_is_noticed() -> None:
+    compiled = torch.compile(fused_lstm.LSTM(I, H), backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match="between 0 and T = 4, got 1 to 5"):
+        compiled(torch.randn(4, 2, I), lengths=torch.tensor([1, 5]))
+
+
+def test_an_empty_batch() -> None:
+    module = fused_lstm.LSTM(I, H, bidirectional=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 0, I, requires_grad=True)
+    ours, theirs = (everything(m, list(module.parameters()), x, {}) for m in (compiled, module))
+    assert_close(ours, theirs)
