@@ -22,7 +22,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "backend: aten" in capsys.readouterr().out
