@@ -56,3 +56,11 @@ def failure(call: Callable[[], Any]) -> tuple[type[BaseException], str]:
     with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)) as info:
         call()
     return info.type, str(info.value)
+
+
+def change_and_run(layer: nn.Module, x: Tensor, queue: Any) -> None:
+    """For a spawned process, which can import this file by its name, as it cannot a test's."""
+    flat(layer(x))[0].sum().backward()
+    with torch.no_grad():
+        layer.weight_hh_l0 += 1
+    queue.put([t.detach().tolist() for t in flat(layer(x))])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import all_equal, assert_all_close, every_backend, flat, pair, randn
+from pairs import all_equal, assert_all_close, change_and_run, every_backend, flat, pair, randn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -238,22 +238,15 @@ def test_replicas(norm: Callable | None, backend: str, monkeypatch: pytest.Monke
     assert list(layer.parameters()) == parameters
 
 
-def trained_by_a_worker(layer: nn.Module, x: Tensor, queue: Any) -> None:
-    outcome(layer)
-    with torch.no_grad():
-        layer.weight_hh_l0 += 1
-    queue.put([t.detach().tolist() for t in flat(layer(x))])
-
-
 def test_shared_with_a_spawned_process() -> None:
     """The module is pickled; its weights are memory that both processes see."""
     layer = fused_lstm.LSTM(3, 4, 2, dtype=torch.float64, backend="aten").share_memory()
     before = layer.weight_hh_l0.detach().clone()
     context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    worker = context.Process(target=trained_by_a_worker, args=(layer, X, queue))
+    queue = context.Queue()
+    worker = context.Process(target=change_and_run, args=(layer, X, queue))
     worker.start()
-    got = queue.get()
+    got = queue.get(timeout=120)
     worker.join()
     assert worker.exitcode == 0
     assert torch.equal(layer.weight_hh_l0, before + 1)
