@@ -98,9 +98,9 @@ def forward(
 
 def backward(
     dy: Tensor, dh_n: Tensor, dc_n: Tensor, x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor,
-    bias: Tensor | None, rows: Rows, y: Tensor, workspace: Tensor, c_n: Tensor,
+    bias: Tensor | None, rows: Rows, y: Tensor, workspace: Tensor, c_n: Tensor, by_x: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients by x, h0, c0, w_ih, w_hh and bias. A workspace that was not kept is empty, and made again."""
+    """Gradients by x (empty unless ``by_x``), h0, c0, w_ih, w_hh and bias. A workspace that was not kept is made again."""
     if c0.shape[1] == 0:
         bias = w_ih[..., 0] if bias is None else bias
         return tuple(torch.zeros_like(t) for t in (x, h0, c0, w_ih, w_hh, bias))
@@ -110,6 +110,8 @@ def backward(
     spaces = workspace.view(len(runs), -1) if workspace.numel() else [run.forward(c0[0], True)[3] for run in runs]
     found = [run.backward(ys[r], c_n[r], dys[r], dh_n[r], dc_n[r], spaces[r]) for r, run in enumerate(runs)]
     dxs, *others = zip(*found, strict=True)
+    if not by_x:
+        return x.new_empty(0), *(torch.stack(g) for g in others)
     each = len(dxs) // (x.shape[-1] // w_ih.shape[2])  # recurrences of a member
     dx = torch.cat([sum(dxs[k + 1 : k + each], dxs[k]) for k in range(0, len(dxs), each)], -1)
     return _as_given(dx, rows), *(torch.stack(g) for g in others)

@@ -183,7 +183,7 @@ def layer_backward(
     R, H = w_hh.shape[0], w_hh.shape[2]
     rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
     if engine == "onednn":
-        found = onednn.backward(dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, bias, rows, y, gates, c_all)
+        found = onednn.backward(dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, bias, rows, y, gates, c_all, needs[0])
         return *(g if need else x.new_empty(0) for g, need in zip(found, needs[:6], strict=True)), x.new_empty(0)
     N = c_all.shape[0]
     with no_autocast(x), tf32_as_cudnn(x):
