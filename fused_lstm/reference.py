@@ -11,6 +11,8 @@ Three levels, each checked against the one before it:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,15 +123,14 @@ def recurrence_forward(
     c_n = c0.clone()
     for r in rows.in_step(w_hh.shape[0]):
         h, c = h_n[r].transpose(0, 1), c_n[r].transpose(0, 1)  # (B, recurrences, H)
-        w = w_hh[r]
+        recurrent = products_with(w_hh[r])
         for s in range(rows.T):
-            at, n = rows.at(s, r.start), rows.active(s)
-            valid, keep = (None if m is None else m[..., None] for m in (rows.valid(s), rows.kept(s, r.start)))
+            at, n, valid, keep = rows.at(s, r.start), rows.active(s), rows.valid(s), rows.kept(s, r.start)
             h_prev, c_prev = h[:n], c[:n]
             if keep is not None:  # a new episode begins with no memory
-                h_prev, c_prev = torch.where(keep, h_prev, 0), torch.where(keep, c_prev, 0)
+                h_prev, c_prev = torch.where(keep[..., None], h_prev, 0), torch.where(keep[..., None], c_prev, 0)
             a = gates[at, r]
-            a += product(h_prev, w).view(a.shape)
+            a += recurrent(h_prev).view(a.shape)
             i, f, g, o = a.unbind(2)
             torch.sigmoid_(a[:, :, :2])  # i and f
             torch.tanh_(g)
@@ -137,6 +138,7 @@ def recurrence_forward(
             c_new = (f * c_prev).addcmul_(i, g)
             h_new = torch.tanh(c_new).mul_(o)
             if valid is not None:  # a row without this step keeps its state and shows nothing
+                valid = valid[..., None]
                 y[at, r] = torch.where(valid, h_new, 0)
                 h_new, c_new = torch.where(valid, h_new, h), torch.where(valid, c_new, c)
             else:
@@ -151,11 +153,12 @@ def recurrence_forward(
     return h_n, c_n
 
 
-def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (B, R, K) times the transpose of w (R, N, K), for each of the R: (B, R, N)."""
+def products_with(w: Tensor) -> Callable[[Tensor], Tensor]:
+    """For w (R, N, K) the function of x (B, R, K) that gives (B, R, N), or (B, N) if R is 1: x w^T for each of the R."""
     if w.shape[0] == 1:
-        return linear(x[:, 0], w[0]).unsqueeze(1)
-    return torch.bmm(x.transpose(0, 1), w.mT).transpose(0, 1)
+        single = w[0]
+        return lambda x: linear(x.flatten(1), single)
+    return lambda x: torch.bmm(x.transpose(0, 1), w.mT).transpose(0, 1)
 
 
 def recurrence_backward(
@@ -190,22 +193,22 @@ def recurrence_backward(
     for r in rows.in_step(w_hh.shape[0]):
         dh_next = dh_n[r].transpose(0, 1)  # gradient by h_s that comes from the steps after s, or from h_n
         dc_next = dc_0[r].transpose(0, 1)  # and by c_s
-        w = w_hh[r].mT
+        recurrent = products_with(w_hh[r].mT)
         for s in range(rows.T - 1, -1, -1):
-            at, n = rows.at(s, r.start), rows.active(s)
-            valid, keep = (None if m is None else m[..., None] for m in (rows.valid(s), rows.kept(s, r.start)))
+            at, n, valid, keep = rows.at(s, r.start), rows.active(s), rows.valid(s), rows.kept(s, r.start)
             dh = dy[at, r] + dh_next[:n]  # h_s is seen by the loss and by step s+1
             dc = torch.addcmul(dc_next[:n], dh, dc_dh[at, r])  # c_s by step s+1 and by h_s
             da = dgates[at, r]
             da[:, :, :3] *= dc[:, :, None]  # i, f and g act through c
             da[:, :, 3] *= dh
             if valid is not None:
+                valid = valid[..., None]
                 da = torch.where(valid[..., None], da, 0)
             if valid is not None or isinstance(at, Tensor):  # then da is a copy of the buffer's rows
                 dgates[at, r] = da
-            dh, dc = product(da.flatten(2), w), dc * f[at, r]
+            dh, dc = recurrent(da.flatten(2)).view(dc.shape), dc * f[at, r]
             if keep is not None:  # gradients stay within the episode
-                dh, dc = torch.where(keep, dh, 0), torch.where(keep, dc, 0)
+                dh, dc = torch.where(keep[..., None], dh, 0), torch.where(keep[..., None], dc, 0)
             if valid is not None:  # a row without this step hands its gradients through
                 dh, dc = torch.where(valid, dh, dh_next), torch.where(valid, dc, dc_next)
             dh_next = dh if n == rows.B else torch.cat((dh, dh_next[n:]))
