@@ -69,6 +69,7 @@ class Direction:
             dh = torch.zeros_like(dh)
         h0, c0 = self.inputs[-2:]
         h_last = y[0 if self.reverse else -1]
+        # It writes into the workspace, but reads nothing there that a backward pass wrote: passes can be repeated.
         dx, dw_ih, dw_hh, db, _, dh0, dc0 = torch.ops.aten.mkldnn_rnn_layer_backward(
             *self.inputs, y.contiguous(), h_last.contiguous(), c_n, dy.contiguous(), dh.contiguous(), dc.contiguous(),
             self.reverse, LSTM_MODE, h0.shape[1], 1, True, True, False, [], False, workspace,
