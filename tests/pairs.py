@@ -64,3 +64,23 @@ def change_and_run(layer: nn.Module, x: Tensor, queue: Any) -> None:
     with torch.no_grad():
         layer.weight_hh_l0 += 1
     queue.put([t.detach().tolist() for t in flat(layer(x))])
+
+
+def call(lstm: fused_lstm.LSTM, extras: str, T: int, B: int) -> dict[str, Any]:
+    """Arguments for a call, by name: the input, and those of hx, lengths and resets that ``extras`` names."""
+    dtype = lstm.weight_ih_l0.dtype
+    shape = (B, T) if lstm.batch_first else (T, B)
+    arguments = {
+        "input": randn(*shape, lstm.input_size, dtype=dtype),
+        "hx": states((1 + lstm.bidirectional) * lstm.num_layers, B, lstm.hidden_size, proj=lstm.proj_size, dtype=dtype),
+        "lengths": torch.tensor([T, 0, 1, T // 2])[torch.arange(B) % 4],
+        "resets": randn(*shape) > 0.5,
+    }
+    return {name: value for name, value in arguments.items() if name in ("input", *extras.split())}
+
+
+def dynamic_sizes(lstm: fused_lstm.LSTM, extras: str, T: Any, B: Any) -> dict[str, Any]:
+    """Which sizes of the arguments of :func:`call` are T and B, as torch.export takes it."""
+    sizes = {0: B, 1: T} if lstm.batch_first else {0: T, 1: B}
+    arguments = {"input": sizes, "hx": ({1: B}, {1: B}), "lengths": {0: B}, "resets": sizes}
+    return {name: value for name, value in arguments.items() if name in ("input", *extras.split())}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,20 @@ def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "backend: aten" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", ["torch.export", "AOTInductor", "ONNX"])
+def test_code_of_the_page_on_export_runs(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if section == "AOTInductor" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("AOTInductor needs a C++ compiler")
+    if section == "ONNX":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)  # the page writes files
+    text = (ROOT / "docs" / "export.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    (block,) = BLOCK.findall(text)
+    exec(compile(block, "export.md", "exec"), {})
+    assert list(tmp_path.iterdir())
 
 
 def test_math_quotes_lines_that_exist() -> None:
