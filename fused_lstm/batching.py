@@ -56,8 +56,8 @@ class Fold:
 
 
 def _absent(name: str, t: Tensor) -> bool:
-    """Whether a buffer was not kept, or a gradient not wanted."""
-    return t.dim() == 1 and t.numel() == 0 and name not in ("lengths", "resets")
+    """Whether a buffer was not kept, or a gradient not wanted. oneDNN's bytes, whose number no compiler knows, are there."""
+    return t.dim() == 1 and t.dtype != torch.uint8 and t.numel() == 0 and name not in ("lengths", "resets")
 
 
 STATES = ("h0", "c0", "h_n", "c_n", "dh_n", "dc_n")

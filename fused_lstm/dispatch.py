@@ -219,14 +219,21 @@ def _choose(p: Problem, backend: str) -> Plan:
     return Plan("reference", "reference", reason + _recomputed(p), rejected)
 
 
-def how_compiled(device: str, dtype: torch.dtype, projected: bool, backend: str) -> str:
+def how_compiled(
+    device: str, dtype: torch.dtype, projected: bool, transformed: bool, differentiated: bool, backend: str
+) -> str:
     """How a call runs in a graph of torch.compile or torch.export: as one op per layer, whatever T and B will be.
+
+    A derivative taken by torch.func inside the graph is the exception: torch differentiates an op only outside of it, and
+    the readable loop is compiled, step after step.
 
     Raises:
         ValueError, RuntimeError: as :func:`choose_backend`.
     """
-    p = Problem(device, dtype, T=2, B=2, hidden_size=2, proj_size=int(projected))
+    p = Problem(device, dtype, T=2, B=2, hidden_size=2, proj_size=int(projected), transformed=transformed)
     plan = choose_backend(p, backend)
+    if differentiated:
+        return "loop"
     if plan.backend != "aten":
         return plan.how
     return "onednn" if supports_onednn(p) else "reference"

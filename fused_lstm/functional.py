@@ -126,7 +126,8 @@ def run(
             check_like(input, (h0, c0), weights)
             return run(input, (h0, c0), weights, stack, sequences, backend)
     if torch.compiler.is_compiling():  # without a look at T and B, which are to stay dynamic
-        how = how_compiled(input.device.type, input.dtype, h0.shape[2] != c0.shape[2], backend)
+        levels = (transforms.active(), transforms.differentiates())
+        how = how_compiled(input.device.type, input.dtype, h0.shape[2] != c0.shape[2], *levels, backend)
     else:
         how = choose_backend(problem_of(input, h0, c0, weights, stack, sequences), backend).how
     return RUNNERS[how](input, h0, c0, weights, stack, sequences)

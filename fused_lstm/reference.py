@@ -72,7 +72,8 @@ def layer(
     T, B = x.shape[:2]
     rows = Rows(T, B, False, directions, lengths, None, None if resets is None else resets.flatten())
     if w_ih is not None:
-        members = x.unflatten(-1, (-1, w_ih.shape[2])).unbind(-2)  # whose recurrences follow one another
+        # Of members, whose recurrences follow one another, if x has an input for each.
+        members = (x,) if x.shape[-1] == w_ih.shape[2] else x.split(w_ih.shape[2], -1)
         w, b = (None if t is None else t.flatten(0, 1).chunk(len(members)) for t in (w_ih, bias))
         x = torch.cat([F.linear(m, w[k], None if b is None else b[k]) for k, m in enumerate(members)], -1)
     gates = x.reshape(T * B, w_hh.shape[0], w_hh.shape[1])

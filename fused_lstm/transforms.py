@@ -19,6 +19,17 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def differentiates() -> bool:
+    """Whether one of them takes a derivative."""
+    kinds = torch._C._functorch.TransformType
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in levels)
+
+
+for _function in (active, differentiates):  # a compiler is to call these, while it traces, not to look inside
+    _function._dynamo_marked_constant = True
+
+
 def mapped(tensors: Iterable[Tensor]) -> bool:
     """Whether vmap maps over one of the tensors."""
     functorch = torch._C._functorch

@@ -146,3 +146,26 @@ def test_an_empty_batch() -> None:
     x = torch.randn(4, 0, I, requires_grad=True)
     ours, theirs = (everything(m, list(module.parameters()), x, {}) for m in (compiled, module))
     assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "grad", "jvp", "per-sample gradients"])
+@every_backend
+def test_transforms_inside_a_graph(backend: str, mode: str) -> None:
+    torch.manual_seed(0)
+    module, x = fused_lstm.LSTM(I, H, backend=backend), torch.randn(2, 3, 2, I)
+    weights = dict(module.named_parameters())
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, weights, (x,))[0].square().sum()
+
+    def run(x: Tensor) -> Any:
+        if mode == "vmap":
+            return torch.vmap(lambda x: module(x))(x)
+        if mode == "grad":
+            return torch.func.grad(loss)(weights, x[0])
+        if mode == "jvp":
+            x = x.sum(0)  # not a view, with which torch 2.13 fails here for nn.Linear too
+            return torch.func.jvp(lambda x: loss(weights, x), (x,), (torch.ones_like(x),))
+        return torch.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+
+    assert_close(tree_leaves(torch.compile(run, backend="aot_eager", fullgraph=True)(x)), tree_leaves(run(x)))
