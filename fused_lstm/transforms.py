@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 def forward_mode() -> bool:
     """Whether a level of forward-mode AD is open: torch.func.jvp, jacfwd or hessian, or torch.autograd.forward_ad."""
-    return forward_ad._current_level >= 0
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def active() -> bool:
