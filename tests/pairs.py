@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_lstm
 
@@ -42,6 +42,12 @@ def flat(result: tuple) -> list[Tensor]:
     return [output.data if isinstance(output, PackedSequence) else output, h_n, c_n]
 
 
+def packed(lstm: nn.LSTM, x: Tensor, lengths: Tensor) -> list[Tensor]:
+    """What torch's layer needs for padded data (T, B, I): pack, run, unpack."""
+    y, (h_n, c_n) = lstm(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    return [pad_packed_sequence(y, total_length=x.shape[0])[0], h_n, c_n]
+
+
 def assert_all_close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
@@ -56,3 +62,19 @@ def failure(call: Callable[[], Any]) -> tuple[type[BaseException], str]:
     with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)) as info:
         call()
     return info.type, str(info.value)
+
+
+class Graphs:
+    """A compiler that runs its graphs as they are, and notes how many layers each holds."""
+
+    def __init__(self) -> None:
+        torch.compiler.reset()
+        self.layers: list[int] = []
+
+    def __call__(self, module: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        self.layers.append(layers_in(module.graph))
+        return module.forward
+
+
+def layers_in(graph: torch.fx.Graph) -> int:
+    return sum("layer_forward" in str(node.target) for node in graph.nodes)
