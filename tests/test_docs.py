@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,20 @@ def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "backend: aten" in capsys.readouterr().out
+
+
+def test_compare_code_runs() -> None:
+    """In a process of its own, from top to bottom: what it compiles or warns of is no other test's."""
+    page = (ROOT / "docs" / "compare.md").read_text()
+    blocks = BLOCK.findall(page)
+    rows = re.findall(r"^\| \[.*?\]\(#(.*?)\)", page, re.MULTILINE)
+    headings = re.findall(r"^###? (.*)$", page, re.MULTILINE)
+    assert rows == [h.lower().replace(" ", "-").replace(".", "") for h in headings], "a section for each row"
+    assert len(blocks) == 1 + len(rows), "a snippet for each, after the imports"
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
+    run = subprocess.run([sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + "\n".join(blocks)], **options)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("times as fast") == 2
 
 
 def test_math_quotes_lines_that_exist() -> None:
