@@ -239,4 +239,11 @@ def how_compiled(
     return "onednn" if supports_onednn(p) else "reference"
 
 
-how_compiled._dynamo_marked_constant = True  # the compiler is to call it, not to look inside
+def unknown_sizes() -> bool:
+    """Whether a graph may hold a tensor whose size only its op knows, as oneDNN's workspace. Where not, as in torch.compile
+    without ``fullgraph``, it would break the graph; it is then not kept but made again in the backward pass."""
+    return torch.compiler.is_exporting() or torch._dynamo.config.capture_dynamic_output_shape_ops
+
+
+for _function in (how_compiled, unknown_sizes):  # the compiler is to call these, not to look inside
+    _function._dynamo_marked_constant = True

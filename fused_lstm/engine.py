@@ -86,8 +86,7 @@ def _layer(
         y, h_n, c_n = reference.layer(*tensors, *ragged, directions, stack.batch_first)
     else:
         # Under vmap a tensor does not tell whether a gradient is asked for outside.
-        hidden = not torch.compiler.is_compiling() and transforms.active()
-        save = torch.is_grad_enabled() and (hidden or any(t is not None and t.requires_grad for t in tensors))
+        save = torch.is_grad_enabled() and (transforms.active() or any(t is not None and t.requires_grad for t in tensors))
         # The compiler takes the op itself, which has the same gradient registered: one node in its graph.
         call = FusedLSTMFunction.apply if save and not torch.compiler.is_compiling() else ops.layer_forward
         y, h_n, c_n, _, _ = call(*tensors, *ragged, directions, stack.batch_first, save, engine, stack.recompute)

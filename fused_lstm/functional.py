@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import aten, engine, segments, transforms
-from .dispatch import Problem, choose_backend, how_compiled
+from .dispatch import Problem, choose_backend, how_compiled, unknown_sizes
 from .spec import PLAIN, Result, Runner, Sequences, Stack, as_lengths, as_resets, check_batch_sizes
 
 
@@ -100,7 +101,7 @@ def settle(
         resets = as_resets(resets, tuple(input.shape[:2]), input.device)
         if T == 1 and lengths is None:  # then a reset is no more than a state of zero
             return _cleared(*hx, resets, stack), PLAIN
-    return hx, Sequences(None, lengths, resets)
+    return hx, PLAIN if lengths is None and resets is None else Sequences(None, lengths, resets)
 
 
 def _cleared(h0: Tensor, c0: Tensor, resets: Tensor, stack: Stack) -> tuple[Tensor, Tensor]:
@@ -126,8 +127,10 @@ def run(
             check_like(input, (h0, c0), weights)
             return run(input, (h0, c0), weights, stack, sequences, backend)
     if torch.compiler.is_compiling():  # without a look at T and B, which are to stay dynamic
-        levels = (transforms.active(), transforms.differentiates())
+        levels = (transforms.active(), transforms.differentiates() or transforms.forward_mode())
         how = how_compiled(input.device.type, input.dtype, h0.shape[2] != c0.shape[2], *levels, backend)
+        if how == "onednn" and not unknown_sizes():
+            stack = dataclasses.replace(stack, recompute=True)
     else:
         how = choose_backend(problem_of(input, h0, c0, weights, stack, sequences), backend).how
     return RUNNERS[how](input, h0, c0, weights, stack, sequences)

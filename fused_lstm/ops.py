@@ -120,6 +120,8 @@ def layer_forward(
     R, H = w_hh.shape[0], w_hh.shape[2]
     rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
     N = x.shape[:-1].numel()
+    if rows.T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if lengths is not None:
         check_range(lengths, rows.T)
     if engine == "onednn":

@@ -64,8 +64,9 @@ def check_batch_sizes(batch_sizes: Tensor, N: int) -> None:
         )
 
 
-def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.device) -> Tensor:
-    """Lengths as (B,) int64 on ``device``. The range 0..T is checked where that needs no host sync: off CUDA.
+def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.device) -> Tensor | None:
+    """Lengths as (B,) int64 on ``device``. Off CUDA, where that needs no host sync, the range 0..T is checked, and None
+    means that they say nothing: all are T.
 
     Raises:
         ValueError: wrong shape, dtype or range.
@@ -82,16 +83,20 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
         raise ValueError(f"lengths should have shape ({B},), one for each batch row, got {tuple(given.shape)}")
     given = given.long()  # unsigned types know no minimum
     if not (active() or torch.compiler.is_compiling()):  # under these only the op, or nobody, sees numbers
-        check_range(given, T)
+        shortest = check_range(given, T)
+        if shortest == T:
+            return None
     return given.to(device, torch.int64, non_blocking=True)
 
 
-def check_range(lengths: Tensor, T: int) -> None:
-    """Raise ValueError unless all lengths are from 0 to T, where finding out needs no host sync."""
-    if lengths.device.type == "cpu" and lengths.numel():
-        low, high = map(int, lengths.aminmax())
-        if low < 0 or high > T:
-            raise ValueError(f"lengths should be between 0 and T = {T}, got {low} to {high}")
+def check_range(lengths: Tensor, T: int) -> int | None:
+    """Raise ValueError unless all lengths are from 0 to T; returns the smallest. Where that needs a host sync, None."""
+    if lengths.device.type != "cpu" or lengths.numel() == 0:
+        return None
+    low, high = map(int, lengths.aminmax())
+    if low < 0 or high > T:
+        raise ValueError(f"lengths should be between 0 and T = {T}, got {low} to {high}")
+    return low
 
 
 def as_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:

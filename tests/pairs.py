@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fused_lstm
 
@@ -40,6 +40,12 @@ def flat(result: tuple) -> list[Tensor]:
     """output, h_n and c_n of a call."""
     output, (h_n, c_n) = result
     return [output.data if isinstance(output, PackedSequence) else output, h_n, c_n]
+
+
+def packed(lstm: nn.LSTM, x: Tensor, lengths: Tensor) -> list[Tensor]:
+    """What torch's layer needs for padded data (T, B, I): pack, run, unpack."""
+    y, (h_n, c_n) = lstm(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    return [pad_packed_sequence(y, total_length=x.shape[0])[0], h_n, c_n]
 
 
 def assert_all_close(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
@@ -84,3 +90,19 @@ def dynamic_sizes(lstm: fused_lstm.LSTM, extras: str, T: Any, B: Any) -> dict[st
     sizes = {0: B, 1: T} if lstm.batch_first else {0: T, 1: B}
     arguments = {"input": sizes, "hx": ({1: B}, {1: B}), "lengths": {0: B}, "resets": sizes}
     return {name: value for name, value in arguments.items() if name in ("input", *extras.split())}
+
+
+class Graphs:
+    """A compiler that runs its graphs as they are, and notes how many layers each holds."""
+
+    def __init__(self) -> None:
+        torch.compiler.reset()
+        self.layers: list[int] = []
+
+    def __call__(self, module: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        self.layers.append(layers_in(module.graph))
+        return module.forward
+
+
+def layers_in(graph: torch.fx.Graph) -> int:
+    return sum("layer_forward" in str(node.target) for node in graph.nodes)

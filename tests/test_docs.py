@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,20 @@ def test_code_of_the_page_on_export_runs(section: str, tmp_path: Path, monkeypat
     (block,) = BLOCK.findall(text)
     exec(compile(block, "export.md", "exec"), {})
     assert list(tmp_path.iterdir())
+
+
+def test_compare_code_runs() -> None:
+    """In a process of its own, from top to bottom: what it compiles or warns of is no other test's."""
+    page = (ROOT / "docs" / "compare.md").read_text()
+    blocks = BLOCK.findall(page)
+    rows = re.findall(r"^\| \[.*?\]\(#(.*?)\)", page, re.MULTILINE)
+    headings = re.findall(r"^###? (.*)$", page, re.MULTILINE)
+    assert rows == [h.lower().replace(" ", "-").replace(".", "") for h in headings], "a section for each row"
+    assert len(blocks) == 1 + len(rows), "a snippet for each, after the imports"
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
+    run = subprocess.run([sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + "\n".join(blocks)], **options)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("times as fast") == 2
 
 
 def test_math_quotes_lines_that_exist() -> None:
