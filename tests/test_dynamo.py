@@ -11,6 +11,7 @@ import torch
 from pairs import every_backend
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
 
@@ -148,7 +149,35 @@ def test_an_empty_batch() -> None:
     assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("mode", ["vmap", "grad", "jvp", "per-sample gradients"])
+def test_no_steps_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        torch.compile(fused_lstm.LSTM(I, H), backend="aot_eager", fullgraph=True)(torch.ones(0, 2, I))
+
+
+def test_one_graph_also_where_breaks_are_allowed() -> None:
+    """There torch takes no tensor of a size that only the op knows, such as oneDNN's workspace."""
+    module, x = fused_lstm.LSTM(I, H, 2), torch.randn(4, 2, I, requires_grad=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    parameters = list(module.parameters())
+    compiled = everything(torch.compile(module, backend=counter), parameters, x, {})
+    assert_close(compiled, everything(module, parameters, x, {}))
+    assert layer_ops(counter.graphs) == [2]
+
+
+def test_tangents_are_not_lost() -> None:
+    """torch itself drops what forward-mode AD brings to an op in a graph without gradients."""
+    module, x = fused_lstm.LSTM(I, H), torch.randn(4, 2, I)
+    compiled = torch.compile(lambda x: module(x)[0], backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(x)  # as a graph without tangents
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            ours, expected = (forward_ad.unpack_dual(f(dual)).tangent for f in (compiled, lambda x: module(x)[0]))
+            assert expected.any()
+            torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "ensemble", "grad", "jvp", "per-sample gradients"])
 @every_backend
 def test_transforms_inside_a_graph(backend: str, mode: str) -> None:
     torch.manual_seed(0)
@@ -161,6 +190,9 @@ def test_transforms_inside_a_graph(backend: str, mode: str) -> None:
     def run(x: Tensor) -> Any:
         if mode == "vmap":
             return torch.vmap(lambda x: module(x))(x)
+        if mode == "ensemble":
+            members = {name: torch.stack([w, 0.5 * w]) for name, w in weights.items()}
+            return torch.vmap(loss, (0, None))(members, x[0])
         if mode == "grad":
             return torch.func.grad(loss)(weights, x[0])
         if mode == "jvp":
@@ -168,4 +200,9 @@ def test_transforms_inside_a_graph(backend: str, mode: str) -> None:
             return torch.func.jvp(lambda x: loss(weights, x), (x,), (torch.ones_like(x),))
         return torch.vmap(torch.func.grad(loss), (None, 0))(weights, x)
 
-    assert_close(tree_leaves(torch.compile(run, backend="aot_eager", fullgraph=True)(x)), tree_leaves(run(x)))
+    ours, expected = (tree_leaves(f(x)) for f in (torch.compile(run, backend="aot_eager", fullgraph=True), run))
+    assert_close(ours, expected)
+    if mode in ("vmap", "ensemble"):
+        by = list(weights.values())
+        a, b = (torch.autograd.grad([t.sum() for t in results], by) for results in (ours, expected))
+        assert_close(list(a), list(b))
