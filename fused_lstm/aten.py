@@ -31,9 +31,23 @@ def ragged(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: 
     resets = sequences.resets
     if stack.batch_first:
         x, resets = x.transpose(0, 1), None if resets is None else resets.t()
+    same = same_length(sequences)
+    if same:
+        y, h_n, c_n = fused(x[:same], h0, c0, weights, dataclasses.replace(stack, batch_first=False), PLAIN)
+        y = F.pad(y, (0, 0, 0, 0, 0, x.shape[0] - same))
+        return y.transpose(0, 1) if stack.batch_first else y, h_n, c_n
     layouts = [Unfolding(*x.shape[:2], sequences.lengths, resets, backwards=d == 1) for d in range(stack.directions)]
     x, h_n, c_n = by_direction([partial(controlled, layout) for layout in layouts], x, h0, c0, weights, stack)
     return x.transpose(0, 1) if stack.batch_first else x, h_n, c_n
+
+
+def same_length(sequences: Sequences) -> int:
+    """The length that all rows have, and there are no resets; else 0. Known only on a CPU."""
+    lengths = sequences.lengths
+    if lengths is None or sequences.resets is not None or lengths.device.type != "cpu" or lengths.numel() == 0:
+        return 0
+    low, high = map(int, lengths.aminmax())
+    return low if low == high else 0
 
 
 def controlled(layout: Unfolding, x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], one: Stack) -> Result:
@@ -41,9 +55,24 @@ def controlled(layout: Unfolding, x: Tensor, h0: Tensor, c0: Tensor, weights: Se
     w_ih, *others = weights
     control = control_weights(w_ih, layout.flags is not None)
     hx = [(s if layout.begins is None else torch.where(layout.begins, 0, s))[None] for s in (h0, c0)]
-    y, _, c = fused(layout.lay_out(x), *hx, [control, *others], one, PLAIN)
+    y, c = shrinking(layout, layout.lay_out(x), *hx, [control, *others], one)
     h_n = torch.where(layout.empty, h0, y[layout.last, layout.rows[0]])
     return layout.take_back(y, c), h_n, torch.where(layout.empty, c0, c[0])
+
+
+def shrinking(
+    layout: Unfolding, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], one: Stack
+) -> tuple[Tensor, Tensor]:
+    """y and c_n of laid-out x (steps, B, I), where few rows are long without the others' padding."""
+    split = layout.split()
+    if split == 0:
+        y, _, c = fused(x, h, c, weights, one, PLAIN)
+        return y, c
+    longer = (layout.ends > split).nonzero()[:, 0]
+    y, h, c = fused(x[:split], h, c, weights, one, PLAIN)
+    rest, _, c_n = fused(x[split:, longer], h[:, longer], c[:, longer], weights, one, PLAIN)
+    zeros = y.new_zeros(x.shape[0] - split, *y.shape[1:])
+    return torch.cat((y, zeros.index_copy(1, longer, rest))), c.index_copy(1, longer, c_n)
 
 
 def by_direction(

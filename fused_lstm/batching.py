@@ -80,6 +80,8 @@ def folds(E: int, x: Tensor, x_dim: int | None, w_ih: Any, batch_sizes: Any, bat
 
 def forward(call: Call, info: Any, in_dims: tuple, *args: Any) -> Mapped:
     """The vmap rule of :func:`fused_lstm.ops.layer_forward`, which ``call`` is, or has its arguments."""
+    if info.batch_size == 0:
+        raise ValueError("vmap over a dimension of size 0: expected at least one member")
     n = len(INPUTS)
     tensors, dims, options = args[:n], in_dims[:n], args[n:]
     _, batch_first, _, engine, *_ = options

@@ -27,10 +27,7 @@ def layers(engine: str, transformed: bool = False) -> Runner:
     ) -> Result:
         D = stack.directions
         if sequences.lengths is not None:  # whatever padding holds, it must not meet a zero gradient in a product
-            t = torch.arange(x.shape[1 if stack.batch_first else 0], device=x.device)
-            t = t if stack.batch_first else t[:, None]
-            ends = sequences.lengths[:, None] if stack.batch_first else sequences.lengths
-            x = torch.where((t < ends)[..., None], x, 0)
+            x = torch.where(_valid(x, stack, sequences.lengths), x, 0)
         groups = weight_groups(weights, stack)
         states = []
         for layer in range(stack.num_layers):
@@ -43,6 +40,12 @@ def layers(engine: str, transformed: bool = False) -> Runner:
         return x, h_n, c_n
 
     return run_layers
+
+
+def _valid(x: Tensor, stack: Stack, lengths: Tensor) -> Tensor:
+    """(T, B, 1), or (B, T, 1) if batch_first: where x is not padding."""
+    t = torch.arange(x.shape[1 if stack.batch_first else 0], device=x.device)
+    return (t < lengths[:, None] if stack.batch_first else t[:, None] < lengths)[..., None]
 
 
 def _layer(
@@ -96,8 +99,10 @@ def _layer(
         if w_hr is not None:
             y = torch.einsum("...rh,rph->...rp", y, w_hr)
             h_n = h_n @ w_hr.mT
-            if sequences.lengths is not None:  # a row without steps keeps h0, which m knows nothing of
+            if sequences.lengths is not None:
+                # A row without steps keeps h0, which m knows nothing of; and a NaN for padding must not reach w_hr.
                 h_n = torch.where((sequences.lengths == 0)[:, None], h0, h_n)
+                y = torch.where(_valid(y, stack, sequences.lengths)[..., None], y, 0)
         y = y.flatten(-2)
     return y, h_n, c_n
 

@@ -128,7 +128,8 @@ def run(
             return run(input, (h0, c0), weights, stack, sequences, backend)
     if torch.compiler.is_compiling():  # without a look at T and B, which are to stay dynamic
         levels = (transforms.active(), transforms.differentiates() or transforms.forward_mode())
-        how = how_compiled(input.device.type, input.dtype, h0.shape[2] != c0.shape[2], *levels, backend)
+        projected = len(weights) // (stack.num_layers * stack.directions) > (4 if stack.has_biases else 2)
+        how = how_compiled(input.device.type, input.dtype, projected, *levels, backend)
         if how == "onednn" and not unknown_sizes():
             stack = dataclasses.replace(stack, recompute=True)
     else:

@@ -177,7 +177,12 @@ class LSTM(nn.RNNBase):
                     f"step: with an input of {dims} dimensions, expected h and c of {dims + 1}, got shapes "
                     f"{tuple(state[0].shape)} and {tuple(state[1].shape)}"
                 )
-        if inplace and (state is None or state[0] is state[1]):
+        # A view's address is looked at where there is one.
+        same = state is not None and (
+            state[0] is state[1]
+            or (not torch.compiler.is_compiling() and inplace and state[0].data_ptr() == state[1].data_ptr() != 0)
+        )
+        if inplace and (state is None or same):
             got = "None" if state is None else "one tensor twice"
             raise ValueError(f"step: inplace=True writes to the tensors of state, expected (h, c), got {got}")
         time = 1 if self.batch_first and dims == 2 else 0

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+STEP_COST = 8  # of a step beside its rows, as a number of rows
+
 
 class Unfolding:
     """How one direction of ragged sequences is laid out for an LSTM that knows only plain ones.
@@ -44,8 +46,10 @@ class Unfolding:
             self.flags[(self.position - 1)[resets], self.rows[resets]] = True
         self.padding = ~self.valid
         self.blank = self.past = Rest(self.padding)
+        self.ends = ends
         if self.flags is not None:
-            self.padding = torch.arange(self.steps, device=device)[:, None] >= ends + total
+            self.ends = ends + total
+            self.padding = torch.arange(self.steps, device=device)[:, None] >= self.ends
             self.blank = Rest(self.padding | self.flags)
         last = torch.zeros_like(ends) if backwards else (ends - 1).clamp(min=0)
         # Position of each row's last step.
@@ -75,6 +79,18 @@ class Unfolding:
         elif y.device.type == "cpu" and not c_n.isnan().any():
             return y  # zero there, since the output gate is shut; unless a NaN got in, which the cell then holds to the end
         return self.past.clear_(y)
+
+    def split(self) -> int:
+        """The step after which only the longer rows are worth running, 0 for none. Known only on a CPU."""
+        B = self.ends.shape[0]
+        if self.ends.device.type != "cpu" or int(self.ends.sum()) >= 0.6 * self.steps * B:
+            return 0
+        ends = self.ends.sort().values
+        longer = torch.arange(B - 1, -1, -1)
+        # A step costs about as much as its rows and some more.
+        cost = ends * (B + STEP_COST) + (self.steps - ends) * (longer + STEP_COST)
+        best = int(cost.argmin())
+        return int(ends[best]) if int(cost[best]) < 0.7 * self.steps * (B + STEP_COST) else 0
 
     def spread(self, y: Tensor) -> Tensor:
         """What :meth:`take_back` made, or a gradient by it, laid out again: (steps, B, H)."""

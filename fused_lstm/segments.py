@@ -128,22 +128,21 @@ def _in_segments(
     """Gradients by x, h0, c0 and the weights, from those by y, h_n and c_n, with the graph of one segment at a time."""
     needs = [needs[0], True, True, *needs[3:]]  # the states hand the gradient from segment to segment
     dy, dh, dc = grads
-    dx = torch.empty_like(x) if needs[0] else None
-    # What is added up over segments is kept in fp32 where its terms are of less.
-    totals = [
-        torch.zeros_like(w, dtype=accumulator_dtype(w.dtype)) if need else None
-        for w, need in zip(weights, needs[3:], strict=True)
-    ]
+    # Both are made of the first part: what vmap has mapped (is_grads_batched) goes only where that is mapped too.
+    dx: Tensor | None = None
+    totals: list[Tensor | None] = [None] * len(weights)
     for (first, end), h, c in reversed(list(zip(direction.segments(), states[::2], states[1::2], strict=True))):
         rows = direction.rows(first, end)
         given = [t.detach().requires_grad_(need) for t, need in zip((x[rows], h, c, *weights), needs, strict=True)]
         dy_part = None if dy is None else dy[rows]
         dx_part, dh, dc, *parts = _gradients(direction, one, first, end, given, needs, (dy_part, dh, dc))
-        if dx is not None:
+        if dx_part is not None:
+            dx = dx_part.new_empty(x.shape) if dx is None else dx
             dx[rows] = dx_part
-        for total, part in zip(totals, parts, strict=True):
-            if total is not None:
-                total += part
+        for k, part in enumerate(parts):
+            if part is not None:  # added up in fp32 where the parts are of less
+                total = totals[k]
+                totals[k] = part.to(accumulator_dtype(part.dtype), copy=True) if total is None else total.add_(part)
         del given, dx_part, part, parts  # before the next segment takes as much
     return [dx, dh, dc, *(t if t is None else t.to(w.dtype) for t, w in zip(totals, weights, strict=True))]
 

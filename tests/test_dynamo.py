@@ -149,6 +149,22 @@ def test_an_empty_batch() -> None:
     assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("proj_size", [0, 2])
+@every_backend
+def test_states_of_dynamic_shapes(backend: str, proj_size: int) -> None:
+    """Carried from call to call, and step by step."""
+    module = fused_lstm.LSTM(I, H, proj_size=proj_size, backend=backend)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    step = torch.compile(module.step, backend="aot_eager", fullgraph=True, dynamic=True)
+    for B, T in SIZES[:3]:
+        x, state = torch.randn(T, B, I), None
+        for _ in range(2):
+            ours, theirs = compiled(x, state), module(x, state)
+            assert_close(tree_leaves(ours), tree_leaves(theirs))
+            state = theirs[1]
+        assert_close(tree_leaves(step(x[0], state)), tree_leaves(module.step(x[0], state)))
+
+
 def test_no_steps_are_refused() -> None:
     with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
         torch.compile(fused_lstm.LSTM(I, H), backend="aot_eager", fullgraph=True)(torch.ones(0, 2, I))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from checks import DEVICE, Rule, skip_unless_it_compiles
+from pairs import every_backend
 from torch import Tensor, nn
 
 import fused_lstm
@@ -261,3 +263,42 @@ def test_lengths_that_are_no_integers(lengths: object) -> None:
 def test_lengths_of_an_empty_batch() -> None:
     y, _ = fused_lstm.LSTM(2, 3)(torch.zeros(4, 0, 2), lengths=[])
     assert y.shape == (4, 0, 3)
+
+
+@pytest.mark.parametrize("lengths", [[40, 2, 1, 0, 3, 2, 1, 1], [3, 38, 2, 2, 40, 1, 1, 2], [7] * 8, [40] * 8], ids=str)
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("layer", [{}, {"bidirectional": True, "num_layers": 2, "batch_first": True}], ids=["", "stacked"])
+def test_few_long_rows_and_equal_ones(lengths: list[int], resets: bool, layer: dict[str, Any]) -> None:
+    """Which torch's LSTM runs apart from the others, or as plain data; against the explicit path, padding full of NaN."""
+    torch.manual_seed(0)
+    ours = fused_lstm.LSTM(3, 4, **layer, backend="aten", dtype=torch.float64)
+    explicit = fused_lstm.LSTM(3, 4, **layer, backend="reference", dtype=torch.float64)
+    explicit.load_state_dict(ours.state_dict())
+    x = torch.randn(8, 40, 3).double()
+    begins = (torch.rand(8, 40) < 0.2) if resets else None
+    x[torch.arange(40) >= torch.tensor(lengths)[:, None]] = torch.nan
+    if not ours.batch_first:
+        x, begins = x.transpose(0, 1), None if begins is None else begins.t()
+    found = []
+    for module in (ours, explicit):
+        given = x.clone().requires_grad_()
+        y, states = module(given, lengths=lengths, resets=begins)
+        inputs = [given, *module.parameters()]
+        loss = y.square().sum() + sum(s.sin().sum() for s in states)
+        found.append([y, *states, *torch.autograd.grad(loss, inputs)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@every_backend
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_nan_cotangent_past_a_length_reaches_no_gradient(backend: str, recompute: bool) -> None:
+    layer = fused_lstm.LSTM(3, 4, 2, proj_size=2, bidirectional=True, backend=backend, recompute=recompute)
+    x, lengths = torch.randn(5, 3, 3, requires_grad=True), torch.tensor([5, 2, 0])
+    y = layer(x, lengths=lengths)[0]
+    past = (torch.arange(5)[:, None] >= lengths)[..., None]
+    by = [x, *layer.parameters()]
+    poisoned, clean = (torch.ones_like(y).masked_fill(past, value) for value in (torch.nan, 0))
+    poisoned, clean = (torch.autograd.grad(y, by, g, retain_graph=True) for g in (poisoned, clean))
+    for a, b in zip(poisoned, clean, strict=True):
+        assert torch.equal(a, b)

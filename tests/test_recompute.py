@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checks import DEVICE, Config, Rule, add_config
-from pairs import IN_INTERPRETER, all_equal, assert_all_close, flat, pair, randn, states
+from pairs import IN_INTERPRETER, all_equal, assert_all_close, every_backend, flat, pair, randn, states
 from test_ragged import Ragged
 from test_reference import problem
 from torch import Tensor, nn
@@ -358,3 +358,18 @@ def test_it_is_a_bool() -> None:
         fused_lstm.LSTM(3, 4, recompute="yes")
     with pytest.raises(TypeError, match="recompute should be of type bool, got: int"):
         fused_lstm.LSTM.from_torch(nn.LSTM(3, 4), recompute=1)
+
+
+@every_backend
+@pytest.mark.parametrize("ragged", [False, True])
+def test_batched_gradients(backend: str, ragged: bool) -> None:
+    """As gradcheck and jacobian(vectorize=True) ask for them: several cotangents in one backward pass."""
+    layer = fused_lstm.LSTM(3, 4, bidirectional=True, backend=backend, recompute=True)
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    by = [x, *layer.parameters()]
+    y = layer(x, lengths=[5, 2] if ragged else None)[0]
+    cotangents = torch.randn(3, *y.shape)
+    together = torch.autograd.grad(y, by, cotangents, is_grads_batched=True, retain_graph=True)
+    for k, cotangent in enumerate(cotangents):
+        for a, b in zip(together, torch.autograd.grad(y, by, cotangent, retain_graph=True), strict=True):
+            torch.testing.assert_close(a[k], b, rtol=1e-5, atol=1e-5)

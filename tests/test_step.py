@@ -199,3 +199,9 @@ def test_does_not_wait_for_the_gpu() -> None:
         lstm.step(x, held, inplace=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_inplace_refuses_a_state_that_is_one_memory() -> None:
+    lstm, s = fused_lstm.LSTM(2, 3), torch.zeros(1, 2, 3)
+    with torch.no_grad(), pytest.raises(ValueError, match="got one tensor twice"):
+        lstm.step(torch.randn(2, 2), (s, s.view(1, 2, 3)), inplace=True)

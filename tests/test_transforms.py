@@ -232,3 +232,8 @@ def test_the_op_itself_is_mapped(engine_name: str, batch_first: bool) -> None:
         args = tuple(w if d == 0 else o for w, o, d in zip(whole, one, dims, strict=True))
         for function in (f, g):
             close(vmap(function, dims)(*args), members(dims, args, function))
+
+
+def test_no_members() -> None:
+    with pytest.raises(ValueError, match="vmap over a dimension of size 0"):
+        vmap(fused_lstm.LSTM(I, H))(torch.randn(0, T, B, I))
