@@ -15,6 +15,7 @@ import fused_lstm
 
 IN_INTERPRETER = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="CPU tensors: interpreter only")
 BACKENDS = ("auto", "aten", "reference", pytest.param("triton", marks=[pytest.mark.kernels, IN_INTERPRETER]))
+NUMPYS = "ignore:Conversion of an array with ndim:DeprecationWarning"  # about the interpreter of Triton 3.6
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_quick_backend = pytest.mark.parametrize("backend", BACKENDS[:3])  # for many calls: the interpreter is slow
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import all_equal, assert_all_close, every_backend, every_quick_backend, flat, pair, randn, states
+from pairs import NUMPYS, all_equal, assert_all_close, every_backend, every_quick_backend, flat, pair, randn, states
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_lstm
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = pytest.mark.filterwarnings("error", NUMPYS)
 
 SHAPES = {"T = 1": (1, 3, 3), "T = 4": (4, 3, 3), "unbatched": (4, 3)}
 KINDS = {

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import all_equal, assert_all_close, change_and_run, every_backend, flat, pair, randn
+from pairs import NUMPYS, all_equal, assert_all_close, change_and_run, every_backend, flat, pair, randn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_lstm
 
-pytestmark = pytest.mark.filterwarnings("error", "ignore:.*weight_norm. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("error", NUMPYS, "ignore:.*weight_norm. is deprecated:FutureWarning")
 
 X = randn(5, 2, 3)
 
