@@ -142,7 +142,7 @@ def how_aten(p: Problem) -> tuple[str, str]:
         if p.device == "cpu" and p.dtype == torch.float16:
             return "ragged fp32", why + ", computed in fp32"
         return "ragged", why
-    few = (16 if p.needs_grad else max(16, p.hidden_size // 4)) >= p.B  # rows, next to the weights' size
+    few = (16 if p.needs_grad else max(16, p.hidden_size // 8)) >= p.B  # rows, next to the weights' size
     if p.device == "cpu" and p.T == 1 and few and not p.packed and p.dtype != torch.bfloat16:
         return "cell", "T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call"
     if p.device == "cpu" and p.dtype == torch.float16:

@@ -9,7 +9,7 @@ from torch import Tensor
 # On a CPU torch gives fp32 products to its BLAS, and oneDNN's are up to 2.2 times faster (MKL on an AMD EPYC) from about
 # this many multiply-adds on; below, its overhead costs more. The op is the one torch's own compiler emits; it has no
 # derivative, so it is for code that needs none.
-ONEDNN_FROM = 2**20
+ONEDNN_FROM = 2**21
 
 
 def _onednn_linear():
