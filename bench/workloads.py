@@ -1,14 +1,20 @@
-"""The shapes that real projects give an LSTM, with their sources."""
+"""What is measured: the shapes that real projects give an LSTM, with their sources, and suites of shapes around them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+MODES = ("inference", "forward", "training")  # without gradients; keeping what a backward pass needs; with that pass
+DTYPES = ("fp16", "bf16", "tf32", "fp32", "fp64")  # tf32: fp32 tensors whose products may be rounded to TF32
+TIMES_FORWARD = {"inference": 1, "forward": 1, "training": 3}  # products, in those of the forward pass
 
 
 @dataclass(frozen=True)
-class Workload:
+class Case:
+    """One call of an LSTM."""
+
     name: str
-    source: str
     B: int
     T: int
     I: int  # noqa: E741
@@ -17,36 +23,112 @@ class Workload:
     layers: int = 1
     bidirectional: bool = False
     proj: int = 0
+    variant: str = "plain"  # "lengths": rows of T/4 to T steps; "resets": 3% of the steps begin an episode
+    source: str = ""
+    suite: str = "workloads"
+
+    def widths(self) -> list[int]:
+        """Input features of each layer."""
+        return [self.I] + [(self.proj or self.H) * (1 + self.bidirectional)] * (self.layers - 1)
+
+    def flop(self, mode: str = "training") -> float:
+        """Floating-point operations of the matrix products."""
+        P = self.proj or self.H
+        per_row = sum(2 * 4 * self.H * (width + P) + (2 * self.H * P if self.proj else 0) for width in self.widths())
+        return float(TIMES_FORWARD[mode] * self.B * self.T * per_row * (1 + self.bidirectional))
+
+    def shape(self) -> str:
+        """In words, as the reports name it."""
+        words = [f"B={self.B} T={self.T} I={self.I} H={self.H}"]
+        words += [f"{self.layers} layers"] * (self.layers > 1) + ["bidirectional"] * self.bidirectional
+        return " ".join(words + [f"proj={self.proj}"] * bool(self.proj))
 
 
 WORKLOADS = (
-    Workload("flashrnn-grid", "FlashRNN kernel_speed_benchmark.py", 16, 1024, 768, 768, "bfloat16"),
-    Workload("flashrnn-grid-fp16", "the same, where cuDNN is at its best", 16, 1024, 768, 768, "float16"),
-    Workload("hydrology", "NeuralHydrology 531_basins.yml", 256, 365, 32, 128, "float32"),
-    Workload("fastrnns", "pytorch benchmarks/fastrnns", 64, 100, 512, 512, "float32"),
-    Workload("gnmt", "DeepLearningExamples GNMT, first layer", 128, 50, 1024, 1024, "float16", bidirectional=True),
-    Workload("tf-gridnet-intra", "ESPnet TF-GridNet", 1503, 62, 192, 192, "float32", bidirectional=True),
-    Workload("awd-lstm", "AWD-LSTM main.py", 80, 70, 400, 1150, "float32"),
-    Workload("rnnt-predictor", "NeMo fast-conformer_transducer_bpe.yaml", 16, 100, 640, 640, "bfloat16"),
-    Workload("rnnt-decode", "the same at decode time", 16, 1, 640, 640, "bfloat16"),
-    Workload("cleanrl-ppo-atari", "CleanRL ppo_atari_lstm.py", 2, 128, 512, 128, "float32"),
-    Workload("cleanrl-rollout", "the same, one step of inference", 8, 1, 512, 128, "float32"),
-    Workload("pufferlib", "PufferLib default.ini", 2048, 16, 128, 128, "bfloat16"),
-    Workload("rl-locomotion", "rl_games, rsl_rl; B assumed", 4096, 24, 256, 256, "float32"),
-    Workload("torchrl-reset-bench", "TorchRL test_rnn_reset_backends_benchmark.py", 256, 128, 32, 512, "float32"),
-    Workload("torchbeast", "TorchBeast monobeast.py", 8, 80, 519, 519, "float32", layers=2),
-    Workload("tacotron2-encoder", "Tacotron 2", 48, 150, 512, 256, "float16", bidirectional=True),
-    Workload("mlperf-rnnt-pre", "MLPerf RNN-T", 128, 557, 240, 1024, "float16", layers=2),
-    Workload("bonito", "Bonito dna_r10.4.1 v4.3, one of 5 layers", 64, 1667, 1024, 1024, "float16"),
-    Workload(
-        "nemo-lstm-encoder",
-        "NeMo lstm_transducer_bpe.yaml, 2 of 8 layers",
-        16,
-        200,
-        640,
-        2048,
-        "bfloat16",
-        layers=2,
-        proj=640,
+    Case("flashrnn-grid", 16, 1024, 768, 768, "bf16", source="FlashRNN kernel_speed_benchmark.py"),
+    Case("flashrnn-grid-fp16", 16, 1024, 768, 768, "fp16", source="the same, where cuDNN is at its best"),
+    Case("hydrology", 256, 365, 32, 128, "fp32", source="NeuralHydrology 531_basins.yml"),
+    Case("fastrnns", 64, 100, 512, 512, "fp32", source="pytorch benchmarks/fastrnns"),
+    Case(
+        "gnmt", 128, 50, 1024, 1024, "fp16", bidirectional=True, variant="lengths",
+        source="DeepLearningExamples GNMT, first layer",
     ),
-)
+    Case("tf-gridnet-intra", 1503, 62, 192, 192, "fp32", bidirectional=True, source="ESPnet TF-GridNet"),
+    Case("awd-lstm", 80, 70, 400, 1150, "fp32", source="AWD-LSTM main.py"),
+    Case("rnnt-predictor", 16, 100, 640, 640, "bf16", variant="lengths", source="NeMo fast-conformer_transducer_bpe.yaml"),
+    Case("rnnt-decode", 16, 1, 640, 640, "bf16", source="the same at decode time"),
+    Case("cleanrl-ppo-atari", 2, 128, 512, 128, "fp32", variant="resets", source="CleanRL ppo_atari_lstm.py, a minibatch"),
+    Case("cleanrl-rollout", 8, 1, 512, 128, "fp32", source="the same, one step of inference"),
+    Case("pufferlib", 2048, 16, 128, 128, "bf16", variant="resets", source="PufferLib default.ini"),
+    Case("rl-locomotion", 4096, 24, 256, 256, "fp32", variant="resets", source="rl_games, rsl_rl; B assumed"),
+    Case(
+        "torchrl-reset-bench", 256, 128, 32, 512, "fp32", variant="resets",
+        source="TorchRL test_rnn_reset_backends_benchmark.py",
+    ),
+    Case("torchbeast", 8, 80, 519, 519, "fp32", layers=2, variant="resets", source="TorchBeast monobeast.py"),
+    Case(
+        "tacotron2-encoder", 48, 150, 512, 256, "fp16", bidirectional=True, variant="lengths", source="Tacotron 2",
+    ),
+    Case("mlperf-rnnt-pre", 128, 557, 240, 1024, "fp16", layers=2, variant="lengths", source="MLPerf RNN-T"),
+    Case("bonito", 64, 1667, 1024, 1024, "fp16", source="Bonito dna_r10.4.1 v4.3, one of 5 layers"),
+    Case(
+        "nemo-lstm-encoder", 16, 200, 640, 2048, "bf16", layers=2, proj=640, variant="lengths",
+        source="NeMo lstm_transducer_bpe.yaml, 2 of 8 layers",
+    ),
+)  # fmt: skip
+
+
+def _grid(B: int, T: int, H: int, **more: object) -> Case:
+    return Case(f"B={B} T={T} H={H}", B, T, H, H, "", suite="grid", **more)
+
+
+def grid(quick: bool) -> Iterator[Case]:
+    """H against B; then, at one of these points, T, directions and layers."""
+    hidden = (64, 256, 1024) if quick else (32, 64, 128, 256, 512, 1024, 2048)
+    batch = (1, 16, 256) if quick else (1, 16, 64, 256, 1024, 4096)
+    steps = (16, 512) if quick else (1, 16, 512, 2048)
+    yield from (_grid(B, 128, H) for H in hidden for B in batch)
+    yield from (_grid(16, T, 256) for T in steps)
+    yield replace(_grid(16, 128, 256), name="two directions", bidirectional=True)
+    yield from (replace(_grid(16, 128, 256), name=f"{n} layers", layers=n) for n in ((2,) if quick else (2, 4)))
+
+
+def latency(quick: bool) -> Iterator[Case]:
+    for H in (128, 512) if quick else (128, 512, 1024):
+        for B in (1, 16) if quick else (1, 4, 16):
+            for T in (1, 8) if quick else (1, 2, 4, 8):
+                yield Case(f"B={B} T={T} H={H}", B, T, H, H, "", suite="latency")
+
+
+RAGGED = ((16, 128, 64, 128), (64, 100, 128, 128), (32, 64, 256, 256), (16, 200, 512, 512), (256, 64, 128, 256))
+
+
+def ragged(variant: str, quick: bool) -> Iterator[Case]:
+    for B, T, I, H in RAGGED[:3] if quick else RAGGED:  # noqa: E741
+        yield Case(f"B={B} T={T} I={I} H={H}", B, T, I, H, "", variant=variant, suite=variant)
+
+
+def memory(quick: bool) -> Iterator[Case]:
+    for B, T, H in ((16, 128, 128), (64, 128, 512)) if quick else ((16, 128, 128), (64, 128, 512), (64, 512, 512)):
+        yield Case(f"B={B} T={T} H={H}", B, T, H, H, "", suite="memory")
+
+
+SUITES = ("workloads", "latency", "lengths", "resets", "memory", "grid")
+
+
+def suite(name: str, device: str, dtype: str | None = None, quick: bool = False) -> list[Case]:
+    """The cases of a suite. Without a ``dtype``, workloads have their own on CUDA, where fp32 is as torch's default has it
+    (TF32), and fp32 on a CPU, where their half precision is not what one would use; other suites bf16 and fp32."""
+    if name == "workloads":
+        cases: list[Case] = list(WORKLOADS)
+    elif name in ("lengths", "resets"):
+        cases = list(ragged(name, quick))
+    else:
+        cases = list({"grid": grid, "latency": latency, "memory": memory}[name](quick))
+    return [replace(case, dtype=dtype or _usual(case.dtype, device)) for case in cases]
+
+
+def _usual(dtype: str, device: str) -> str:
+    if device == "cpu":
+        return "fp32"
+    return {"": "bf16", "fp32": "tf32"}.get(dtype, dtype)

@@ -27,7 +27,8 @@ def fused(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: S
 
 
 def ragged(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
-    """lengths and resets through torch's fused LSTM, by control columns (see :mod:`fused_lstm.ragged`)."""
+    """lengths and resets through torch's fused LSTM, by control columns (see :mod:`fused_lstm.ragged`), or by a call for
+    each run of steps between resets."""
     resets = sequences.resets
     if stack.batch_first:
         x, resets = x.transpose(0, 1), None if resets is None else resets.t()
@@ -35,6 +36,10 @@ def ragged(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: 
     if same:
         y, h_n, c_n = fused(x[:same], h0, c0, weights, dataclasses.replace(stack, batch_first=False), PLAIN)
         y = F.pad(y, (0, 0, 0, 0, 0, x.shape[0] - same))
+        return y.transpose(0, 1) if stack.batch_first else y, h_n, c_n
+    pieces = uninterrupted(sequences, resets, stack, c0.shape[-1])
+    if pieces:
+        y, h_n, c_n = piecewise(pieces, x, h0, c0, weights, dataclasses.replace(stack, batch_first=False), resets)
         return y.transpose(0, 1) if stack.batch_first else y, h_n, c_n
     layouts = [Unfolding(*x.shape[:2], sequences.lengths, resets, backwards=d == 1) for d in range(stack.directions)]
     x, h_n, c_n = by_direction([partial(controlled, layout) for layout in layouts], x, h0, c0, weights, stack)
@@ -48,6 +53,31 @@ def same_length(sequences: Sequences) -> int:
         return 0
     low, high = map(int, lengths.aminmax())
     return low if low == high else 0
+
+
+def uninterrupted(sequences: Sequences, resets: Tensor | None, stack: Stack, H: int) -> list[int]:
+    """The numbers of steps from one with a reset (T, B) to the next, if a call for each is worth more than control columns:
+    where these runs have many rows (measured with H from 128 to 512), in one direction, on a CPU. Else nothing."""
+    if resets is None or sequences.lengths is not None or stack.bidirectional or resets.device.type != "cpu":
+        return []
+    T, B = resets.shape
+    starts = [0, *(t for t in resets.any(1).nonzero().flatten().tolist() if t > 0)]
+    if T * B < len(starts) * (128 + H // 2):
+        return []
+    return [end - start for start, end in zip(starts, [*starts[1:], T], strict=True)]
+
+
+def piecewise(
+    pieces: Sequence[int], x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], stack: Stack, resets: Tensor
+) -> Result:
+    """torch's own LSTM over x (T, B, I), piece by piece; what a reset (T, B) at the first step of one says is done between."""
+    outputs, first = [], 0
+    for piece in x.split(pieces):
+        begins = resets[first].nonzero().flatten()
+        y, h, c = fused(piece, h.index_fill(1, begins, 0), c.index_fill(1, begins, 0), weights, stack, PLAIN)
+        outputs.append(y)
+        first += len(piece)
+    return torch.cat(outputs), h, c
 
 
 def controlled(layout: Unfolding, x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], one: Stack) -> Result:

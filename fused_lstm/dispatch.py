@@ -139,6 +139,8 @@ def how_aten(p: Problem) -> tuple[str, str]:
         return "segments", why
     if p.lengths or p.resets:
         why = "lengths and resets as control columns of torch's own fused LSTM"
+        if p.resets and not p.lengths and not p.bidirectional and p.device == "cpu":
+            why += ", or, where the steps between resets have many rows, a call for each run of them"
         if p.device == "cpu" and p.dtype == torch.float16:
             return "ragged fp32", why + ", computed in fp32"
         return "ragged", why

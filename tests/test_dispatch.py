@@ -85,8 +85,8 @@ def test_cuda_without_triton(state: bool | None, reason: str, T: int, triton: Ca
         ({"T": 1, "dtype": torch.bfloat16}, "aten", "fused"),
         ({"T": 1, "B": 16}, "aten", "cell"),
         ({"T": 1, "B": 17}, "aten", "fused"),
-        ({"T": 1, "B": 128, "hidden_size": 512}, "aten", "cell"),
-        ({"T": 1, "B": 129, "hidden_size": 512}, "aten", "fused"),
+        ({"T": 1, "B": 64, "hidden_size": 512}, "aten", "cell"),
+        ({"T": 1, "B": 65, "hidden_size": 512}, "aten", "fused"),
         ({"T": 1, "B": 0}, "aten", "cell"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +15,7 @@ from pairs import every_backend
 from torch import Tensor, nn
 
 import fused_lstm
+from fused_lstm.spec import PLAIN, Stack
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 BACKENDS = ["auto", "aten", "reference", pytest.param("triton", marks=pytest.mark.kernels)]
@@ -288,6 +290,38 @@ def test_few_long_rows_and_equal_ones(lengths: list[int], resets: bool, layer: d
         found.append([y, *states, *torch.autograd.grad(loss, inputs)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [{}, {"num_layers": 2, "proj_size": 2, "batch_first": True}], ids=["", "stacked"])
+@pytest.mark.parametrize("often", [0.0, 0.01, 1.0])
+def test_resets_of_many_rows(often: float, layer: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are run piece by piece; against the explicit path."""
+    from fused_lstm import aten
+
+    torch.manual_seed(0)
+    lstm = fused_lstm.LSTM(3, 4, **layer, backend="aten", dtype=torch.float64)
+    explicit = fused_lstm.LSTM(3, 4, **layer, backend="reference", dtype=torch.float64)
+    explicit.load_state_dict(lstm.state_dict())
+    resets, x = torch.rand(6, 200) < often, torch.randn(6, 200, 3).double()
+    hx = tuple(torch.randn(lstm.num_layers, 200, n).double() for n in (lstm.proj_size or 4, 4))
+    if lstm.batch_first:
+        x, resets = x.transpose(0, 1), resets.t()
+    cut, pieces = aten.uninterrupted, []
+    monkeypatch.setattr(aten, "uninterrupted", lambda *args: pieces.append(cut(*args)) or pieces[-1])
+    found = []
+    for module in (lstm, explicit):
+        given = x.clone().requires_grad_()
+        y, states = module(given, hx, resets=resets)
+        loss = y.square().sum() + sum(s.sin().sum() for s in states)
+        found.append([y, *states, *torch.autograd.grad(loss, [given, *module.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    runs = {0.0: [6], 1.0: [1] * 6}
+    assert pieces[0] == runs.get(often, pieces[0])
+    assert sum(pieces[0]) == 6
+    few = torch.ones(6, 9, dtype=torch.bool)
+    one_way = Stack(True, 1, 0.0, bidirectional=False, batch_first=False)
+    assert cut(dataclasses.replace(PLAIN, resets=few), few, one_way, 4) == [], "few rows have control columns"
 
 
 @every_backend

@@ -1,0 +1,44 @@
+"""A function in a process of its own, with a time limit: a crash or a hang loses one result."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).resolve().parent
+MARK = "result: "  # what else a process prints is not its result
+
+
+def isolated(function: str, limit: float, **arguments: Any) -> dict[str, Any]:
+    """Call ``module:function`` of this folder with arguments that JSON can hold.
+
+    Returns {"result": what it returned} or {"failed": why, "output": the end of what it printed}; "seconds" in both.
+    """
+    start = time.monotonic()
+    command = [sys.executable, __file__, function, json.dumps(arguments)]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=BENCH.parent)
+    except subprocess.TimeoutExpired as late:
+        output = (late.stdout or b"").decode(errors="replace") + (late.stderr or b"").decode(errors="replace")
+        return {"failed": f"no end after {limit:.0f} s", "output": output[-3000:], "seconds": round(limit, 1)}
+    seconds = round(time.monotonic() - start, 1)
+    results = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
+    if child.returncode != 0 or not results:
+        output = (child.stdout + child.stderr)[-3000:]
+        return {"failed": f"exit status {child.returncode}", "output": output, "seconds": seconds}
+    return {"result": json.loads(results[-1].removeprefix(MARK)), "seconds": seconds}
+
+
+def main() -> None:
+    module, function = sys.argv[1].split(":")
+    result = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
+    print(MARK + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

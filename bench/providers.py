@@ -1,0 +1,272 @@
+"""Who computes a case: nn.LSTM, fused_lstm in each of its ways, and peers, where they are installed.
+
+A provider takes torch's layer, whose weights it copies, and returns a Runner, or raises CannotRun with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from workloads import Case
+
+import fused_lstm
+
+Ragged = dict[str, Tensor]  # lengths (B,) or resets (T, B), or nothing
+
+
+class CannotRun(Exception):
+    """A provider cannot compute a case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A layer ready to run."""
+
+    call: Callable[[Tensor], Tensor]  # x (T, B, I) to the output (T, B, D * H), zero past a row's length
+    gradients: Callable[[], dict[str, Tensor]]  # of the weights after a backward pass, by nn.LSTM's names
+    parameters: Sequence[Tensor]  # those to clear before one
+    plan: str = ""
+    within: Callable[[], AbstractContextManager] = nullcontext  # what to do everything in
+
+
+def of_module(module: nn.Module, call: Callable[[Tensor], Tensor], plan: str = "", **more: Any) -> Runner:
+    """A module whose parameters are named as nn.LSTM's."""
+    names = dict(module.named_parameters())
+    return Runner(call, lambda: {name: p.grad for name, p in names.items()}, list(names.values()), plan, **more)
+
+
+# --- torch
+
+
+def with_torch(theirs: nn.LSTM, case: Case, ragged: Ragged) -> Runner:
+    """nn.LSTM, with what its users do about lengths (pack and unpack) and resets (a loop over steps)."""
+    if "lengths" in ragged:
+        lengths = ragged["lengths"].cpu()  # as pack_padded_sequence wants them
+        return of_module(theirs, lambda x: _packed(theirs, x, lengths), "packed")
+    if "resets" in ragged:
+        if case.bidirectional:
+            raise CannotRun("a loop over steps cannot go backwards in time")
+        keep = (~ragged["resets"])[:, None, :, None].to(theirs.weight_ih_l0.dtype)
+        return of_module(theirs, lambda x: _loop(theirs, x, keep), "a loop over steps")
+    return of_module(theirs, lambda x: theirs(x)[0])
+
+
+def _packed(lstm: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
+    output, _ = lstm(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    return pad_packed_sequence(output, total_length=x.shape[0])[0]
+
+
+def _loop(lstm: nn.LSTM, x: Tensor, keep: Tensor) -> Tensor:
+    outputs = []
+    h, c = (x.new_zeros(lstm.num_layers, x.shape[1], n) for n in (lstm.proj_size or lstm.hidden_size, lstm.hidden_size))
+    for step, kept in zip(x.split(1), keep, strict=True):
+        output, (h, c) = lstm(step, (h * kept, c * kept))
+        outputs.append(output)
+    return torch.cat(outputs)
+
+
+def with_torch_compile(theirs: nn.LSTM, case: Case, ragged: Ragged) -> Runner:
+    """torch.compile of nn.LSTM, which breaks the graph at the layer."""
+    if ragged:
+        raise CannotRun("torch.compile is measured on plain input")
+    compiled = torch.compile(theirs)
+    return of_module(theirs, lambda x: compiled(x)[0])
+
+
+# --- fused_lstm
+
+
+def with_fused(theirs: nn.LSTM, case: Case, ragged: Ragged, schedule: str = "", **options: Any) -> Runner:
+    ours = fused_lstm.LSTM.from_torch(theirs, **options).train()
+    x = torch.empty(case.T, case.B, case.I, device=theirs.weight_ih_l0.device, dtype=theirs.weight_ih_l0.dtype)
+    within = nullcontext
+    if schedule:
+        within = _schedule(schedule)
+    try:
+        with within():
+            plan = str(fused_lstm.explain(ours, x, **ragged))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CannotRun(str(error)) from error
+    return of_module(ours, lambda x: ours(x, **ragged)[0], plan, within=within)
+
+
+def _schedule(name: str) -> Callable[[], AbstractContextManager]:
+    """The kernels by one schedule, whatever would be chosen."""
+    if not torch.cuda.is_available():
+        raise CannotRun("needs a GPU")
+    from fused_lstm import launch
+    from fused_lstm.choose import Choice, estimate, persistent, stepwise
+    from fused_lstm.config import Device, Recurrence, refusal
+
+    def choose(problem: Recurrence, device: Device) -> Choice:
+        found = stepwise(problem) if name == "stepwise" else persistent(problem, device)
+        configs = [c for c in found if name == "stepwise" or refusal(c, problem, device) is None]
+        if not configs:
+            raise CannotRun(f"no persistent configuration of {problem} fits {device.name}")
+        return Choice(min(configs, key=lambda config: estimate(config, problem, device)), f"{name}, as the benchmark asks")
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        usual, launch.choose = launch.choose, choose
+        try:
+            yield
+        finally:
+            launch.choose = usual
+
+    return within
+
+
+# --- peers
+
+
+def _import(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CannotRun(f"{package} is not installed ({error})") from error
+
+
+def _one_plain_layer(case: Case, who: str) -> None:
+    if case.layers > 1 or case.bidirectional or case.proj:
+        raise CannotRun(f"{who} has one layer, one direction, no projection")
+
+
+def with_torchrl(theirs: nn.LSTM, case: Case, ragged: Ragged, backend: str = "triton") -> Runner:
+    """TorchRL's LSTMModule, recurrent_backend="triton"."""
+    modules, tensordict = _import("torchrl.modules", "torchrl"), _import("tensordict", "tensordict")
+    if backend == "triton" and not theirs.weight_ih_l0.is_cuda:
+        raise CannotRun("TorchRL's Triton backend needs a GPU")
+    if case.bidirectional or case.proj:
+        raise CannotRun("TorchRL's Triton backend has neither two directions nor projections")
+    if "lengths" in ragged:
+        raise CannotRun("TorchRL's LSTMModule takes no lengths")
+    lstm = nn.LSTM(case.I, case.H, case.layers, batch_first=True).to(theirs.weight_ih_l0)
+    lstm.load_state_dict(theirs.state_dict())
+    begins = ragged.get("resets", torch.zeros(case.T, case.B, dtype=torch.bool)).to(theirs.weight_ih_l0.device)
+    module = modules.LSTMModule(
+        lstm=lstm, in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")],
+        recurrent_backend=backend, default_recurrent_mode=True,
+    )  # fmt: skip
+    is_init = begins.t().contiguous()[..., None]
+
+    def call(x: Tensor) -> Tensor:
+        data = tensordict.TensorDict({"x": x.transpose(0, 1), "is_init": is_init}, [case.B, case.T])
+        return module(data)["y"].transpose(0, 1)
+
+    return of_module(lstm, call, f"torchrl {_version('torchrl')}, recurrent_backend={backend!r}")
+
+
+def with_flashrnn(theirs: nn.LSTM, case: Case, ragged: Ragged, backend: str = "cuda_fused") -> Runner:
+    """FlashRNN with one head: a linear layer before its recurrence."""
+    run = _import("flashrnn", "flashrnn").flashrnn
+    _one_plain_layer(case, "FlashRNN")
+    if ragged:
+        raise CannotRun("FlashRNN takes neither lengths nor resets")
+    if backend != "vanilla" and not theirs.weight_ih_l0.is_cuda:
+        raise CannotRun("FlashRNN's kernels need a GPU")
+    dtype = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}.get(theirs.weight_ih_l0.dtype)
+    if dtype is None:
+        raise CannotRun("FlashRNN computes in bf16, fp16 and fp32")
+    H = case.H
+    w_ih = theirs.weight_ih_l0.detach().clone().requires_grad_()
+    recurrent = theirs.weight_hh_l0.detach().view(4, 1, H, H).clone().requires_grad_()  # gate, head, out, in
+    bias = (theirs.bias_ih_l0 + theirs.bias_hh_l0).detach().view(4, 1, H).clone().requires_grad_()
+
+    def call(x: Tensor) -> Tensor:
+        gates = nn.functional.linear(x.transpose(0, 1), w_ih).view(case.B, case.T, 4, 1, H)
+        states, _ = run(gates, recurrent, bias, function="lstm", backend=backend, dtype=dtype)
+        return states[0].view(case.B, case.T, H).transpose(0, 1)
+
+    def gradients() -> dict[str, Tensor]:
+        b = bias.grad.reshape(4 * H)
+        return {
+            "weight_ih_l0": w_ih.grad, "weight_hh_l0": recurrent.grad.reshape(4 * H, H), "bias_ih_l0": b, "bias_hh_l0": b,
+        }  # fmt: skip
+
+    return Runner(call, gradients, [w_ih, recurrent, bias], f"flashrnn {_version('flashrnn')}, backend={backend!r}")
+
+
+def with_haste(theirs: nn.LSTM, case: Case, ragged: Ragged) -> Runner:
+    """haste's LSTM; its gates are in the order i, g, f, o and its weights transposed."""
+    haste = _import("haste_pytorch", "haste_pytorch")
+    _one_plain_layer(case, "haste")
+    if ragged:
+        raise CannotRun("haste takes neither lengths nor resets")
+    if theirs.weight_ih_l0.dtype not in (torch.float32, torch.float64):
+        raise CannotRun("haste computes in fp32 and fp64")
+    layer = haste.LSTM(case.I, case.H).to(theirs.weight_ih_l0).train()
+
+    def order(w: Tensor) -> Tensor:  # its own inverse
+        i, f, g, o = w.chunk(4)
+        return torch.cat([i, g, f, o])
+
+    with torch.no_grad():
+        layer.kernel.copy_(order(theirs.weight_ih_l0).t())
+        layer.recurrent_kernel.copy_(order(theirs.weight_hh_l0).t())
+        layer.bias.copy_(order(theirs.bias_ih_l0 + theirs.bias_hh_l0))
+
+    def gradients() -> dict[str, Tensor]:
+        b = order(layer.bias.grad)
+        return {
+            "weight_ih_l0": order(layer.kernel.grad.t()), "weight_hh_l0": order(layer.recurrent_kernel.grad.t()),
+            "bias_ih_l0": b, "bias_hh_l0": b,
+        }  # fmt: skip
+
+    return Runner(lambda x: layer(x)[0], gradients, list(layer.parameters()), f"haste_pytorch {_version('haste_pytorch')}")
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+Provider = Callable[[nn.LSTM, Case, Ragged], Runner]
+
+
+def _fused(**options: Any) -> Provider:
+    return lambda theirs, case, ragged: with_fused(theirs, case, ragged, **options)
+
+
+PROVIDERS: dict[str, Provider] = {
+    "torch": with_torch,
+    "torch-compile": with_torch_compile,
+    "fused": _fused(),
+    "fused-persistent": _fused(backend="triton", schedule="persistent"),
+    "fused-stepwise": _fused(backend="triton", schedule="stepwise"),
+    "fused-aten": _fused(backend="aten"),
+    "fused-reference": _fused(backend="reference"),
+    "fused-recompute": _fused(recompute=True),
+    # What a layer costs when it does not heed the lengths or resets: another result, and the least to hope for.
+    "torch-plain": lambda theirs, case, ragged: with_torch(theirs, case, {}),
+    "fused-plain": lambda theirs, case, ragged: with_fused(theirs, case, {}),
+    "torchrl": with_torchrl,
+    "flashrnn": with_flashrnn,
+    "haste": with_haste,
+}
+PLAIN = ("torch-plain", "fused-plain")
+PEERS = ("torchrl", "flashrnn", "haste")
+
+
+def usual(suite: str, device: str) -> list[str]:
+    """The providers of a suite, if none are asked for."""
+    names = ["torch", "fused"]
+    if suite in ("workloads", "grid"):
+        names += ["torch-compile"] if suite == "workloads" else []
+        names += ["fused-persistent", "fused-stepwise"] if device == "cuda" else []
+        names += PEERS
+    if suite in ("lengths", "resets"):
+        names += [*PLAIN, "torchrl"]
+    if suite == "memory":
+        names += ["fused-recompute"]
+    return names

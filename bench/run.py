@@ -1,0 +1,245 @@
+"""Should I use fused_lstm instead of nn.LSTM, and where not? Measured on this machine.
+
+    python bench/run.py [--suite workloads lengths] [--device cpu] [--dtype bf16] [--providers torch fused] [--json FILE]
+
+Every case has a process of its own, since the state in which earlier cases leave the heap decides who pays for page faults,
+and a crash or a hang is to lose one case; several of them (--processes), some time apart. In each, results are compared with
+fp64 first: a provider that is wrong, or cannot run, gets no time, and its record says why. Then all take turns, round after
+round: a ratio is nn.LSTM's time over another's in the same round, so that above 1 the other is faster. Printed and kept:
+medians, with the range from p20 to p80, or among the medians of the processes if that is wider. Ctrl-C keeps what there is.
+
+bench/report.py makes tables and charts of the JSON file, bench/compare.py compares two of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from about import about
+from isolate import isolated
+from workloads import DTYPES, MODES, SUITES, Case, suite
+
+BASELINES = ("torch", "torch-plain", "fused-plain")
+Record = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = options(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # either way, results are kept
+    try:
+        results = run(args)
+    except KeyboardInterrupt:
+        kept = f"; what was measured is in {args.json}" if args.json else ""
+        print(f"\ninterrupted{kept}", file=sys.stderr)
+        return 130
+    for name in args.suite:
+        speed_ups = ratios(results["records"], name, "fused")
+        for mode in MODES:
+            if speed_ups.get(mode):
+                found = speed_ups[mode]
+                print(f"{name}, {mode}: {geometric_mean(found):.2f}x nn.LSTM, geometric mean of {len(found)} cases")
+    if args.json:
+        print(f"written to {args.json}")
+    refused = [r for r in results["records"] if r.get("refused", "").startswith(("failed", "wrong"))]
+    for r in refused:
+        print(f"{r['name']}, {r['mode']}, {r['provider']}: {r['refused']}", file=sys.stderr)
+    return 1 if any(r["provider"].startswith(("fused", "torch")) for r in refused) else 0
+
+
+def options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    import torch
+
+    from providers import PROVIDERS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", nargs="+", choices=[*SUITES, "all"], default=["workloads"], help="(default: workloads)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda if torch sees a GPU)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of all cases (default: the workloads' own; on a CPU fp32)")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help=f"of {', '.join(PROVIDERS)}")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="(default: all)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the cases whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, one short process each")
+    parser.add_argument("--seconds", type=float, help="of each mode in each process (default: 1; 0.3 if quick)")
+    parser.add_argument("--processes", type=int, help="for each case (default: 2 on a CPU; 1 if quick, or on a GPU)")
+    parser.add_argument("--largest", type=float, metavar="GFLOP", help="of a training step (default: 100 on a CPU, else any)")
+    parser.add_argument("--limit", type=float, default=180, help="seconds that a process may take (default: 180)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on a CPU (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if args.device == "cpu" and args.dtype == "tf32":
+        parser.error("--dtype tf32 needs a GPU; on a CPU it is fp32")
+    args.suite = list(SUITES) if "all" in args.suite else list(dict.fromkeys(args.suite))
+    args.seconds = args.seconds or (0.3 if args.quick else 1.0)
+    args.processes = args.processes or (2 if args.device == "cpu" and not args.quick else 1)
+    args.largest = args.largest or (100.0 if args.device == "cpu" else math.inf)
+    if min(args.seconds, args.processes, args.limit, args.threads, args.largest) <= 0:
+        parser.error("--seconds, --processes, --limit, --threads and --largest should be positive")
+    if args.providers and "torch" not in args.providers:
+        args.providers = ["torch", *args.providers]  # what all are compared with
+    if not any(args.only in case.name for name in args.suite for case in suite(name, args.device, args.dtype, args.quick)):
+        parser.error(f"no case of {', '.join(args.suite)} has {args.only!r} in its name")
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything asked for; the file is written anew after each process."""
+    from providers import usual
+    from tqdm import tqdm
+
+    asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"}
+    asked["largest"] = None if math.isinf(args.largest) else args.largest
+    results: dict[str, Any] = {"about": about(args.device, args.threads), "options": asked, "complete": False}
+    results |= {"floors": {}, "records": []}
+    cases = [c for name in args.suite for c in suite(name, args.device, args.dtype, args.quick) if args.only in c.name]
+    fitting = [case for case in cases if case.flop() <= 1e9 * args.largest]
+    modes = {case: modes_of(case, args.modes) for case in fitting}
+    # On a CPU a mode has a process of its own; on a GPU, where starting and compiling takes longer, a case has one.
+    units = [(c, [m]) for c in fitting for m in modes[c]] if args.device == "cpu" else [(c, modes[c]) for c in fitting]
+    found: dict[int, list[dict[str, Any]]] = {n: [] for n in range(len(units))}
+
+    def write() -> None:
+        records = [row for n, (case, ms) in enumerate(units) if found[n] for row in merged(case, ms, found[n], results["floors"])]
+        results["records"] = records + [too_large(case, args.largest) for case in cases if case not in fitting]
+        if args.json:
+            write_json(args.json, results)
+
+    with tqdm(total=args.processes * len(units), unit="process", dynamic_ncols=True, disable=None) as bar:
+        bar.set_description("floors")
+        dtypes = sorted({case.dtype for case in fitting})
+        limits = isolated("floors:floors", args.limit, device=args.device, dtypes=dtypes, threads=args.threads)
+        results["floors"] = limits.get("result", {})
+        if "failed" in limits:
+            tqdm.write(f"floors: {limits['failed']}\n{limits['output']}", file=sys.stderr)
+        for _ in range(args.processes):  # not one after another, but some time apart
+            for n, (case, ms) in enumerate(units):
+                bar.set_description(f"{case.suite} {case.name} {'/'.join(ms)}")
+                providers = args.providers or usual(case.suite, args.device)
+                found[n].append(
+                    isolated(
+                        "measure:measure", args.limit, case=asdict(case), modes=ms, providers=providers,
+                        device=args.device, seconds=args.seconds, seed=args.seed, threads=args.threads,
+                    ) | {"providers": providers}
+                )  # fmt: skip
+                if len(found[n]) == args.processes:
+                    for row in merged(case, ms, found[n], results["floors"]):
+                        tqdm.write(line(row))
+                write()
+                bar.update()
+    results["complete"] = True
+    write()
+    return results
+
+
+def modes_of(case: Case, asked: Sequence[str]) -> list[str]:
+    """One step is what inference does, and memory is a matter of training."""
+    if case.suite == "memory":
+        return ["training"]
+    return [mode for mode in asked if mode == "inference" or case.T > 1 or case.suite == "latency"] or list(asked)
+
+
+def too_large(case: Case, largest: float) -> Record:
+    gflop = case.flop() / 1e9
+    why = f"not run: {gflop:.0f} GFLOP in a training step, more than --largest {largest:g}"
+    return asdict(case) | {"mode": "training", "provider": "fused", "refused": why}
+
+
+def merged(case: Case, modes: Sequence[str], processes: list[dict[str, Any]], floors: dict[str, Any]) -> list[Record]:
+    """One record for each mode and provider, from those of all processes."""
+    from floors import floor
+
+    records = []
+    for mode in modes:
+        names = processes[0]["providers"]
+        rows = [{r["provider"]: r for r in p.get("result", []) if r["mode"] == mode} for p in processes]
+        limit = floor(case, mode, floors)
+        for name in names:
+            found = [row[name] for row in rows if name in row]
+            record = asdict(case) | {"mode": mode, "provider": name, "processes": len(found)}
+            failed = [p for p in processes if "failed" in p]
+            record |= {k: found[-1][k] for k in FROM_LAST if found and k in found[-1]}
+            refused = next((r["refused"] for r in found if "refused" in r), None)
+            if failed:
+                refused = f"failed: {failed[0]['failed']}: {failed[0]['output'][-1000:]}"
+            if refused:
+                records.append(record | {"refused": refused})
+                continue
+            times = [r["rounds_us"] for r in found]
+            record["us"] = summary(times)
+            record["us_per_step"] = record["us"][1] / case.T
+            record["rounds"] = sum(map(len, times))
+            record["ratio"] = {
+                base: summary([
+                    [b / own for b, own in zip(row[base]["rounds_us"], row[name]["rounds_us"], strict=True)] for row in rows
+                ])
+                for base in BASELINES
+                if base != name and all("rounds_us" in row.get(base, {}) for row in rows)
+            }  # fmt: skip
+            if limit:
+                record |= limit | {"x_of_floor": record["us"][1] / limit["floor_us"]}
+            records.append(record)
+    return records
+
+
+FROM_LAST = ("plan", "error", "peak_bytes", "retained_bytes", "host_us", "device_us", "device_us_missing")
+
+
+def summary(processes: list[list[float]]) -> list[float]:
+    """Low, median, high: p20 and p80 of all rounds, widened to the medians of the processes."""
+    from measure import quantiles
+
+    low, median, high = quantiles([number for process in processes for number in process])
+    medians = [statistics.median(process) for process in processes]
+    return [min(low, *medians), median, max(high, *medians)]
+
+
+def line(row: Record) -> str:
+    """A record as it is printed."""
+    what = f"{row['suite']:9} {row['name']:24} {row['dtype']} {row['mode']:9} {row['provider']:16}"
+    if "refused" in row:
+        return f"{what} {row['refused'].splitlines()[0][:120]}"
+    text = f"{what} {row['us'][1]:11.1f} us {row['us_per_step']:9.2f} us/step"
+    if "torch" in row["ratio"]:
+        low, middle, high = row["ratio"]["torch"]
+        text += f"  {middle:6.2f}x nn.LSTM ({low:.2f}-{high:.2f})"
+    if "x_of_floor" in row:
+        text += f"  {row['x_of_floor']:7.2f}x of floor"
+    return text
+
+
+def ratios(records: Sequence[Record], suite: str, provider: str, variant: str | None = None) -> dict[str, list[float]]:
+    """Median ratios to nn.LSTM of a suite's cases, by mode."""
+    found: dict[str, list[float]] = {}
+    for r in records:
+        if r["suite"] == suite and r["provider"] == provider and variant in (None, r["variant"]) and "torch" in r.get("ratio", {}):
+            found.setdefault(r["mode"], []).append(r["ratio"]["torch"][1])
+    return found
+
+
+def geometric_mean(numbers: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, numbers)))
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all: a crash leaves the file of before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(new, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
