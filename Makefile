@@ -25,7 +25,8 @@ test: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m kernels
 
 bench: setup
-	$(BIN)/python bench/cpu.py --json bench/results/cpu.json
+	$(BIN)/python bench/run.py --suite all --quick --processes 2 --modes inference training --json runs/bench/results.json
+	$(BIN)/python bench/report.py runs/bench/results.json
 
 lint: setup
 	$(BIN)/pip install --quiet --editable '.[dev]'

@@ -20,7 +20,7 @@ def about(device: str, threads: int = 0) -> dict[str, Any]:
     record: dict[str, Any] = {
         "kind": device, "date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit(),
         "fused_lstm": fused_lstm.__version__, "torch": torch.__version__, "triton": _triton(),
-        "python": platform.python_version(), "system": platform.platform(terse=True),
+        "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
     }  # fmt: skip
     if device == "cpu":
         return {"device": _cpu(), "threads": threads, **record}

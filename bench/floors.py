@@ -1,7 +1,7 @@
 """What no implementation can go below on a device, from what was measured there in the same run.
 
-On a CPU the floor of a case is the time of its matrix products at the rate of a large one. On a GPU the steps of a layer come
-one after another on top of that: each waits for a state from all programs, or for a launch.
+On a CPU the floor of a case is the time of its matrix products at the rate of a large one. On a GPU there is also the memory
+to be moved, and the steps of a layer, one after another: each waits for a state from all programs, or for a launch.
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ def floors(device: str, dtypes: list[str], threads: int) -> dict[str, Any]:
 
 def gemm_rate(device: str, dtype: str, n: int = 0) -> float:
     """Floating-point operations per microsecond of a large matrix product, the best of a few runs."""
-    n = n or (8192 if device == "cuda" else 2048)
+    n = n or (8192 if device == "cuda" else 1024)
+    if device == "cpu" and dtype == "fp16":
+        dtype = "fp32"  # in which it is best computed there
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    a, b = (torch.randn(n, n, device=device, dtype=TORCH_DTYPES[dtype]) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(TORCH_DTYPES[dtype]) for _ in range(2))
     out = torch.empty_like(a)
     if device == "cuda":
         return 2 * n**3 / median_us(lambda: torch.mm(a, b, out=out), 10)
+    # torch's two ways to multiply on a CPU, its BLAS and oneDNN: the faster one counts.
+    ways = [lambda: torch.mm(a, b, out=out)]
+    if dtype in ("fp32", "bf16") and torch.backends.mkldnn.is_available():
+        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     times = []
-    # torch's two ways to multiply on a CPU, MKL's and oneDNN's: the faster one counts.
-    for multiply in (lambda: torch.mm(a, b, out=out), lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")):
-        try:
-            multiply()
-        except (RuntimeError, AttributeError):  # oneDNN knows fp32, bf16 and fp16 only, and may be missing
-            continue
-        for _ in range(5):
+    for multiply in ways:
+        multiply()
+        for _ in range(10):
             start = time.perf_counter()
             multiply()
             times.append(1e6 * (time.perf_counter() - start))
@@ -105,4 +107,3 @@ def _passing_on(case: Case, found: dict[str, Any]) -> float:
     """The cheapest measured way, at no more than the case's size: a floor may be too low, not too high."""
     small = [us for key, us in found["exchange_us"].items() if int(key.split("x")[1]) <= case.H]
     return min([found["graph_launch_us"], *(small or [min(found["exchange_us"].values())])])
-

@@ -265,6 +265,14 @@ def choices() -> dict[str, Any]:
     return said
 
 
+def kernel_tests() -> dict[str, Any]:
+    """The kernels' tests, on the GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "kernels or gpu", "-p", "no:cacheprovider", "tests"]
+    report = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert report.returncode == 0, report.stdout[-6000:]
+    return {"output": report.stdout[-300:]}
+
+
 CASES: dict[str, Callable[[], Any]] = {
     **{f"schedules agree, {kind}": partial(schedules_agree, kind) for kind in KINDS},
     "choices": choices,
@@ -276,7 +284,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "memcheck": partial(sanitizer, "memcheck"),
     "racecheck": partial(sanitizer, "racecheck"),
     "200 random problems": random_problems,
+    "kernel tests": kernel_tests,
 }
+
+
+def run_case(name: str) -> Any:
+    return CASES[name]()
 
 
 if __name__ == "__main__":  # what the sanitizer looks at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,15 +15,16 @@ BENCH = Path(__file__).resolve().parent
 MARK = "result: "  # what else a process prints is not its result
 
 
-def isolated(function: str, limit: float, **arguments: Any) -> dict[str, Any]:
-    """Call ``module:function`` of this folder with arguments that JSON can hold.
+def isolated(function: str, limit: float, path: Path | None = None, **arguments: Any) -> dict[str, Any]:
+    """Call ``module:function`` of this folder with arguments that JSON can hold; with ``path`` before all packages.
 
     Returns {"result": what it returned} or {"failed": why, "output": the end of what it printed}; "seconds" in both.
     """
     start = time.monotonic()
+    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
     command = [sys.executable, __file__, function, json.dumps(arguments)]
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=BENCH.parent)
+        child = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=BENCH.parent, env=environment)
     except subprocess.TimeoutExpired as late:
         output = (late.stdout or b"").decode(errors="replace") + (late.stderr or b"").decode(errors="replace")
         return {"failed": f"no end after {limit:.0f} s", "output": output[-3000:], "seconds": round(limit, 1)}

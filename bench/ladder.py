@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from enum import IntEnum
+from functools import partial
 
 import torch
 import triton
@@ -160,7 +161,7 @@ def step_us(rung: Rung, B: int, H: int, T: int = 500) -> float:
     """Microseconds of a time step with programs of 16 units each and no weights."""
     block_b = 16 if B <= 16 else 64
     climb = Climb(LaunchConfig(block_b, 16, min(256, H), persistent=True), T, H, B)
-    return median_us(lambda: climb.run(rung), 5) / T
+    return median_us(partial(climb.run, rung), 5) / T
 
 
 def shapes() -> Iterator[tuple[int, int]]:
@@ -187,7 +188,7 @@ def ladder(T: int = 500) -> dict[str, dict[str, float | str]]:
             record[f"H={H} B={B}"] = {"not run": f"no persistent configuration fits {device.name}"}
             continue
         climb = Climb(config, T, H, B)
-        steps: dict[str, float | str] = {rung.name.lower(): median_us(lambda r=rung: climb.run(r), 5) / T for rung in Rung}
+        steps: dict[str, float | str] = {r.name.lower(): median_us(partial(climb.run, r), 5) / T for r in Rung}
         steps["shipped"] = median_us(climb.run_shipped, 5) / T
         record[f"H={H} B={B}"] = steps | {"config": str(config)}
     return record

@@ -171,7 +171,13 @@ def _from_trace(trace: Any) -> dict[str, int]:
 
 
 def measure(
-    case: dict[str, Any], modes: Sequence[str], providers: Sequence[str], device: str, seconds: float, seed: int, threads: int
+    case: dict[str, Any],
+    modes: Sequence[str],
+    providers: Sequence[str],
+    device: str,
+    seconds: float,
+    seed: int,
+    threads: int,
 ) -> list[dict[str, Any]]:
     """Records of a case for each mode and provider: the times of each round, or why there are none."""
     torch.set_num_threads(threads)
@@ -203,13 +209,21 @@ def checked(data: Data, mode: str, rows: dict[str, dict[str, Any]]) -> dict[str,
     dtype = TORCH_DTYPES[data.case.dtype]
     exacts: dict[bool, dict[str, Tensor]] = {}
     torchs: dict[str, float] = {}  # torch's errors: the larger of nn.LSTM's on plain input and of its ways with ragged
+    why = ""
     for ragged in [{}, data.ragged] if data.ragged else [{}]:
-        exact = exacts[bool(ragged)] = data.exact(ragged, mode)
+        try:
+            exact = exacts[bool(ragged)] = data.exact(ragged, mode)
+        except CannotRun as error:
+            why = f"cannot run: {error}, so that there is nothing to compare with"
+            continue
         found = errors(data.results(with_torch(data.layer, data.case, ragged), mode), exact)
         torchs = {k: max(v, torchs.get(k, 0)) for k, v in found.items()}
     runners = {}
     for name, row in rows.items():
         ragged = data.ragged_of(name)
+        if bool(ragged) not in exacts:
+            row["refused"] = why
+            continue
         try:
             exact = exacts[bool(ragged)]
             runner = PROVIDERS[name](data.layer, data.case, ragged)

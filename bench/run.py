@@ -6,7 +6,8 @@ Every case has a process of its own, since the state in which earlier cases leav
 and a crash or a hang is to lose one case; several of them (--processes), some time apart. In each, results are compared with
 fp64 first: a provider that is wrong, or cannot run, gets no time, and its record says why. Then all take turns, round after
 round: a ratio is nn.LSTM's time over another's in the same round, so that above 1 the other is faster. Printed and kept:
-medians, with the range from p20 to p80, or among the medians of the processes if that is wider. Ctrl-C keeps what there is.
+medians, with the range from p20 to p80, or among the medians of the processes if that is wider; times are those of the
+process that was disturbed least. Ctrl-C keeps what there is.
 
 bench/report.py makes tables and charts of the JSON file, bench/compare.py compares two of them.
 """
@@ -58,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     import torch
-
     from providers import PROVIDERS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,9 +72,13 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer cases, one short process each")
     parser.add_argument("--seconds", type=float, help="of each mode in each process (default: 1; 0.3 if quick)")
     parser.add_argument("--processes", type=int, help="for each case (default: 2 on a CPU; 1 if quick, or on a GPU)")
-    parser.add_argument("--largest", type=float, metavar="GFLOP", help="of a training step (default: 100 on a CPU, else any)")
+    parser.add_argument(
+        "--largest", type=float, metavar="GFLOP", help="of a training step (default: 110 on a CPU, else any)"
+    )
     parser.add_argument("--limit", type=float, default=180, help="seconds that a process may take (default: 180)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on a CPU (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch on a CPU (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,7 +89,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.suite = list(SUITES) if "all" in args.suite else list(dict.fromkeys(args.suite))
     args.seconds = args.seconds or (0.3 if args.quick else 1.0)
     args.processes = args.processes or (2 if args.device == "cpu" and not args.quick else 1)
-    args.largest = args.largest or (100.0 if args.device == "cpu" else math.inf)
+    args.largest = args.largest or (110.0 if args.device == "cpu" else math.inf)
     if min(args.seconds, args.processes, args.limit, args.threads, args.largest) <= 0:
         parser.error("--seconds, --processes, --limit, --threads and --largest should be positive")
     if args.providers and "torch" not in args.providers:
@@ -104,44 +108,63 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     asked["largest"] = None if math.isinf(args.largest) else args.largest
     results: dict[str, Any] = {"about": about(args.device, args.threads), "options": asked, "complete": False}
     results |= {"floors": {}, "records": []}
-    cases = [c for name in args.suite for c in suite(name, args.device, args.dtype, args.quick) if args.only in c.name]
-    fitting = [case for case in cases if case.flop() <= 1e9 * args.largest]
-    modes = {case: modes_of(case, args.modes) for case in fitting}
-    # On a CPU a mode has a process of its own; on a GPU, where starting and compiling takes longer, a case has one.
-    units = [(c, [m]) for c in fitting for m in modes[c]] if args.device == "cpu" else [(c, modes[c]) for c in fitting]
-    found: dict[int, list[dict[str, Any]]] = {n: [] for n in range(len(units))}
+    work = units(args)
+    found: list[list[dict[str, Any]]] = [[] for _ in work]
+    said: set[str] = set()  # a peer that is not installed is told of once
 
     def write() -> None:
-        records = [row for n, (case, ms) in enumerate(units) if found[n] for row in merged(case, ms, found[n], results["floors"])]
-        results["records"] = records + [too_large(case, args.largest) for case in cases if case not in fitting]
+        parts = [merged(*unit, some, results["floors"]) for unit, some in zip(work, found, strict=True) if some]
+        results["records"] = [row for part in parts for row in part] + [too_large(c, args.largest) for c in excluded(args)]
         if args.json:
             write_json(args.json, results)
 
-    with tqdm(total=args.processes * len(units), unit="process", dynamic_ncols=True, disable=None) as bar:
+    with tqdm(total=args.processes * len(work), unit="process", dynamic_ncols=True, disable=None) as bar:
         bar.set_description("floors")
-        dtypes = sorted({case.dtype for case in fitting})
+        dtypes = sorted({case.dtype for case, _ in work})
         limits = isolated("floors:floors", args.limit, device=args.device, dtypes=dtypes, threads=args.threads)
         results["floors"] = limits.get("result", {})
         if "failed" in limits:
             tqdm.write(f"floors: {limits['failed']}\n{limits['output']}", file=sys.stderr)
         for _ in range(args.processes):  # not one after another, but some time apart
-            for n, (case, ms) in enumerate(units):
-                bar.set_description(f"{case.suite} {case.name} {'/'.join(ms)}")
-                providers = args.providers or usual(case.suite, args.device)
-                found[n].append(
-                    isolated(
-                        "measure:measure", args.limit, case=asdict(case), modes=ms, providers=providers,
-                        device=args.device, seconds=args.seconds, seed=args.seed, threads=args.threads,
-                    ) | {"providers": providers}
-                )  # fmt: skip
-                if len(found[n]) == args.processes:
-                    for row in merged(case, ms, found[n], results["floors"]):
-                        tqdm.write(line(row))
+            for (case, modes), some in zip(work, found, strict=True):
+                bar.set_description(f"{case.suite} {case.name} {'/'.join(modes)}")
+                some.append(measured(case, modes, args.providers or usual(case.suite, args.device), args))
+                if len(some) == args.processes:
+                    for row in merged(case, modes, some, results["floors"]):
+                        if row.get("refused") not in said:
+                            tqdm.write(line(row))
+                        said |= {row["refused"]} if "not installed" in row.get("refused", "") else set()
                 write()
                 bar.update()
     results["complete"] = True
     write()
     return results
+
+
+def asked_for(args: argparse.Namespace) -> list[Case]:
+    return [c for name in args.suite for c in suite(name, args.device, args.dtype, args.quick) if args.only in c.name]
+
+
+def excluded(args: argparse.Namespace) -> list[Case]:
+    """The cases that are too large for this machine."""
+    return [case for case in asked_for(args) if case.flop() > 1e9 * args.largest]
+
+
+def units(args: argparse.Namespace) -> list[tuple[Case, list[str]]]:
+    """What each process is to do. On a CPU a mode has one of its own; on a GPU, where starting takes longer, a case has."""
+    cases = [(case, modes_of(case, args.modes)) for case in asked_for(args) if case.flop() <= 1e9 * args.largest]
+    return [(case, [m]) for case, modes in cases for m in modes] if args.device == "cpu" else cases
+
+
+def measured(
+    case: Case, modes: Sequence[str], providers: Sequence[str], args: argparse.Namespace, path: Path | None = None
+) -> dict[str, Any]:
+    """One process's measurement, for :func:`merged`; with the package in ``path``, if given."""
+    found = isolated(
+        "measure:measure", args.limit, path, case=asdict(case), modes=modes, providers=providers,
+        device=args.device, seconds=args.seconds, seed=args.seed, threads=args.threads,
+    )  # fmt: skip
+    return found | {"providers": providers}
 
 
 def modes_of(case: Case, asked: Sequence[str]) -> list[str]:
@@ -173,12 +196,17 @@ def merged(case: Case, modes: Sequence[str], processes: list[dict[str, Any]], fl
             record |= {k: found[-1][k] for k in FROM_LAST if found and k in found[-1]}
             refused = next((r["refused"] for r in found if "refused" in r), None)
             if failed:
-                refused = f"failed: {failed[0]['failed']}: {failed[0]['output'][-1000:]}"
+                last = failed[0]["output"].strip().splitlines()[-1:] or ["it printed nothing"]
+                refused = f"failed: {failed[0]['failed']}: {last[0]}"
+                record["output"] = failed[0]["output"]
             if refused:
                 records.append(record | {"refused": refused})
                 continue
             times = [r["rounds_us"] for r in found]
-            record["us"] = summary(times)
+            # Times, unlike ratios, are those of one process: the one that was disturbed least, by nn.LSTM's time in it.
+            yardsticks = [row.get("torch", row[name]).get("rounds_us") or row[name]["rounds_us"] for row in rows]
+            quietest = min(range(len(rows)), key=lambda n: statistics.median(yardsticks[n]))
+            record["us"] = summary([times[quietest]])
             record["us_per_step"] = record["us"][1] / case.T
             record["rounds"] = sum(map(len, times))
             record["ratio"] = {
@@ -215,6 +243,8 @@ def line(row: Record) -> str:
     if "torch" in row["ratio"]:
         low, middle, high = row["ratio"]["torch"]
         text += f"  {middle:6.2f}x nn.LSTM ({low:.2f}-{high:.2f})"
+    if "peak_bytes" in row:
+        text += f"  peak {row['peak_bytes'] / 2**20:.1f} MiB, retained {row['retained_bytes'] / 2**20:.1f} MiB"
     if "x_of_floor" in row:
         text += f"  {row['x_of_floor']:7.2f}x of floor"
     return text
@@ -224,7 +254,12 @@ def ratios(records: Sequence[Record], suite: str, provider: str, variant: str | 
     """Median ratios to nn.LSTM of a suite's cases, by mode."""
     found: dict[str, list[float]] = {}
     for r in records:
-        if r["suite"] == suite and r["provider"] == provider and variant in (None, r["variant"]) and "torch" in r.get("ratio", {}):
+        if (
+            r["suite"] == suite
+            and r["provider"] == provider
+            and variant in (None, r["variant"])
+            and "torch" in r.get("ratio", {})
+        ):
             found.setdefault(r["mode"], []).append(r["ratio"]["torch"][1])
     return found
 

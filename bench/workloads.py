@@ -78,19 +78,21 @@ WORKLOADS = (
 )  # fmt: skip
 
 
-def _grid(B: int, T: int, H: int, **more: object) -> Case:
-    return Case(f"B={B} T={T} H={H}", B, T, H, H, "", suite="grid", **more)
+def _grid(B: int, T: int, H: int) -> Case:
+    return Case(f"B={B} T={T} H={H}", B, T, H, H, "", suite="grid")
 
 
 def grid(quick: bool) -> Iterator[Case]:
-    """H against B; then, at one of these points, T, directions and layers."""
-    hidden = (64, 256, 1024) if quick else (32, 64, 128, 256, 512, 1024, 2048)
-    batch = (1, 16, 256) if quick else (1, 16, 64, 256, 1024, 4096)
+    """H against B; then, at one of these points, T, directions, layers and dtypes."""
+    hidden = (64, 128, 256, 512, 1024) if quick else (32, 64, 128, 256, 512, 1024, 2048)
+    batch = (1, 16, 64, 256) if quick else (1, 16, 64, 256, 1024, 4096)
     steps = (16, 512) if quick else (1, 16, 512, 2048)
-    yield from (_grid(B, 128, H) for H in hidden for B in batch)
+    # Quick: a row and a column of the whole.
+    yield from (_grid(B, 128, H) for H in hidden for B in batch if not quick or B == 16 or H == 256)
     yield from (_grid(16, T, 256) for T in steps)
     yield replace(_grid(16, 128, 256), name="two directions", bidirectional=True)
     yield from (replace(_grid(16, 128, 256), name=f"{n} layers", layers=n) for n in ((2,) if quick else (2, 4)))
+    yield from (replace(_grid(16, 128, 256), name=dtype, dtype=dtype) for dtype in DTYPES)
 
 
 def latency(quick: bool) -> Iterator[Case]:
@@ -109,7 +111,7 @@ def ragged(variant: str, quick: bool) -> Iterator[Case]:
 
 
 def memory(quick: bool) -> Iterator[Case]:
-    for B, T, H in ((16, 128, 128), (64, 128, 512)) if quick else ((16, 128, 128), (64, 128, 512), (64, 512, 512)):
+    for B, T, H in ((16, 128, 128), (64, 128, 256), (64, 128, 512), (64, 512, 512))[: 3 if quick else 4]:
         yield Case(f"B={B} T={T} H={H}", B, T, H, H, "", suite="memory")
 
 
@@ -118,17 +120,19 @@ SUITES = ("workloads", "latency", "lengths", "resets", "memory", "grid")
 
 def suite(name: str, device: str, dtype: str | None = None, quick: bool = False) -> list[Case]:
     """The cases of a suite. Without a ``dtype``, workloads have their own on CUDA, where fp32 is as torch's default has it
-    (TF32), and fp32 on a CPU, where their half precision is not what one would use; other suites bf16 and fp32."""
+    (TF32), and fp32 on a CPU, where one would not use their half precision; other suites have bf16 and fp32."""
     if name == "workloads":
         cases: list[Case] = list(WORKLOADS)
     elif name in ("lengths", "resets"):
         cases = list(ragged(name, quick))
     else:
         cases = list({"grid": grid, "latency": latency, "memory": memory}[name](quick))
-    return [replace(case, dtype=dtype or _usual(case.dtype, device)) for case in cases]
-
-
-def _usual(dtype: str, device: str) -> str:
     if device == "cpu":
-        return "fp32"
-    return {"": "bf16", "fp32": "tf32"}.get(dtype, dtype)
+        cases = [case for case in cases if case.dtype != "tf32"]
+    if dtype:
+        return list(dict.fromkeys(replace(case, dtype=dtype) for case in cases if case.name not in DTYPES))
+    if name != "workloads":
+        return [replace(case, dtype=case.dtype or ("fp32" if device == "cpu" else "bf16")) for case in cases]
+    if device == "cpu":
+        return [replace(case, dtype="fp32") for case in cases]
+    return [replace(case, dtype="tf32" if case.dtype == "fp32" else case.dtype) for case in cases]

@@ -158,7 +158,7 @@ def _recomputed(p: Problem) -> str:
 
 
 def prefers_reference(p: Problem) -> str | None:
-    """Why a CPU is better served by the explicit PyTorch path, as measured by bench/cpu.py; None if it is not."""
+    """Why a CPU is better served by the explicit PyTorch path, as bench/run.py measures; None if it is not."""
     if p.recompute and p.needs_grad:  # there torch's LSTM, segment by segment, takes half the memory
         return None
     if p.dtype == torch.float64 and p.needs_grad and p.T > 1 and not (p.packed or p.lengths or p.resets):

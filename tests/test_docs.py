@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -68,11 +67,3 @@ def test_math_quotes_lines_that_exist() -> None:
         lines = {line.strip() for line in (ROOT / name.removeprefix("# ")).read_text().splitlines()}
         for line in quoted:
             assert line in lines, f"{name}: {line}"
-
-
-def test_cpu_table_holds_what_was_measured() -> None:
-    from cpu import markdown
-
-    text = (ROOT / "README.md").read_text()
-    records = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
-    assert markdown(records) in text

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,8 +40,45 @@ def test_every_case_is_known_by_one_name() -> None:
     import gpu_cases
     import gpu_check
 
-    assert gpu_cases.CASES.keys() <= gpu_check.CASES.keys()
-    assert all(limit > 0 for limit, _ in gpu_check.CASES.values())
+    names = [job.name for job in gpu_check.JOBS]
+    assert len(names) == len(set(names))
+    assert gpu_cases.CASES.keys() == {job.name for job in gpu_check.JOBS if job.function == "gpu_cases:run_case"}
+    assert all(job.limit > 0 for job in gpu_check.JOBS)
+
+
+def test_what_happened_to_each_case_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run with the processes replaced: results, a crash, and cases for which no time is left."""
+    import gpu_check
+    import report
+    import run
+
+    def process(function: str, limit: float, path: Path | None = None, **arguments: Any) -> dict[str, Any]:
+        if function == "measure:measure" and arguments["case"]["name"] == "bonito":
+            return {"failed": "no end after 60 s", "output": "...", "seconds": 60.0}
+        if function == "measure:measure":
+            case, modes, providers = (arguments[k] for k in ("case", "modes", "providers"))
+            times = {"torch": [20.0, 22.0, 21.0]}
+            rows = [
+                {**case, "mode": m, "provider": p, "plan": "", "rounds_us": times.get(p, [10.0, 11.0, 10.5])}
+                for m in modes for p in providers
+            ]  # fmt: skip
+            return {"result": rows, "seconds": 1.0}
+        return {"result": {"flop_per_us": {}} if function == "floors:floors" else {}, "seconds": 1.0}
+
+    monkeypatch.setattr(gpu_check, "isolated", process)
+    jobs = [job for job in gpu_check.JOBS if job.case is None or job.case.suite == "workloads"]
+    done = {job.name: gpu_check.do(job, 60) for job in jobs[:-1]} | {jobs[-1].name: {"not run": "no time left"}}
+    for job in jobs:
+        assert job.name in gpu_check.summary(job, done[job.name]) or job.case
+    about = {"device": "A GPU", "kind": "cuda", "date": "2026-01-01T00:00:00", "commit": "0" * 40, "torch": "2"}
+    found = gpu_check.results(about, done, complete=True)
+    json.dumps(found)
+    speeds = run.ratios(found["records"], "workloads", "fused")
+    assert speeds["training"] == [2.0] * 16, "all but the one that hung and the two of one step"
+    assert found["checks"]["kernel tests"] == {"not run": "no time left"}
+    page = report.page([report.Results(Path("x.json"), found)], {})
+    assert "| gnmt: B=128 T=50 I=1024 H=1024 bidirectional, fp16, lengths | training | 2.00 (2.00-2.00) |" in page
+    assert "fused_lstm: failed: no end after 60 s: ... (bonito)" in page
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

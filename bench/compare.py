@@ -1,0 +1,173 @@
+"""What became slower, beyond the noise of the measurement.
+
+    python bench/compare.py OLD.json NEW.json [--threshold 0.05]
+    python bench/compare.py --base REV [--threshold 0.05] [any option of bench/run.py]
+
+Compares two result files of bench/run.py; or, with --base, measures the package of a git revision and that of this checkout
+in turn, case by case, in one run. What is compared is the speed against nn.LSTM in the same process, so that a machine that
+is busier than before does not count; and bytes of memory. A change is flagged if it is larger than the threshold and than
+the spreads that the two records report (half of each range), added. Exit status: 0, or 1 if anything became slower, larger,
+wrong, or is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import run
+from about import ROOT, about, output
+from workloads import Case
+
+KEYS = (*Case.__dataclass_fields__, "mode", "provider")
+BYTES = ("peak_bytes", "retained_bytes")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one record. Of a speed: new over old."""
+
+    what: str
+    verdict: str  # "slower", "faster", "larger", "smaller", "same"; "lost": it was measured, and is not any more
+    factor: float
+    noise: float
+    text: str
+
+    @property
+    def bad(self) -> bool:
+        return self.verdict in ("slower", "larger", "lost")
+
+
+def changes(old: Sequence[run.Record], new: Sequence[run.Record], threshold: float) -> Iterator[Change]:
+    """Record by record. A case that is only in ``new`` is no change."""
+    known = {tuple(r[k] for k in KEYS): r for r in new}
+    for before in old:
+        key = tuple(before[k] for k in KEYS)
+        what = f"{before['suite']}, {before['name']}, {before['dtype']}, {before['mode']}, {before['provider']}"
+        if before["provider"] == "torch" or "us" not in before:
+            continue
+        after = known.get(key)
+        if after is None or "us" not in after:
+            why = "not in the new results" if after is None else after.get("refused", "not measured")
+            yield Change(what, "lost", math.nan, math.nan, why.splitlines()[0])
+            continue
+        if "torch" in before["ratio"] and "torch" in after["ratio"]:
+            a, b = before["ratio"]["torch"], after["ratio"]["torch"]
+            factor, noise = b[1] / a[1], sum((high - low) / (2 * middle) for low, middle, high in (a, b))
+            text = f"{a[1]:.2f} ({a[0]:.2f}-{a[2]:.2f}) to {b[1]:.2f} ({b[0]:.2f}-{b[2]:.2f}) x nn.LSTM"
+            yield Change(what, _verdict(factor, max(threshold, noise), "slower", "faster"), factor, noise, text)
+        for k in BYTES:
+            if before.get(k) and k in after:
+                factor = after[k] / before[k]
+                text = f"{k.removesuffix('_bytes')} {before[k] / 2**20:.1f} to {after[k] / 2**20:.1f} MiB"
+                yield Change(what, _verdict(1 / factor, threshold, "larger", "smaller"), 1 / factor, 0.0, text)
+
+
+def _verdict(factor: float, limit: float, worse: str, better: str) -> str:
+    return worse if factor < 1 - limit else better if factor > 1 / (1 - min(limit, 0.99)) else "same"
+
+
+def tell(found: Sequence[Change]) -> int:
+    """Print what changed; the exit status."""
+    for change in sorted(found, key=lambda c: c.factor):
+        if change.verdict != "same":
+            size = "" if math.isnan(change.factor) else f" by {abs(1 - change.factor):.0%} (noise {change.noise:.0%})"
+            print(f"{change.verdict}{size}: {change.what}: {change.text}")
+    speeds = [c.factor for c in found if c.verdict in ("slower", "faster", "same") and "x nn.LSTM" in c.text]
+    if speeds:
+        print(f"{len(speeds)} speeds compared, geometric mean new/old {run.geometric_mean(speeds):.3f}")
+    bad = [c for c in found if c.bad]
+    print(f"{len(bad)} changes for the worse" if bad else "no change for the worse beyond the noise")
+    return 1 if bad else 0
+
+
+# --- two revisions in one run
+
+
+def unpack(revision: str, folder: Path) -> Path:
+    """The package of a revision, laid out as it is installed; returns what PYTHONPATH has to name."""
+    archive = subprocess.run(["git", "archive", revision, "fused_lstm", "kernels"], cwd=ROOT, capture_output=True)
+    if archive.returncode:
+        raise ValueError(f"{revision!r} is no revision with the package in it: {archive.stderr.decode().strip()}")
+    with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
+        files.extractall(folder, filter="data")
+    (folder / "kernels").rename(folder / "fused_lstm" / "kernels")
+    return folder
+
+
+def both(revision: str, args: argparse.Namespace) -> list[list[run.Record]]:
+    """Records of the revision and of this checkout, measured in turn."""
+    from tqdm import tqdm
+
+    units = run.units(args)
+    providers = args.providers or ["torch", "fused"]
+    with tempfile.TemporaryDirectory() as base, tempfile.TemporaryDirectory() as here:
+        sides = [unpack(revision, Path(base)), copy_of_checkout(Path(here))]
+        found: list[list[list[dict[str, Any]]]] = [[[] for _ in units] for _ in sides]
+        with tqdm(total=2 * args.processes * len(units), unit="process", dynamic_ncols=True, disable=None) as bar:
+            for n in range(args.processes):
+                for k, (case, modes) in enumerate(units):
+                    bar.set_description(f"{case.suite} {case.name} {'/'.join(modes)}")
+                    for side in (0, 1) if (n + k) % 2 else (1, 0):
+                        found[side][k].append(run.measured(case, modes, providers, args, sides[side]))
+                        bar.update()
+    return [
+        [row for (case, modes), processes in zip(units, side, strict=True) for row in run.merged(case, modes, processes, {})]
+        for side in found
+    ]
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    """This checkout's package as it is now, so that editing it meanwhile changes nothing."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "fused_lstm", folder / "fused_lstm", ignore=ignore)
+    shutil.copytree(ROOT / "kernels", folder / "fused_lstm" / "kernels", ignore=ignore)
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, metavar="OLD.json NEW.json")
+    parser.add_argument("--base", metavar="REV", help="a git revision to measure beside this checkout")
+    parser.add_argument("--threshold", type=float, default=0.05, help="smaller changes are never flagged (default: 0.05)")
+    args, others = parser.parse_known_args(arguments)
+    if not 0 < args.threshold < 1:
+        parser.error(f"--threshold should be between 0 and 1, got {args.threshold}")
+    if args.base is None:
+        if len(args.files) != 2 or others:
+            got = " ".join(map(str, [*args.files, *others])) or "nothing"
+            parser.error(f"expected two result files, or --base REV; got {got}")
+        try:
+            old, new = (json.loads(path.read_text())["records"] for path in args.files)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"expected result files of bench/run.py ({type(error).__name__}: {error})")
+        return tell(list(changes(old, new, args.threshold)))
+    if args.files:
+        parser.error("--base takes no result files: it measures both sides")
+    options = run.options(["--processes", "3", *others])
+    try:
+        old, new = both(args.base, options)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.json:
+        for name, records in (("base", old), ("new", new)):
+            path = options.json.with_name(f"{options.json.stem}-{name}.json")
+            run.write_json(path, {"about": about(options.device, options.threads), "records": records, "side": name})
+            print(f"written to {path}")
+    print(f"{output('git', 'rev-parse', '--short', args.base)} against this checkout")
+    return tell(list(changes(old, new, args.threshold)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
