@@ -72,7 +72,7 @@ WORKLOADS = (
     Case("mlperf-rnnt-pre", 128, 557, 240, 1024, "fp16", layers=2, variant="lengths", source="MLPerf RNN-T"),
     Case("bonito", 64, 1667, 1024, 1024, "fp16", source="Bonito dna_r10.4.1 v4.3, one of 5 layers"),
     Case(
-        "nemo-lstm-encoder", 16, 200, 640, 2048, "bf16", layers=2, proj=640, variant="lengths",
+        "nemo-lstm-encoder", 16, 200, 640, 2048, "bf16", layers=2, bidirectional=True, proj=640, variant="lengths",
         source="NeMo lstm_transducer_bpe.yaml, 2 of 8 layers",
     ),
 )  # fmt: skip

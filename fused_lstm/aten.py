@@ -62,7 +62,7 @@ def uninterrupted(sequences: Sequences, resets: Tensor | None, stack: Stack, H: 
         return []
     T, B = resets.shape
     starts = [0, *(t for t in resets.any(1).nonzero().flatten().tolist() if t > 0)]
-    if T * B < len(starts) * (128 + H // 2):
+    if len(starts) * (128 + H // 2) > T * B:
         return []
     return [end - start for start, end in zip(starts, [*starts[1:], T], strict=True)]
 
@@ -70,7 +70,7 @@ def uninterrupted(sequences: Sequences, resets: Tensor | None, stack: Stack, H: 
 def piecewise(
     pieces: Sequence[int], x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], stack: Stack, resets: Tensor
 ) -> Result:
-    """torch's own LSTM over x (T, B, I), piece by piece; what a reset (T, B) at the first step of one says is done between."""
+    """torch's own LSTM over x (T, B, I), piece by piece; resets (T, B) clear the states between them."""
     outputs, first = [], 0
     for piece in x.split(pieces):
         begins = resets[first].nonzero().flatten()
