@@ -1,6 +1,6 @@
 """What became slower, beyond the noise of the measurement.
 
-    python bench/compare.py OLD.json NEW.json [--threshold 0.05]
+    python bench/compare.py OLD.json NEW.json [--threshold 0.1]
     python bench/compare.py --base REV [--threshold 0.05] [any option of bench/run.py]
 
 Compares two result files of bench/run.py; or, with --base, measures the package of a git revision and that of this checkout
@@ -41,7 +41,6 @@ class Change:
     what: str
     verdict: str  # "slower", "faster", "larger", "smaller", "same"; "lost": it was measured, and is not any more
     factor: float
-    noise: float
     text: str
 
     @property
@@ -60,29 +59,29 @@ def changes(old: Sequence[run.Record], new: Sequence[run.Record], threshold: flo
         after = known.get(key)
         if after is None or "us" not in after:
             why = "not in the new results" if after is None else after.get("refused", "not measured")
-            yield Change(what, "lost", math.nan, math.nan, why.splitlines()[0])
+            yield Change(what, "lost", math.nan, why.splitlines()[0])
             continue
         if "torch" in before["ratio"] and "torch" in after["ratio"]:
             a, b = before["ratio"]["torch"], after["ratio"]["torch"]
-            factor, noise = b[1] / a[1], sum((high - low) / (2 * middle) for low, middle, high in (a, b))
+            factor, apart = b[1] / a[1], b[2] < a[0] or a[2] < b[0]
             text = f"{a[1]:.2f} ({a[0]:.2f}-{a[2]:.2f}) to {b[1]:.2f} ({b[0]:.2f}-{b[2]:.2f}) x nn.LSTM"
-            yield Change(what, _verdict(factor, max(threshold, noise), "slower", "faster"), factor, noise, text)
+            yield Change(what, _verdict(factor, threshold, "slower", "faster") if apart else "same", factor, text)
         for k in BYTES:
             if before.get(k) and k in after:
-                factor = after[k] / before[k]
+                factor = before[k] / after[k]
                 text = f"{k.removesuffix('_bytes')} {before[k] / 2**20:.1f} to {after[k] / 2**20:.1f} MiB"
-                yield Change(what, _verdict(1 / factor, threshold, "larger", "smaller"), 1 / factor, 0.0, text)
+                yield Change(what, _verdict(factor, threshold, "larger", "smaller"), factor, text)
 
 
-def _verdict(factor: float, limit: float, worse: str, better: str) -> str:
-    return worse if factor < 1 - limit else better if factor > 1 / (1 - min(limit, 0.99)) else "same"
+def _verdict(factor: float, threshold: float, worse: str, better: str) -> str:
+    return worse if factor < 1 - threshold else better if factor > 1 / (1 - threshold) else "same"
 
 
 def tell(found: Sequence[Change]) -> int:
     """Print what changed; the exit status."""
     for change in sorted(found, key=lambda c: c.factor):
         if change.verdict != "same":
-            size = "" if math.isnan(change.factor) else f" by {abs(1 - change.factor):.0%} (noise {change.noise:.0%})"
+            size = "" if math.isnan(change.factor) else f" by {abs(1 - change.factor):.0%}"
             print(f"{change.verdict}{size}: {change.what}: {change.text}")
     speeds = [c.factor for c in found if c.verdict in ("slower", "faster", "same") and "x nn.LSTM" in c.text]
     if speeds:
@@ -140,8 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, metavar="OLD.json NEW.json")
     parser.add_argument("--base", metavar="REV", help="a git revision to measure beside this checkout")
-    parser.add_argument("--threshold", type=float, default=0.05, help="smaller changes are never flagged (default: 0.05)")
+    parser.add_argument("--threshold", type=float, help="smaller changes are never flagged (default: 0.1; 0.05 with --base)")
     args, others = parser.parse_known_args(arguments)
+    if args.threshold is None:
+        args.threshold = 0.1 if args.base is None else 0.05
     if not 0 < args.threshold < 1:
         parser.error(f"--threshold should be between 0 and 1, got {args.threshold}")
     if args.base is None:

@@ -278,13 +278,13 @@ def record(case: Case, ratio: list[float], **more: Any) -> dict[str, Any]:
     [
         ([0.82, 0.83, 0.85], "slower"),
         ([1.18, 1.25, 1.3], "faster"),
-        ([0.96, 0.97, 0.98], "same"),
+        ([0.93, 0.94, 0.95], "same"),  # less than the threshold
         ([0.7, 0.83, 1.0], "same"),  # that noisy
     ],
 )
 def test_changes_beyond_the_noise_are_flagged(ratio: list[float], verdict: str, tmp_path: Path) -> None:
     old, new = [record(TINY, [0.98, 1.0, 1.02])], [record(TINY, ratio)]
-    (change,) = compare.changes(old, new, 0.05)
+    (change,) = compare.changes(old, new, 0.1)
     assert change.verdict == verdict
     files = [tmp_path / "old.json", tmp_path / "new.json"]
     for file, records in zip(files, (old, new), strict=True):
