@@ -136,26 +136,25 @@ def copy_of_checkout(folder: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, metavar="OLD.json NEW.json")
+    parser = argparse.ArgumentParser(
+        usage="compare.py OLD.json NEW.json | compare.py --base REV", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--base", metavar="REV", help="a git revision to measure beside this checkout")
     parser.add_argument("--threshold", type=float, help="smaller changes are never flagged (default: 0.1; 0.05 with --base)")
-    args, others = parser.parse_known_args(arguments)
+    args, others = parser.parse_known_args(arguments)  # others: two files, or options of bench/run.py
     if args.threshold is None:
         args.threshold = 0.1 if args.base is None else 0.05
     if not 0 < args.threshold < 1:
         parser.error(f"--threshold should be between 0 and 1, got {args.threshold}")
     if args.base is None:
-        if len(args.files) != 2 or others:
-            got = " ".join(map(str, [*args.files, *others])) or "nothing"
-            parser.error(f"expected two result files, or --base REV; got {got}")
+        if len(others) != 2 or others[0].startswith("-"):
+            parser.error(f"expected two result files, or --base REV; got {' '.join(others) or 'nothing'}")
         try:
-            old, new = (json.loads(path.read_text())["records"] for path in args.files)
+            old, new = (json.loads(Path(name).read_text())["records"] for name in others)
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"expected result files of bench/run.py ({type(error).__name__}: {error})")
         return tell(list(changes(old, new, args.threshold)))
-    if args.files:
-        parser.error("--base takes no result files: it measures both sides")
     options = run.options(["--processes", "3", *others])
     try:
         old, new = both(args.base, options)
