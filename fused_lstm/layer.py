@@ -133,9 +133,9 @@ class LSTM(nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        weights = self._weights()
-        x, hx, sequences = self._prepare(input, hx, weights, lengths, resets)
-        output, h_n, c_n = run(x, hx, weights, self._stack(), sequences, self.backend)
+        weights, stack = self._weights(), self._stack()
+        x, hx, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
+        output, h_n, c_n = run(x, hx, weights, stack, sequences, self.backend)
         if isinstance(input, PackedSequence):
             packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
             return packed, self.permute_hidden((h_n, c_n), input.unsorted_indices)
@@ -209,9 +209,9 @@ class LSTM(nn.RNNBase):
         resets: Tensor | None = None,
     ) -> Problem:
         """What a call with these arguments would ask of a backend; raises what the call would raise."""
-        weights = self._weights()
-        x, hx, sequences = self._prepare(input, hx, weights, lengths, resets)
-        return problem_of(x, *hx, weights, self._stack(), sequences)
+        weights, stack = self._weights(), self._stack()
+        x, hx, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
+        return problem_of(x, *hx, weights, stack, sequences)
 
     def _stack(self) -> Stack:
         dropout = self.dropout if self.training else 0.0
@@ -227,6 +227,7 @@ class LSTM(nn.RNNBase):
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None,
         weights: list[Tensor],
+        stack: Stack,
         lengths: Tensor | Sequence[int] | None,
         resets: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequences]:
@@ -264,7 +265,7 @@ class LSTM(nn.RNNBase):
         check_like(x, hx, weights)
         if resets is not None and batch_sizes is None and input.dim() == 2:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
-        hx, sequences = settle(x, (hx[0], hx[1]), self._stack(), batch_sizes, lengths, resets)
+        hx, sequences = settle(x, (hx[0], hx[1]), stack, batch_sizes, lengths, resets)
         return x, hx, sequences
 
 
