@@ -1,0 +1,363 @@
+"""The pages of docs/: their code runs, their commands exist, and the error messages they explain are those raised."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import fused_lstm
+from fused_lstm import choose, dispatch, tune
+from fused_lstm.autograd import FusedLSTMFunction
+from fused_lstm.config import Device, Recurrence
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+RUN_HERE = (
+    "quickstart.md", "from_nn_lstm.md", "sequences.md", "kernels.md", "performance.md", "troubleshooting.md",
+)  # fmt: skip
+FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+QUOTE = re.compile(r"# (\S+\.py)\n")  # the first line of a block that quotes a file
+
+
+def blocks(page: str, kind: str) -> list[tuple[int, str]]:
+    """The fenced blocks of a kind on a page: the line on which each begins, and its text."""
+    text = (DOCS / page).read_text()
+    return [(text.count("\n", 0, m.start(2)) + 1, m[2]) for m in FENCE.finditer(text) if m[1] == kind]
+
+
+@pytest.mark.parametrize("page", RUN_HERE)
+def test_code_runs_from_top_to_bottom(page: str, tmp_path: Path) -> None:
+    """As a file, in which each line has the number that it has on the page."""
+    lines = ["import torch; torch.set_num_threads(1)"]
+    code = [(first, text) for first, text in blocks(page, "python") if not QUOTE.match(text)]
+    assert code
+    for first, text in code:
+        lines += [""] * (first - 1 - len(lines)) + text.splitlines()
+    script = tmp_path / f"{page}.py"
+    script.write_text("\n".join(lines) + "\n")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
+    run = subprocess.run([sys.executable, str(script)], env=environment, **options)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("page", RUN_HERE)
+def test_quoted_lines_exist(page: str) -> None:
+    for first, text in blocks(page, "python"):
+        quote = QUOTE.match(text)
+        if quote:
+            lines = {line.strip() for line in (ROOT / quote[1]).read_text().splitlines()}
+            for line in text.splitlines()[1:]:
+                assert line in lines, f"{page}, line {first}: {quote[1]} has no line {line}"
+
+
+def test_no_page_is_forgotten() -> None:
+    """Each page with Python is run here, or named by the test that runs it."""
+    others = [path.read_text() for path in ROOT.glob("tests/test_*.py") if path.name != Path(__file__).name]
+    for path in DOCS.glob("*.md"):
+        kinds = [m[1] for m in FENCE.finditer(path.read_text())]
+        odd = {kind for kind in kinds if kind.strip().lower().startswith("py") and kind != "python"}
+        assert not odd, f"{path.name}: expected fences of ```python, which tests look for, got {odd}"
+        if "python" in kinds and path.name not in RUN_HERE:
+            assert any(f'"{path.name}"' in text for text in others), f"{path.name} is run by no test: add it to RUN_HERE"
+
+
+def test_contents_list_every_page() -> None:
+    listed = re.findall(r"\]\((\w+\.md)\)", (DOCS / "README.md").read_text())
+    assert len(listed) == len(set(listed))
+    assert set(RUN_HERE) | {"compare.md", "math.md", "export.md"} <= set(listed)
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_links_within_pages_lead_somewhere(page: str) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", (DOCS / page).read_text()):
+        path = DOCS / (target or page)
+        if "://" not in target and path.suffix == ".md":
+            assert anchor in anchors(path.read_text()), f"{page}: {target}#{anchor}"
+
+
+def anchors(text: str) -> set[str]:
+    """Those that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(FENCE, "", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", RUN_HERE)
+def test_commands_exist(page: str) -> None:
+    """Scripts and modules that are started with options which they know."""
+    for _, text in blocks(page, ""):
+        for line in text.splitlines():
+            command = line.split("#")[0].split()
+            if command[:1] != ["python"]:
+                continue
+            script = ROOT / (command[2].replace(".", "/") + ".py" if command[1] == "-m" else command[1])
+            assert script.is_file(), line
+            source = script.read_text() + (ROOT / "bench/run.py").read_text() * (script.name == "compare.py")
+            for option in filter(lambda word: word.startswith("--"), command):
+                assert f'"{option}"' in source, f"{script.name} knows no {option}"
+
+
+def test_no_measured_number_is_typed() -> None:
+    """They come from files of results, to which the page links."""
+    text = re.sub(FENCE, "", (DOCS / "performance.md").read_text())
+    assert not re.findall(r"\d[\d.,]*\s*(?:x\b|%|times|us\b|ms\b|s\b|seconds|minutes|[KMG]i?B|T?FLOP)", text)
+
+
+@pytest.mark.parametrize("name", ["schedule-stepwise.svg", "schedule-persistent.svg"])
+def test_drawings_serve_both_themes(name: str) -> None:
+    text = (DOCS / name).read_text()
+    root = ET.fromstring(text)
+    assert root.find("{*}title") is not None
+    assert root.find("{*}desc") is not None
+    light, dark = root.find("{*}style").text.split("@media (prefers-color-scheme: dark)")
+    used = {c for element in root.iter() for c in element.get("class", "").split()} - {"bold"}  # which has no colour
+    for theme in (light, dark):
+        defined = set(re.findall(r"\.(\w+) \{[^}]*(?:fill|stroke): #", theme))
+        assert used <= defined, f"{name}: no colour for {used - defined}"
+
+
+# --- the messages that docs/troubleshooting.md explains
+
+LSTM = fused_lstm.LSTM(2, 3)
+X, H = torch.zeros(4, 3, 2), torch.zeros(1, 3, 3)  # T = 4, B = 3
+PACKED = pack_sequence([torch.zeros(2, 2), torch.zeros(1, 2)])
+WEIGHTS = list(LSTM.parameters())
+SIZES = torch.tensor([2, 1])
+
+
+def call(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: LSTM(*args, **kwargs)
+
+
+def function(x: Any = X, hx: Any = (H, H), weights: Any = WEIGHTS, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: fused_lstm.lstm(x, hx, weights, **kwargs)
+
+
+def packed(batch_sizes: Any) -> Callable[[], Any]:
+    return function(PACKED.data, (H[:, :2], H[:, :2]), batch_sizes=batch_sizes)
+
+
+def asked(backend: str, device: str = "cuda", dtype: torch.dtype = torch.float32, **facts: Any) -> Callable[[], Any]:
+    """A choice of backend, with what dispatch finds out about the machine given: the machine of the test may differ."""
+
+    def choose_so() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            known = {"triton_interpreted": False, "triton_too_old": None, "fp64_compiles": True} | facts
+            resets = known.pop("resets", False)
+            for name, value in known.items():
+                patch.setattr(dispatch, name, lambda value=value: value)
+            dispatch.choose_backend(dispatch.Problem(device, dtype, T=4, B=3, hidden_size=3, resets=resets), backend)
+
+    return choose_so
+
+
+def step(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+    return lambda: LSTM.step(*args, **kwargs)
+
+
+def bidirectional_step() -> None:
+    fused_lstm.LSTM(2, 3, bidirectional=True).step(X[0])
+
+
+def step_under_autocast() -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        LSTM.step(X[0], (H.clone(), H.clone()), inplace=True)
+
+
+def normed(layer: nn.Module) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+
+
+def not_saved() -> None:
+    tensors = (X.clone().requires_grad_(), H, H, torch.zeros(1, 12, 2), torch.zeros(1, 12, 3), *[None] * 5)
+    FusedLSTMFunction.apply(*tensors, 1, False, False, "reference")[0].sum().backward()
+
+
+def a_broken_table(folder: Path) -> None:
+    (folder / "table.json").write_text("{}")
+    choose.read_table(folder / "table.json")
+
+
+def configs_in_a_file(folder: Path) -> None:
+    (folder / "file").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSED_LSTM_CONFIGS", str(folder / "file"))
+        choose.user_folder()
+
+
+def nothing_runs(_: Path) -> None:
+    class Trial(tune.Trial):
+        def run(self, config: Any) -> torch.Tensor:
+            self.runs = getattr(self, "runs", 0) + 1
+            if self.runs > 1:
+                raise RuntimeError("out of resources")
+            return torch.ones(1)  # the reference
+
+    problem = Recurrence("forward", "fp32", T=2, H=16, B=1, R=1)
+    tune.tune(Trial(problem, torch.float32, torch.device("cpu")), Device("small", 1), 1)
+
+
+def onnx_layer(**arguments: Any) -> Callable[[], Any]:
+    def translate() -> None:
+        import fused_lstm.onnx as onnx
+
+        names = ("x", "h0", "c0", "w_ih", "w_hh", "bias", "w_h0", "lengths", "batch_sizes", "resets")
+        given = dict.fromkeys(names) | {"w_ih": torch.zeros(1, 12, 2), "w_hh": torch.zeros(1, 12, 3)} | arguments
+        onnx.layer(**given, directions=1, batch_first=False, save=False, engine="onednn")
+
+    return translate
+
+
+def without_onnxscript() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        patch.delitem(sys.modules, "fused_lstm.onnx", raising=False)
+        import fused_lstm.onnx  # noqa: F401
+
+
+# A call for each message; those that write files take a folder.
+RAISES: list[Callable[..., Any]] = [
+    # input and states
+    call(torch.zeros(2)),
+    call(torch.zeros(4, 3, 5)),
+    call(X, (H[:, :2], H)),
+    call(X, (H[0], H[0])),
+    call(X[:, 0], (H, H)),
+    call(X, (H, H, H)),
+    call(X.double()),
+    call(X, (H, H.double())),
+    call(X.to("meta")),
+    call(X, (H.to("meta"), H)),
+    call(X[:0]),
+    lambda: fused_lstm.LSTM(2, 3, recompute=1),
+    # lengths, resets, packed
+    call(X, lengths="abc"),
+    call(X, lengths=[1.0, 2.0, 3.0]),
+    call(X, lengths=[1, 2]),
+    call(X, lengths=[1, 2, 5]),
+    call(X, resets=[0, 1]),
+    call(X, resets=torch.zeros(4, 3) * 1j),
+    call(X, resets=torch.zeros(3, 4)),
+    call(PACKED, lengths=[2, 1]),
+    packed([2, 1]),
+    packed(SIZES.int()),
+    packed(SIZES.flip(0)),
+    # backends
+    lambda: fused_lstm.LSTM(2, 3, backend="cudnn"),
+    asked("triton", "cpu"),
+    asked("triton", triton_interpreted=None),
+    asked("triton", triton_too_old="3.4.0"),
+    asked("triton", triton_interpreted=True),
+    asked("triton", dtype=torch.float64, fp64_compiles=False),
+    asked("triton", "mps"),
+    asked("aten", resets=True),
+    function(X.long(), (H.long(), H.long()), [w.detach().long() for w in WEIGHTS]),
+    # step
+    bidirectional_step,
+    step(X),
+    step(X[0], (H, H, H)),
+    step(X[0], (H[0], H)),
+    step(X[0], inplace=True),
+    step(X[0], (H, H), inplace=True),
+    step(X[0], (H.clone(), H.clone()), inplace=True),
+    step_under_autocast,
+    # converting
+    lambda: fused_lstm.LSTM.from_torch(nn.GRU(2, 3)),
+    lambda: fused_lstm.LSTM.from_torch(normed(nn.LSTM(2, 3))),
+    lambda: normed(fused_lstm.LSTM(2, 3)).to_torch(),
+    lambda: fused_lstm.replace_lstm(nn.LSTM),
+    lambda: fused_lstm.explain(nn.LSTM(2, 3), X),
+    # fused_lstm.lstm
+    function(PACKED),
+    function(X[0]),
+    function(hx=H),
+    function(weights=LSTM.weight_hh_l0),
+    function(weights=WEIGHTS[:3]),
+    function(weights=[*WEIGHTS[:3], torch.zeros(5)]),
+    function(weights=[*WEIGHTS[:3], WEIGHTS[3].double()]),
+    function(weights=[*WEIGHTS, torch.zeros(3, 3)]),
+    function(num_layers=0),
+    function(dropout=2),
+    # vmap, export, ONNX
+    lambda: torch.vmap(lambda x: LSTM(x)[0])(X[None][:0]),
+    not_saved,
+    without_onnxscript,
+    onnx_layer(resets=torch.zeros(4, 3)),
+    onnx_layer(batch_sizes=SIZES),
+    onnx_layer(w_hh=torch.zeros(2, 12, 3)),
+    # tuning
+    configs_in_a_file,
+    a_broken_table,
+    nothing_runs,
+]
+FILES = (configs_in_a_file, a_broken_table, nothing_runs)
+
+# Errors of what is no user's call: kernels, launches and tables made by hand, and parts of other messages.
+INTERNAL = (
+    "engine must be 'triton' or 'reference', got ",
+    " would wait for one another: expected a configuration with one hidden tile, or a launch for each step",
+    "configs should be a list, got ",
+    ", expected at most ",  # which python -m fused_lstm.tune prints, and goes on
+)
+
+
+def messages() -> list[str]:
+    """The headings of the page that are error messages."""
+    return re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+
+
+def pattern(message: str) -> re.Pattern[str]:
+    """A heading as a pattern: <...> stands for anything."""
+    return re.compile(".+?".join(map(re.escape, re.split(r"<[^<>]*>", message))), re.DOTALL)
+
+
+def test_every_message_is_raised_and_every_error_is_explained(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    headings = messages()
+    raised = []
+    for trigger in RAISES:
+        with pytest.raises(Exception) as error:  # noqa: PT011 -- its message is looked at below
+            trigger(tmp_path) if trigger in FILES else trigger()
+        text = str(error.value)
+        raised.append(text)
+        matching = [heading for heading in headings if pattern(heading).fullmatch(text)]
+        assert len(matching) == 1, f"expected one heading of the page for the error {text!r}, got {matching}"
+    unseen = [heading for heading in headings if not any(pattern(heading).fullmatch(text) for text in raised)]
+    assert not unseen, f"no call of this test raises {unseen}"
+
+
+def fixed_parts(error: ast.expr | None) -> list[str]:
+    """The constant parts of the message in ``raise SomeError(message)``."""
+    if not isinstance(error, ast.Call) or not error.args:
+        return []
+    message = error.args[0]
+    values = message.values if isinstance(message, ast.JoinedStr) else [message]
+    return [v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
+
+
+def test_every_error_of_the_library_has_a_heading() -> None:
+    """All but those of config.py, which checks configurations of kernels, not calls."""
+    headings = messages()
+    found = 0
+    for path in sorted((ROOT / "fused_lstm").glob("*.py")):
+        if path.name == "config.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = fixed_parts(node.exc) if isinstance(node, ast.Raise) else []
+            if parts and max(parts, key=len) not in INTERNAL:
+                found += 1
+                part = max(parts, key=len)
+                assert any(part in heading for heading in headings), f"{path.name}, line {node.lineno}: {part!r}"
+    assert found > 40
