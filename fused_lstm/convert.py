@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .dispatch import Plan, choose_backend
-from .layer import LSTM
+from .layer import LSTM, TorchLSTM
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -53,7 +53,7 @@ def replace_lstm(model: M, backend: str = "auto", recompute: bool = False) -> M:
     done: dict[nn.Module, LSTM] = {}
 
     def convert(module: nn.Module) -> nn.Module:
-        if type(module) is not nn.LSTM:
+        if type(module) is not TorchLSTM:
             return module
         if module not in done:
             done[module] = LSTM.from_torch(module, backend=backend, recompute=recompute)

@@ -15,6 +15,7 @@ from .functional import check_like, problem_of, run, settle
 from .spec import Sequences, Stack, as_resets
 
 L = TypeVar("L", bound=nn.RNNBase)
+TorchLSTM = nn.LSTM  # the class, for users may let the name stand for the one below while a model is built
 
 
 class LSTM(nn.RNNBase):
@@ -108,7 +109,7 @@ class LSTM(nn.RNNBase):
     @classmethod
     def from_torch(cls, module: nn.LSTM, backend: str = "auto", recompute: bool = False) -> LSTM:
         """The same layer as ``module``, sharing its parameters, hooks and mode of training."""
-        if not isinstance(module, nn.LSTM) or is_parametrized(module):
+        if not isinstance(module, TorchLSTM) or is_parametrized(module):
             raise TypeError(f"from_torch expects a torch.nn.LSTM, got: {type(module).__name__}")
         return _share(module, cls, **_checked(backend, recompute))
 
@@ -116,7 +117,7 @@ class LSTM(nn.RNNBase):
         """A torch.nn.LSTM that shares this layer's parameters, hooks and mode of training."""
         if is_parametrized(self):
             raise TypeError(f"to_torch expects no parametrizations, got: {type(self).__name__}")
-        return _share(self, nn.LSTM)
+        return _share(self, TorchLSTM)
 
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flat weight buffer to keep in order. Here for code that calls it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -199,6 +200,18 @@ def test_weight_norm_by_hook_comes_along() -> None:
 def test_from_torch_takes_an_lstm(wrong: Any) -> None:
     message = f"from_torch expects a torch.nn.LSTM, got: {type(wrong).__name__}"
     assert failure(lambda: fused_lstm.LSTM.from_torch(wrong)) == (TypeError, message)
+
+
+def test_torchs_class_is_known_while_its_name_is_ours() -> None:
+    theirs, ours = nn.LSTM(3, 4), fused_lstm.LSTM(3, 4)
+    torchs = nn.LSTM
+    with mock.patch.object(nn, "LSTM", fused_lstm.LSTM):  # as users do while a library builds its model
+        assert type(fused_lstm.replace_lstm(nn.Sequential(theirs))[0]) is fused_lstm.LSTM
+        assert type(fused_lstm.LSTM.from_torch(theirs)) is fused_lstm.LSTM
+        assert type(ours.to_torch()) is torchs
+        assert fused_lstm.replace_lstm(ours) is ours
+        with pytest.raises(TypeError, match=r"expects a torch\.nn\.LSTM"):
+            fused_lstm.LSTM.from_torch(ours)
 
 
 def test_parametrized_modules_do_not_convert() -> None:

@@ -1,0 +1,372 @@
+"""Libraries that build their own nn.LSTM, with ours in its place: their results stay, and docs/in_other_libraries.md is so.
+
+A library that is not installed is skipped. `pip install sb3-contrib pytorch-forecasting asteroid` brings all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_lstm
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "in_other_libraries.md").read_text()
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SECTIONS = {  # of the page, after the first: what it imports, how many ratios it prints
+    "RecurrentPPO": (["sb3_contrib"], 3),
+    "DeepAR": (["pytorch_forecasting"], 2),
+    "DPRNN": (["asteroid", "pytorch_lightning"], 2),
+}
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def fused() -> AbstractContextManager:
+    return mock.patch.object(nn, "LSTM", fused_lstm.LSTM)
+
+
+def recurrent(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+
+
+def layers(model: nn.Module) -> set[type]:
+    return {type(m) for m in recurrent(model)}
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    """Up to rounding, which a few updates carry on."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def sections() -> dict[str, str]:
+    return {part.split("\n", 1)[0]: part for part in PAGE.split("\n## ")[1:]}
+
+
+def test_the_page_has_a_section_for_each_library_and_code_in_sections_only() -> None:
+    assert list(sections()) == ["How", *SECTIONS]
+    assert not BLOCK.search(PAGE.split("\n## ")[0])
+
+
+def test_the_ways_to_swap_on_the_page_run() -> None:
+    (block,) = BLOCK.findall(sections()["How"])
+    exec(compile(block, "in_other_libraries.md", "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_code_of_the_page_runs(section: str) -> None:
+    """In a process of its own, from top to bottom: what it swaps, and what a library sets, is no other test's."""
+    libraries, ratios = SECTIONS[section]
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed")
+    blocks = [b for part in ("How", section) for b in BLOCK.findall(sections()[part])]
+    code = "import torch; torch.set_num_threads(1)\n" + "\n".join(blocks)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("times as fast") == ratios, run.stdout
+
+
+# sb3-contrib
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "two LSTMs": {"lstm_hidden_size": 32},
+    "shared, two layers": {"lstm_hidden_size": 32, "shared_lstm": True, "enable_critic_lstm": False, "n_lstm_layers": 2},
+    "actor's only": {"lstm_hidden_size": 32, "enable_critic_lstm": False},
+}
+
+
+def agent(way: str, env: str = "CartPole-v1", **policy_kwargs: Any) -> Any:
+    """A RecurrentPPO whose LSTM is torch's, or ours by one of the ways of the page."""
+    contrib = pytest.importorskip("sb3_contrib")
+    common = pytest.importorskip("stable_baselines3.common.env_util")
+    options = {"n_steps": 64, "batch_size": 32, "n_epochs": 2, "seed": 0, "policy_kwargs": policy_kwargs}
+    with fused() if way == "swapped" else nullcontext():
+        policy = page_policy() if way == "policy" else "MlpLstmPolicy"
+        model = contrib.RecurrentPPO(policy, common.make_vec_env(env, n_envs=2, seed=0), **options)
+    if way == "replaced":
+        fused_lstm.replace_lstm(model.policy)
+    return model
+
+
+def page_policy() -> type:
+    """The policy that the page gives, read from it."""
+    (block,) = [b for b in BLOCK.findall(sections()["RecurrentPPO"]) if "class FusedLstmPolicy" in b]
+    policies = pytest.importorskip("sb3_contrib.common.recurrent.policies")
+    names = {"fused_lstm": fused_lstm, "RecurrentActorCriticPolicy": policies.RecurrentActorCriticPolicy, "__name__": "page"}
+    exec(block.split("\n\n\n")[0], names)
+    return names["FusedLstmPolicy"]
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("options", POLICIES)
+@pytest.mark.parametrize("way", ["replaced", "swapped", "policy"])
+def test_recurrent_ppo_learns_the_same(way: str, options: str, env: str) -> None:
+    """Rollouts and updates of 384 steps: episodes begin inside of sequences, and rows begin and end at different times."""
+    theirs = agent("theirs", env, **POLICIES[options]).learn(384)
+    ours = agent(way, env, **POLICIES[options]).learn(384)
+    assert layers(theirs.policy) == {nn.LSTM}
+    assert layers(ours.policy) == {fused_lstm.LSTM}
+    buffers = theirs.rollout_buffer, ours.rollout_buffer
+    assert env != "CartPole-v1" or buffers[0].episode_starts.sum() > 2, "episodes begin within the rollout"
+    for name in ("actions", "log_probs", "values", "hidden_states_pi", "cell_states_vf"):
+        want, got = (torch.as_tensor(getattr(b, name)) for b in buffers)
+        assert_close(got, want)
+    want, got = ({k: float(v) for k, v in m.logger.name_to_value.items() if k.startswith("train/")} for m in (theirs, ours))
+    assert {"train/loss", "train/value_loss", "train/policy_gradient_loss"} <= want.keys()
+    assert_close(got, want)
+    assert_close(parameters(ours.policy), parameters(theirs.policy))
+
+
+@pytest.mark.parametrize("way", ["replaced", "swapped", "policy"])
+def test_recurrent_ppo_has_the_same_gradients(way: str) -> None:
+    theirs, ours = agent("theirs", lstm_hidden_size=32).learn(128), agent(way, lstm_hidden_size=32)
+    ours.policy.load_state_dict(theirs.policy.state_dict())
+    torch.manual_seed(0)
+    batch = next(iter(theirs.rollout_buffer.get(128)))
+    assert batch.episode_starts.any()
+    for model in (theirs, ours):
+        model.policy.set_training_mode(True)
+        model.policy.zero_grad()
+        terms = model.policy.evaluate_actions(batch.observations, batch.actions.long().flatten(), *batch[-3:-1])
+        sum(t[batch.mask > 0].square().sum() for t in (terms[0].flatten(), *terms[1:])).backward()
+    want = gradients(theirs.policy)
+    assert any("lstm_actor" in name and g.any() for name, g in want.items())
+    torch.testing.assert_close(gradients(ours.policy), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["replaced", "swapped", "policy"])
+def test_recurrent_ppo_saves_and_loads(way: str) -> None:
+    contrib = pytest.importorskip("sb3_contrib")
+    model = agent(way, lstm_hidden_size=32).learn(128)
+    file = io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    loaded = contrib.RecurrentPPO.load(file)
+    assert layers(loaded.policy) == {fused_lstm.LSTM if way == "policy" else nn.LSTM}
+    obs = model.get_env().reset()
+    (a, state), (b, other) = (m.predict(obs, deterministic=True) for m in (model, loaded))
+    assert (a == b).all()
+    assert_close([torch.as_tensor(s) for s in state], [torch.as_tensor(s) for s in other])
+    loaded.set_env(model.get_env())
+    loaded.learn(128)
+
+
+# pytorch-forecasting
+
+
+def page_rnn() -> type:
+    """The subclass that the page gives, read from it."""
+    rnn = pytest.importorskip("pytorch_forecasting.models.nn.rnn")
+    (block,) = [b for b in BLOCK.findall(sections()["DeepAR"]) if "class FusedRNN" in b]
+    names = {"fused_lstm": fused_lstm, "rnn": rnn, "__name__": "page"}
+    exec(block[block.index("class FusedRNN") :].split("\n\n\n")[0], names)
+    return names["FusedRNN"]
+
+
+def series() -> Any:
+    """Six waves, cut into windows of up to 12 steps, with encoders of length 0 after DeepAR's shift of them by one."""
+    forecasting, pandas = pytest.importorskip("pytorch_forecasting"), pytest.importorskip("pandas")
+    t = torch.arange(40)
+    noise = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    rows = [{"series": str(k), "t": int(s), "y": float((s / (3 + k)).sin() + noise[k, s] / 10)} for k in range(6) for s in t]
+    return forecasting.TimeSeriesDataSet(
+        pandas.DataFrame(rows),
+        time_idx="t",
+        target="y",
+        group_ids=["series"],
+        time_varying_unknown_reals=["y"],
+        min_encoder_length=1,
+        max_encoder_length=12,
+        min_prediction_length=2,
+        max_prediction_length=6,
+        randomize_length=(0.5, 0.5),
+    )
+
+
+def forecaster(name: str, data: Any, ours: bool) -> Any:
+    model_class = getattr(pytest.importorskip("pytorch_forecasting"), name)
+    torch.manual_seed(0)
+    options = {"hidden_size": 16, "dropout": 0.0 if torch.cuda.is_available() else 0.1, "learning_rate": 0.01}
+    model = model_class.from_dataset(data, **options)
+    for path, module in list(model.named_modules()):
+        if ours and isinstance(module, nn.RNNBase):
+            setattr(model, path, page_rnn().from_torch(module))
+    return model
+
+
+def fit(model: Any, data: Any) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    torch.manual_seed(0)
+    torch.cuda.manual_seed_all(0)
+    trainer = pl.Trainer(max_steps=4, devices=1, gradient_clip_val=0.1, **QUIET)
+    trainer.fit(model, data.to_dataloader(train=True, batch_size=8, num_workers=0))
+    model.to(DEVICE).eval()
+
+
+def window(data: Any) -> dict[str, Any]:
+    torch.manual_seed(1)
+    x, _ = next(iter(data.to_dataloader(train=True, batch_size=16, num_workers=0)))
+    return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in x.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "count"), [("DeepAR", 1), ("TemporalFusionTransformer", 2)])
+def test_forecasts_and_their_training_are_the_same(name: str, count: int) -> None:
+    data = series()
+    theirs, ours = forecaster(name, data, False), forecaster(name, data, True)
+    start = parameters(theirs)
+    assert len(recurrent(ours)) == count
+    assert all(isinstance(m, fused_lstm.LSTM) for m in recurrent(ours))
+    assert not any(isinstance(m, fused_lstm.LSTM) for m in recurrent(theirs))
+    for model in (theirs, ours):
+        fit(model, data)
+    assert any((start[key] != value).any() for key, value in parameters(theirs).items())
+    assert_close(parameters(ours), parameters(theirs))
+
+    x = window(data)
+    assert (x["encoder_lengths"] == 1).any() or name != "DeepAR", "an encoder of length 0"
+    results, grads = [], []
+    for model in (theirs, ours):
+        torch.manual_seed(0)
+        torch.cuda.manual_seed_all(0)
+        model.train().zero_grad()
+        results.append([model(x)["prediction"]])
+        results[-1][0].square().mean().backward()
+        grads.append(gradients(model))
+        if name == "DeepAR":
+            with torch.no_grad():
+                results[-1].append(model.eval()(x, n_samples=5)["prediction"])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
+    assert any(("rnn" in key or "lstm" in key) and g.any() for key, g in grads[0].items())
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_deepar_checkpoint_loads_either_way(tmp_path: Path) -> None:
+    forecasting, pl = pytest.importorskip("pytorch_forecasting"), pytest.importorskip("lightning.pytorch")
+    data = series()
+    model = forecaster("DeepAR", data, True)
+    trainer = pl.Trainer(max_steps=1, devices=1, **QUIET)
+    trainer.fit(model, data.to_dataloader(train=True, batch_size=8, num_workers=0))
+    trainer.save_checkpoint(tmp_path / "deepar.ckpt")
+    theirs = forecasting.DeepAR.load_from_checkpoint(tmp_path / "deepar.ckpt", weights_only=False)
+    assert not isinstance(theirs.rnn, fused_lstm.LSTM)
+    ours = copy.deepcopy(theirs)
+    ours.rnn = page_rnn().from_torch(ours.rnn)
+    x = window(data)
+    results = [m.to(DEVICE).eval()(x)["prediction"] for m in (model, theirs, ours)]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-3)
+
+
+# asteroid
+
+
+def built_fused(build: Callable[[], nn.Module]) -> nn.Module:
+    with fused():
+        return build()
+
+
+WAYS: dict[str, Callable[[Callable[[], nn.Module]], nn.Module]] = {
+    "replaced": lambda build: fused_lstm.replace_lstm(build()),
+    "swapped": built_fused,
+    "recompute": lambda build: fused_lstm.replace_lstm(build(), recompute=True),
+}
+
+
+def separator(**options: Any) -> nn.Module:
+    models = pytest.importorskip("asteroid.models")
+    torch.manual_seed(0)
+    sizes = {"n_filters": 16, "bn_chan": 16, "hid_size": 16, "chunk_size": 20, "n_repeats": 1}
+    return models.DPRNNTasNet(n_src=2, sample_rate=8000, **sizes, **options)
+
+
+def lstm_tasnet() -> nn.Module:
+    models = pytest.importorskip("asteroid.models")
+    torch.manual_seed(0)
+    return models.LSTMTasNet(n_src=2, sample_rate=8000, n_filters=16, hid_size=16, n_layers=2, rnn_type="LSTM", dropout=0.0)
+
+
+SEPARATORS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # how they are built, how many recurrent layers they hold
+    "DPRNN": (separator, 2),
+    "DPRNN, gated pairs, causal": (lambda: separator(use_mulcat=True, bidirectional=False), 4),
+    "LSTMTasNet": (lstm_tasnet, 1),
+}
+
+
+def recordings() -> tuple[Tensor, Tensor]:
+    """Mixtures (4, 1, samples) and their sources (4, 2, samples)."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(4, 1, 1000, generator=draw), torch.randn(4, 2, 1000, generator=draw)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SEPARATORS)
+def test_separation_and_its_gradients_are_the_same(name: str, way: str) -> None:
+    losses = pytest.importorskip("asteroid.losses")
+    loss = losses.PITLossWrapper(losses.pairwise_neg_sisdr, pit_from="pw_mtx")
+    build, count = SEPARATORS[name]
+    theirs, ours = build(), WAYS[way](build)
+    assert layers(theirs) == {nn.LSTM}
+    assert layers(ours) == {fused_lstm.LSTM}
+    assert len(recurrent(ours)) == len(recurrent(theirs)) == count
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    mixtures, sources = (t.to(DEVICE) for t in recordings())
+    outputs = []
+    for model in (theirs.to(DEVICE), ours.to(DEVICE)):
+        outputs.append(model(mixtures))
+        loss(outputs[-1], sources).backward()
+    assert outputs[0].std() > 0
+    assert_close(outputs[1], outputs[0])
+    assert_close(gradients(ours), gradients(theirs))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+def test_asteroids_training_is_the_same(way: str) -> None:
+    engine, losses = pytest.importorskip("asteroid.engine"), pytest.importorskip("asteroid.losses")
+    pl = pytest.importorskip("pytorch_lightning")
+    loss = losses.PITLossWrapper(losses.pairwise_neg_sisdr, pit_from="pw_mtx")
+    start, theirs, ours = separator(), separator(), WAYS[way](separator)
+    for model in (theirs, ours):
+        loader = torch.utils.data.DataLoader(list(zip(*recordings(), strict=True)), batch_size=2)
+        system = engine.System(model, torch.optim.Adam(model.parameters(), lr=1e-3), loss, loader)
+        pl.Trainer(max_epochs=2, devices=1, limit_val_batches=0, **QUIET).fit(system)
+    assert not torch.equal(recurrent(start)[0].weight_hh_l0, recurrent(theirs)[0].weight_hh_l0.cpu())
+    assert_close(parameters(ours), parameters(theirs))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_an_asteroid_model_is_copied_pickled_saved_and_traced() -> None:
+    mixtures, _ = recordings()
+    ours = fused_lstm.replace_lstm(separator()).eval()
+    with torch.no_grad():
+        expected = ours(mixtures)
+        copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.jit.trace(ours, mixtures)]
+        loaded = type(ours).from_pretrained(ours.serialize())
+        assert layers(loaded) == {nn.LSTM}
+        for model in [*copies, loaded.eval(), fused_lstm.replace_lstm(loaded)]:
+            assert_close(model(mixtures), expected)
