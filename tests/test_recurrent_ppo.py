@@ -174,13 +174,21 @@ def test_compare_notices_a_difference(agent: Any, capsys: pytest.CaptureFixture[
         ppo.compare(wrong, rollout)
 
 
-def test_observations_have_no_velocities() -> None:
-    for name, size in (("CartPole-v1", 2), ("Acrobot-v1", 4)):
-        envs, whole = ppo.make_envs(name, 1), gymnasium.make(name)
-        seen, (full, _) = envs.reset(seed=5)[0], whole.reset(seed=5)
-        assert seen.shape == (1, size)
-        kept = full[ppo.VISIBLE[name]] / whole.observation_space.high[ppo.VISIBLE[name]]
-        torch.testing.assert_close(seen[0], kept)
+@pytest.mark.parametrize(("name", "positions"), [("CartPole-v1", [0, 2]), ("Acrobot-v1", [0, 1, 2, 3])])
+def test_observations_have_no_velocities(name: str, positions: list[int]) -> None:
+    envs, whole = ppo.make_envs(name, 1), gymnasium.make(name)
+    seen, (full, _) = envs.reset(seed=5)[0], whole.reset(seed=5)
+    assert seen.shape == (1, len(positions))
+    torch.testing.assert_close(seen[0], full[positions] / whole.observation_space.high[positions])
+
+
+def test_an_episode_begins_in_the_step_that_ended_the_one_before() -> None:
+    envs, ended = ppo.make_envs("CartPole-v1", 3), torch.zeros(3, dtype=torch.bool).numpy()
+    envs.reset(seed=0)
+    while not ended.any():
+        seen, _, ended, _, info = envs.step(torch.ones(3, dtype=torch.long).numpy())
+    assert (abs(seen[ended, 1]) <= 0.05 / 0.418).all()  # an angle to begin with
+    assert all(abs(final[1]) > 0.2 / 0.419 for final in info["final_obs"][ended])  # one that has fallen
 
 
 def test_it_learns_what_cannot_be_learned_without_memory(agent: Any) -> None:
