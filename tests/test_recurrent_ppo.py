@@ -1,0 +1,258 @@
+"""examples/recurrent_ppo.py: its parts against slow or obvious versions of them, and the script as a user runs it."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+gymnasium = pytest.importorskip("gymnasium", minversion="1.1")
+for needed in ("matplotlib", "tqdm"):
+    pytest.importorskip(needed)
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "recurrent_ppo.py"
+spec = importlib.util.spec_from_file_location("recurrent_ppo", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+ppo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ppo)
+
+
+class Clock(gymnasium.Env):
+    """Shows how long an episode has lasted and ends it after so many steps; rewards are 1, 2, 3, ..."""
+
+    observation_space = gymnasium.spaces.Box(-10, 10, (2,))
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, name: float, end: float = float("inf")) -> None:
+        self.name, self.end = name, end
+
+    def reset(self, **kwargs: Any) -> tuple:
+        self.time = 0
+        return self.seen(), {}
+
+    def seen(self) -> Any:
+        return torch.tensor([self.time / 5, self.name]).numpy()
+
+    def step(self, action: int) -> tuple:
+        self.time += 1
+        return self.seen(), float(self.time), self.time == self.end, False, {}
+
+
+def clocks(**kwargs: Any) -> gymnasium.vector.VectorEnv:
+    """Four environments: two end, after 3 and 5 steps, two never; a limit of 5 steps cuts off what still runs."""
+    makers = [partial(Clock, 0.5, 3), partial(Clock, -1.0), partial(Clock, 1.0, 5), partial(Clock, 2.0)]
+    limited = [lambda make=make: gymnasium.wrappers.TimeLimit(make(), 5) for make in makers]
+    return gymnasium.vector.SyncVectorEnv(limited, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
+
+
+@pytest.fixture
+def agent() -> Any:
+    torch.manual_seed(0)
+    return ppo.Agent(2, 2)
+
+
+def cartpole(agent: Any) -> Any:
+    return ppo.Player(agent, ppo.make_envs("CartPole-v1", 8), seed=3)
+
+
+def slow_advantages(rewards: Tensor, values: Tensor, next_values: Tensor, ends: Tensor) -> Tensor:
+    """The mean of all n-step returns to an episode's end, weighted by LAMBDA ** (n - 1), less the value."""
+    advantages = torch.zeros_like(rewards)
+    T, B = rewards.shape
+    for b in range(B):
+        for t in range(T):
+            stop = next((k for k in range(t, T) if ends[k, b]), T - 1)
+            n_steps = []
+            for last in range(t, stop + 1):
+                discounted = sum(ppo.GAMMA ** (k - t) * rewards[k, b] for k in range(t, last + 1))
+                n_steps.append(discounted + ppo.GAMMA ** (last + 1 - t) * next_values[last, b])
+            weights = [(1 - ppo.LAMBDA) * ppo.LAMBDA**n for n in range(len(n_steps))]
+            weights[-1] = ppo.LAMBDA ** (len(n_steps) - 1)
+            assert sum(weights) == pytest.approx(1)
+            advantages[t, b] = sum(w * g for w, g in zip(weights, n_steps, strict=True)) - values[t, b]
+    return advantages
+
+
+def test_advantages_are_those_of_the_definition() -> None:
+    torch.manual_seed(0)
+    rewards, values, cut_values = torch.randn(3, 12, 5, dtype=torch.float64)
+    ends, terminated = torch.rand(12, 5) < 0.25, torch.rand(12, 5) < 0.5
+    ends[:, 0], ends[-1, 1], ends[0, 2] = False, True, True
+    assert (ends & terminated).any()
+    assert (ends & ~terminated).any()
+    final = torch.where(terminated, 0, cut_values)
+    next_values = torch.where(ends, final, torch.cat((values[1:], cut_values[-1:])))
+    expected = slow_advantages(rewards, values, next_values, ends)
+    torch.testing.assert_close(ppo.gae(rewards, values, next_values, ends), expected)
+
+
+def test_a_rollout_bootstraps_where_an_episode_was_cut_off_and_nowhere_else(agent: Any) -> None:
+    T, player = 13, ppo.Player(agent, clocks(), seed=0)
+    rollouts = [player.rollout(T), player.rollout(T)]
+    lengths, terminates = [3, 5, 5, 5], [True, False, True, False]  # at 5 the third ends and is cut off at once: it ended
+    with torch.no_grad():
+        for b, (length, name) in enumerate(zip(lengths, (0.5, -1.0, 1.0, 2.0), strict=True)):
+            episode = torch.tensor([[k / 5, name] for k in range(length + 1)])[:, None]  # with the final observation
+            value = agent.value(agent.lstm(episode)[0]).flatten()
+            following = value[1:].clone()
+            if terminates[b]:
+                following[-1] = 0
+            steps = torch.arange(2 * T) % length
+            rewards, ends = (1 - ppo.GAMMA) * (steps + 1.0), steps == length - 1
+            for k, rollout in enumerate(rollouts):
+                part = slice(k * T, k * T + T)
+                columns = rewards[part], value[steps[part]], following[steps[part]], ends[part]
+                expected = slow_advantages(*(column[:, None] for column in columns))[:, 0]
+                torch.testing.assert_close(rollout.advantages[:, b], expected)
+                torch.testing.assert_close(rollout.returns[:, b], expected + value[steps[part]])
+                assert torch.equal(rollout.resets[:, b], steps[part] == 0)
+    assert player.finished[:4] == [6.0, 15.0, 15.0, 15.0]
+
+
+def test_the_training_call_gives_the_probabilities_of_the_rollout(agent: Any) -> None:
+    player = cartpole(agent)
+    player.rollout(40)
+    rollout = player.rollout(40)  # begins amid episodes, so the stored state counts
+    assert rollout.resets[1:].any()
+    assert not rollout.resets[0].all()
+    log_probs = {}
+    for name, state in {"stored": (rollout.h, rollout.c), "zero": (0 * rollout.h, 0 * rollout.c)}.items():
+        policy, values, _ = agent(rollout.x, state, rollout.resets)
+        log_probs[name] = policy.log_prob(rollout.actions)
+        if name == "stored":
+            torch.testing.assert_close(values, rollout.returns - rollout.advantages)
+    torch.testing.assert_close((log_probs["stored"] - rollout.log_probs).exp(), torch.ones(40, 8))
+    assert (log_probs["zero"] - rollout.log_probs).abs().max() > 1e-4
+
+
+def test_resets_and_the_loop_give_the_same_update(agent: Any) -> None:
+    player = cartpole(agent)
+    player.rollout(30)
+    rollout, ways = player.rollout(50), (agent, copy.deepcopy(agent))
+    rollout = rollout._replace(log_probs=rollout.log_probs + 0.3 * torch.randn(50, 8))  # so that some are clipped
+    ways[1].loop = True
+    losses = []
+    for way in ways:
+        losses.append(ppo.loss_of(way, rollout))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    for (name, ours), theirs in zip(agent.named_parameters(), ways[1].parameters(), strict=True):
+        assert ours.grad.abs().max() > 0, name
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    before = copy.deepcopy(agent)
+    for way in ways:
+        torch.manual_seed(1)  # the same minibatches
+        ppo.update(way, torch.optim.SGD(way.parameters(), 0.1), rollout)
+    for old, ours, theirs in zip(before.parameters(), ways[0].parameters(), ways[1].parameters(), strict=True):
+        assert not torch.equal(old, ours)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_compare_notices_a_difference(agent: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rollout = cartpole(agent).rollout(40)
+    ppo.compare(agent, rollout)
+    assert float(capsys.readouterr().out.split()[-1]) > 0
+
+    class Wrong(ppo.Agent):
+        def forward(self, x: Tensor, state: Any, resets: Tensor) -> Any:
+            return super().forward(x, state, resets & (not self.loop))
+
+    wrong = Wrong(2, 2)
+    wrong.load_state_dict(agent.state_dict())
+    with pytest.raises(AssertionError, match="not close"):
+        ppo.compare(wrong, rollout)
+
+
+@pytest.mark.parametrize(("name", "positions"), [("CartPole-v1", [0, 2]), ("Acrobot-v1", [0, 1, 2, 3])])
+def test_observations_have_no_velocities(name: str, positions: list[int]) -> None:
+    envs, whole = ppo.make_envs(name, 1), gymnasium.make(name)
+    seen, (full, _) = envs.reset(seed=5)[0], whole.reset(seed=5)
+    assert seen.shape == (1, len(positions))
+    torch.testing.assert_close(seen[0], full[positions] / whole.observation_space.high[positions])
+
+
+def test_an_episode_begins_in_the_step_that_ended_the_one_before() -> None:
+    envs, ended = ppo.make_envs("CartPole-v1", 3), torch.zeros(3, dtype=torch.bool).numpy()
+    envs.reset(seed=0)
+    while not ended.any():
+        seen, _, ended, _, info = envs.step(torch.ones(3, dtype=torch.long).numpy())
+    assert (abs(seen[ended, 1]) <= 0.05 / 0.418).all()  # an angle to begin with
+    assert all(abs(final[1]) > 0.2 / 0.419 for final in info["final_obs"][ended])  # one that has fallen
+
+
+def test_it_learns_what_cannot_be_learned_without_memory(agent: Any) -> None:
+    # Without memory, with the state reset before every step, training returns stay near 45, after two million steps as well.
+    player, optimizer = (
+        ppo.Player(agent, ppo.make_envs("CartPole-v1", 16), seed=0),
+        torch.optim.Adam(agent.parameters(), ppo.LR),
+    )
+    for _ in range(30):
+        ppo.update(agent, optimizer, player.rollout(128))
+    assert sum(player.finished[-50:]) / 50 > 80
+
+
+def start(folder: Path, *args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--device", "cpu", *args], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("args", [["--seed", "4"], ["--seed", "4", "--loop"]], ids=["resets", "loop"])
+def test_a_short_run_draws_the_curve(tmp_path: Path, args: list[str]) -> None:
+    process = start(tmp_path, "--minutes", "0.01", *args)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert "steps, return" in err
+    mean, picture = out.splitlines()
+    assert 8 <= float(mean.removeprefix("mean return of 20 fresh episodes: ")) <= 500
+    assert picture == "learning curve: runs/recurrent_ppo-CartPole-v1-4.png"
+    assert (tmp_path / "runs" / "recurrent_ppo-CartPole-v1-4.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process")
+def test_an_interrupted_run_keeps_the_curve(tmp_path: Path) -> None:
+    process = start(tmp_path, "--env", "Acrobot-v1")
+    assert process.stderr is not None
+    while "return" not in process.stderr.read(1 << 6):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert out == "learning curve: runs/recurrent_ppo-Acrobot-v1-0.png\n"
+    assert (tmp_path / "runs" / "recurrent_ppo-Acrobot-v1-0.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--env", "Pendulum-v1"], "invalid choice: 'Pendulum-v1'"),
+        (["--seed", "-1"], "expected --seed from 0"),
+        (["--minutes", "0"], "--minutes above 0"),
+        (["--minutes", "nan"], "--minutes above 0"),
+        (["--device", "nonsense"], "--device: expected one that works here, got nonsense"),
+        (["--loop", "--compare"], "not allowed with argument --loop"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_are_refused(
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["recurrent_ppo.py", *args])
+    with pytest.raises(SystemExit) as exit:
+        ppo.main()
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
