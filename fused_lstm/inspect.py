@@ -143,6 +143,7 @@ def plot_gates(
         TypeError, ValueError: arguments that do not fit ``values``; says what was expected.
     """
     try:
+        from matplotlib.colors import Normalize, SymLogNorm
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
@@ -172,7 +173,7 @@ def plot_gates(
         data = (data[:, row] if batched else data).detach().cpu().double()
         chosen = list(range(data.shape[-1])) if units is None or data.shape[-1] != H else list(units)
         panels.append((name, data[:, chosen], chosen))
-    heights = [1.0] * (series is not None) + [min(3.0, max(0.7, 0.07 * len(chosen))) for _, _, chosen in panels]
+    heights = [1.0] * (series is not None) + [min(3.0, max(0.8, 0.07 * len(chosen))) for _, _, chosen in panels]
     size = (min(24.0, max(7.0, 2.5 + 0.13 * T)), sum(heights) + 0.25 * len(heights) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -185,11 +186,13 @@ def plot_gates(
         else:  # a candidate fills its range as a gate does; states may be small or large, and get a range that fits
             high = 1.0 if name == "g" else data.nan_to_num(0, 0, 0).abs().amax().item() or 1.0
             low, colours = -high, "RdBu_r"
-        image = ax.imshow(data.T.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-        figure.colorbar(image, ax=ax, pad=0.01, aspect=12)
-        ax.set_ylabel(f"{name}\n{NAMES[name]}")
+        # Cells that count would dwarf the others: large states are drawn by their logarithm beyond 1, where tanh saturates.
+        norm = SymLogNorm(1, vmin=low, vmax=high) if name == "c" and high > 4 else Normalize(low, high)
+        image = ax.imshow(data.T.numpy(), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+        figure.colorbar(image, ax=ax, pad=0.01, aspect=12).ax.tick_params(labelsize=7)
+        ax.set_ylabel(f"{name}\n{NAMES[name]}", fontsize=8)
         shown = range(0, len(chosen), math.ceil(len(chosen) / 8))
-        ax.set_yticks(shown, [str(chosen[k]) for k in shown])
+        ax.set_yticks(shown, [str(chosen[k]) for k in shown], fontsize=7)
     if axis is None:
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[-1].set_xlabel("time step")
