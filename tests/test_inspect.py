@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import sys
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings(NUMPYS),
 ]
 
-NAMES = tuple(field.name for field in fields(Gates))
+NAMES = tuple(field.name for field in dataclasses.fields(Gates))
 EXTRAS = ("", "hx", "lengths", "resets", "hx lengths resets")
 CASES = list(itertools.product((1, 2), (False, True), (0, 3), (False, True), EXTRAS))
 T, B, I, H = 5, 4, 3, 6  # noqa: E741
@@ -340,6 +340,11 @@ def test_draws_unbatched_values_words_and_zeros() -> None:
     assert maps["c"].images[0].get_array().shape == (H, 3)
     zero = Gates(**{name: torch.zeros_like(t) for name, t in all_of(unbatched).items()})
     assert heat_maps(plot_gates(zero))["c"].images[0].get_clim() == (-1, 1)
+    large = dataclasses.replace(zero, c=torch.tensor([0.5, 1, 50])[:, None].expand(3, H)[None, None])
+    norm = heat_maps(plot_gates(large))["c"].images[0].norm
+    assert (norm.vmin, norm.vmax) == (-50, 50)
+    assert norm(0) == 0.5
+    assert norm(0.5) > 0.55  # on a linear scale it would be 0.505, the colour of zero
 
 
 @pytest.mark.parametrize(
