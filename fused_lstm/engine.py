@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,23 @@ from .rows import Rows
 from .spec import Result, Runner, Sequences, Stack, in_fp32, weight_groups
 
 
-def layers(engine: str, transformed: bool = False) -> Runner:
+class Kept(NamedTuple):
+    """What a layer computed, with N data rows, as the input lies in memory. Past a row's length, anything."""
+
+    y: Tensor  # the layer's output, (..., D*Hout)
+    gates: Tensor  # activated, (N, D, 4, H)
+    c: Tensor  # cell states after each step, (N, D, H)
+
+
+Keep = Callable[[Kept], None]
+
+
+def layers(engine: str, transformed: bool = False, keep: Keep | None = None) -> Runner:
     """Runs the stack layer by layer through the custom op, with the recurrence done by ``engine``; or through the readable
     loop that torch follows op by op, which is the engine ``"loop"``.
 
     ``transformed``: by torch.func. The input projections are then left to torch, which maps them and their gradients well.
+    ``keep``: is given what each layer computed, one after the other. Not with the loop, which keeps no gates.
     """
 
     def run_layers(
@@ -34,7 +47,7 @@ def layers(engine: str, transformed: bool = False) -> Runner:
             part = slice(layer * D, (layer + 1) * D)
             if layer > 0 and stack.dropout > 0:
                 x = F.dropout(x, stack.dropout)
-            x, *state = _layer(engine, transformed, x, h0[part], c0[part], groups[part], stack, sequences)
+            x, *state = _layer(engine, transformed, keep, x, h0[part], c0[part], groups[part], stack, sequences)
             states.append(state)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in zip(*states, strict=True))
         return x, h_n, c_n
@@ -51,6 +64,7 @@ def _valid(x: Tensor, stack: Stack, lengths: Tensor) -> Tensor:
 def _layer(
     engine: str,
     transformed: bool,
+    keep: Keep | None,
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
@@ -90,9 +104,10 @@ def _layer(
     else:
         # Under vmap a tensor does not tell whether a gradient is asked for outside.
         save = torch.is_grad_enabled() and (transforms.active() or any(t is not None and t.requires_grad for t in tensors))
+        save, recompute = save or keep is not None, stack.recompute and keep is None
         # The compiler takes the op itself, which has the same gradient registered: one node in its graph.
         call = FusedLSTMFunction.apply if save and not torch.compiler.is_compiling() else ops.layer_forward
-        y, h_n, c_n, _, _ = call(*tensors, *ragged, directions, stack.batch_first, save, engine, stack.recompute)
+        y, h_n, c_n, gates, c_all = call(*tensors, *ragged, directions, stack.batch_first, save, engine, recompute)
     if pad or w_hr is not None:
         y = y.unflatten(-1, (R, H + pad))[..., :H]
         h_n, c_n = h_n[..., :H], c_n[..., :H]
@@ -104,6 +119,8 @@ def _layer(
                 h_n = torch.where((sequences.lengths == 0)[:, None], h0, h_n)
                 y = torch.where(_valid(y, stack, sequences.lengths)[..., None], y, 0)
         y = y.flatten(-2)
+    if keep is not None:
+        keep(Kept(y, gates[..., :H], c_all[..., :H]))
     return y, h_n, c_n
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -118,14 +118,15 @@ def run(
     stack: Stack,
     sequences: Sequences,
     backend: str,
+    runners: Mapping[str, Runner] | None = None,
 ) -> Result:
-    """:func:`lstm` for arguments that were checked."""
+    """:func:`lstm` for arguments that were checked; ``runners`` take the place of the usual ones."""
     h0, c0 = hx
     if _autocast(input):
         input, h0, c0, *weights = (t.to(_cast_dtype(t)) for t in (input, h0, c0, *weights))
         with torch.autocast(input.device.type, enabled=False):
             check_like(input, (h0, c0), weights)
-            return run(input, (h0, c0), weights, stack, sequences, backend)
+            return run(input, (h0, c0), weights, stack, sequences, backend, runners)
     if torch.compiler.is_compiling():  # without a look at T and B, which are to stay dynamic
         levels = (transforms.active(), transforms.differentiates() or transforms.forward_mode())
         projected = len(weights) // (stack.num_layers * stack.directions) > (4 if stack.has_biases else 2)
@@ -134,7 +135,7 @@ def run(
             stack = dataclasses.replace(stack, recompute=True)
     else:
         how = choose_backend(problem_of(input, h0, c0, weights, stack, sequences), backend).how
-    return RUNNERS[how](input, h0, c0, weights, stack, sequences)
+    return (runners or RUNNERS)[how](input, h0, c0, weights, stack, sequences)
 
 
 def _autocast(x: Tensor) -> bool:

@@ -1,0 +1,212 @@
+"""What happens inside the cell: every gate and state of a call, and pictures of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import engine, transforms
+from .functional import RUNNERS, run
+from .layer import LSTM
+from .spec import in_fp32
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAMES = {"i": "input gate", "f": "forget gate", "g": "candidate", "o": "output gate", "c": "cell state", "h": "hidden state"}
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """The gates and states of a call, by layer, direction, time step and batch row: (layers, directions, T, B, H), without
+    B when unbatched. See :func:`inspect_gates`."""
+
+    i: Tensor  # input gate, in [0, 1]
+    f: Tensor  # forget gate, in [0, 1]
+    g: Tensor  # candidate, in [-1, 1]
+    o: Tensor  # output gate, in [0, 1]
+    c: Tensor  # cell state after the step
+    h: Tensor  # hidden state after the step, (layers, directions, T, B, Hout)
+    output: Tensor  # as the layer returns it, and so are the last two
+    h_n: Tensor
+    c_n: Tensor
+
+
+@torch.no_grad()
+def inspect_gates(
+    lstm: LSTM,
+    x: Tensor,
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | None = None,
+) -> Gates:
+    """Every gate and state of a call of the layer; with the layer's arguments, checks and errors.
+
+    Time is the input's, in both directions and whatever ``batch_first`` is: entry t is what step t computed, of the reverse
+    direction the state after t, ..., T-1 were read from the end. Zero past a row's length. At each step
+    ``c = f * c_before + i * g`` and ``h = o * tanh(c)``, or W_hr times this with a projection, up to rounding.
+
+    The backends ``triton`` and ``reference`` show the very numbers that the forward pass computes with, bit for bit. torch's
+    own LSTM, the backend ``aten``, does not show its gates: the explicit path of ``reference`` takes its place, and its
+    output equals the layer's up to rounding. Where fp16 and bf16 are computed in fp32, all are rounded at the end, as the
+    output is. Dropout does not act, no gradient is kept, and hooks of the module are not called.
+
+    Args:
+        lstm: the layer; a torch.nn.LSTM becomes one by ``fused_lstm.LSTM.from_torch``.
+        x: input, (T, B, I), (B, T, I) if the layer is ``batch_first``, or (T, I); padded, not packed.
+        hx, lengths, resets: as the layer takes them.
+
+    Raises:
+        TypeError: ``lstm`` is no fused_lstm.LSTM, or ``x`` is packed.
+        ValueError, RuntimeError: what the layer raises for these arguments.
+    """
+    if not isinstance(lstm, LSTM):
+        hint = ": convert it by fused_lstm.LSTM.from_torch" if isinstance(lstm, nn.LSTM) else ""
+        got = f"{type(lstm).__module__}.{type(lstm).__name__}"
+        raise TypeError(f"inspect_gates expects a fused_lstm.LSTM, got: {got}{hint}")
+    if isinstance(x, PackedSequence):
+        raise TypeError(
+            "inspect_gates expects padded input, got a PackedSequence: pass the padded tensor and lengths= instead "
+            "(torch.nn.utils.rnn.pad_packed_sequence gives both)"
+        )
+    if transforms.forward_mode():
+        raise RuntimeError(
+            "inspect_gates has no derivatives, expected a call outside of forward-mode AD, such as torch.func.jvp"
+        )
+    weights = lstm._weights()
+    data, states, sequences = lstm._prepare(x, hx, weights, lengths, resets)
+    stack = dataclasses.replace(lstm._stack(), dropout=0.0)
+    kept: list[engine.Kept] = []
+    kernels, explicit = (engine.layers(name, keep=kept.append) for name in ("triton", "reference"))
+    runners = {how: kernels if how.startswith("triton") else in_fp32(explicit) for how in RUNNERS}
+    output, h_n, c_n = run(data, states, weights, stack, sequences, lstm.backend, runners)
+
+    valid = None
+    if sequences.lengths is not None:
+        t = torch.arange(data.shape[1 if lstm.batch_first else 0], device=data.device)
+        valid = (t[:, None] < sequences.lengths)[..., None]  # (T, B, 1)
+
+    def arrange(layers: Sequence[Tensor]) -> Tensor:
+        """A tensor (T*B, directions, H) of each layer, in the order of the data, to (layers, directions, T, B, H)."""
+        steps = torch.stack([layer.unflatten(0, data.shape[:2]) for layer in layers])
+        steps = (steps.transpose(1, 2) if lstm.batch_first else steps).movedim(3, 1)
+        steps = steps if valid is None else torch.where(valid, steps, 0)
+        return (steps if x.dim() == 3 else steps.squeeze(3)).to(output.dtype)
+
+    gates = (arrange([layer.gates[:, :, k] for layer in kept]) for k in range(4))
+    c = arrange([layer.c for layer in kept])
+    h = arrange([layer.y.reshape(*layer.c.shape[:2], states[0].shape[-1]) for layer in kept])
+    if x.dim() == 2:
+        output, h_n, c_n = output.squeeze(0 if lstm.batch_first else 1), h_n.squeeze(1), c_n.squeeze(1)
+    return Gates(*gates, c, h, output, h_n, c_n)
+
+
+def plot_gates(
+    values: Gates,
+    *,
+    layer: int = 0,
+    direction: int = 0,
+    row: int = 0,
+    units: Sequence[int] | None = None,
+    gates: str = "ifgoch",
+    x: Tensor | Sequence[float] | None = None,
+    axis: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Heat maps over time, a row for each unit: gates from 0 to 1, candidate and states in colours centred on 0.
+
+    Meant for up to some 80 steps and 32 units. Needs matplotlib (``pip install fused_lstm[plot]``), but no display.
+
+    Args:
+        values: of :func:`inspect_gates`.
+        layer, direction, row: which of the layers, directions (1: backwards in time) and batch rows to draw.
+        units: hidden units to draw, in this order; all if None. A projected hidden state, which has no such units, is drawn
+            whole.
+        gates: which to draw, in this order: letters of "ifgoch", the fields of :class:`Gates`.
+        x: numbers to draw above, such as the input: (T,), or (T, K) for K lines.
+        axis: a label for each of the T steps: a text of T characters, whose whitespace is made visible, or T texts.
+        title: of the figure.
+
+    Returns:
+        A matplotlib Figure; ``figure.savefig("gates.png")`` writes it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError, ValueError: arguments that do not fit ``values``; says what was expected.
+    """
+    try:
+        from matplotlib.colors import Normalize, SymLogNorm
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError("plot_gates needs matplotlib: pip install fused_lstm[plot]") from error
+    if not isinstance(values, Gates):
+        raise TypeError(f"plot_gates expects the result of fused_lstm.inspect_gates, got: {type(values).__name__}")
+    if not gates or set(gates) - set(NAMES):
+        raise ValueError(f"gates should be letters of {''.join(NAMES)!r}, got {gates!r}")
+    place = {"layer": layer, "direction": direction}
+    batched = values.c.dim() == 5
+    sizes = [*values.c.shape[:2], values.c.shape[3] if batched else 1]
+    for (name, index), size in zip({**place, "row": row}.items(), sizes, strict=True):
+        if not 0 <= index < size:
+            raise ValueError(f"{name} should be from 0 to {size - 1}, got {index}")
+    T, H = values.c.shape[2], values.c.shape[-1]
+    if units is not None and (not len(units) or not all(0 <= u < H for u in units)):
+        raise ValueError(f"units should be numbers from 0 to {H - 1}, got {list(units)}")
+    series = None if x is None else torch.as_tensor(x).detach().cpu().double()
+    if series is not None and (series.dim() not in (1, 2) or len(series) != T):
+        raise ValueError(f"x should have shape ({T},) or ({T}, K), one for each step, got {tuple(series.shape)}")
+    if axis is not None and len(axis) != T:
+        raise ValueError(f"axis should have {T} labels, one for each step, got {len(axis)}")
+
+    panels: list[tuple[str, Tensor, list[int]]] = []  # name, (T, units), the units' numbers
+    for name in gates:
+        data = getattr(values, name)[layer, direction]
+        data = (data[:, row] if batched else data).detach().cpu().double()
+        chosen = list(range(data.shape[-1])) if units is None or data.shape[-1] != H else list(units)
+        panels.append((name, data[:, chosen], chosen))
+    heights = [1.0] * (series is not None) + [min(3.0, max(0.8, 0.07 * len(chosen))) for _, _, chosen in panels]
+    size = (min(24.0, max(7.0, 2.5 + 0.13 * T)), sum(heights) + 0.25 * len(heights) + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    if series is not None:
+        axes[0].plot(range(T), series.numpy(), drawstyle="steps-mid", linewidth=1)
+        axes[0].set_ylabel("x")
+    for ax, (name, data, chosen) in zip(axes[len(axes) - len(panels) :], panels, strict=True):
+        if name in "ifo":
+            low, high, colours = 0.0, 1.0, "viridis"
+        else:  # a candidate fills its range as a gate does; states may be small or large, and get a range that fits
+            high = 1.0 if name == "g" else data.nan_to_num(0, 0, 0).abs().amax().item() or 1.0
+            low, colours = -high, "RdBu_r"
+        # Cells that count would dwarf the others: large states are drawn by their logarithm beyond 1, where tanh saturates.
+        norm = SymLogNorm(1, vmin=low, vmax=high) if name == "c" and high > 4 else Normalize(low, high)
+        image = ax.imshow(data.T.numpy(), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+        figure.colorbar(image, ax=ax, pad=0.01, aspect=12).ax.tick_params(labelsize=7)
+        ax.set_ylabel(f"{name}\n{NAMES[name]}", fontsize=8)
+        shown = range(0, len(chosen), math.ceil(len(chosen) / 8))
+        ax.set_yticks(shown, [str(chosen[k]) for k in shown], fontsize=7)
+    if axis is None:
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[-1].set_xlabel("time step")
+    else:
+        single = all(len(label) == 1 for label in axis)
+        font = {"fontfamily": "monospace", "fontsize": 8, "rotation": 0 if single else 90}
+        axes[-1].set_xticks(range(T), [_visible(label) for label in axis], parse_math=False, **font)
+        for ax in axes:
+            ax.tick_params(axis="x", length=0 if single else 3)
+    if title is not None:
+        figure.suptitle(title)
+    return figure
+
+
+def _visible(label: str) -> str:
+    """A label whose whitespace shows."""
+    return label.translate({ord(" "): "\u2423", ord("\n"): "\u21b5", ord("\t"): "\u2192"}) if len(label) == 1 else label
