@@ -25,8 +25,8 @@ test: setup
 	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m kernels
 
 bench: setup
-	$(BIN)/python bench/run.py --suite all --quick --processes 2 --modes inference training --json runs/bench/results.json
-	$(BIN)/python bench/report.py runs/bench/results.json
+	@$(BIN)/python bench/run.py --suite all --quick --processes 2 --modes inference training --json runs/bench/results.json; \
+		status=$$?; $(BIN)/python bench/report.py runs/bench/results.json && exit $$status  # of what there is, in any case
 
 lint: setup
 	$(BIN)/pip install --quiet --editable '.[dev]'

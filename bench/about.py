@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -23,13 +24,18 @@ def about(device: str, threads: int = 0) -> dict[str, Any]:
         "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
     }  # fmt: skip
     if device == "cpu":
-        return {"device": _cpu(), "threads": threads, **record}
+        return {"device": _cpu(), "threads": threads, "cores": os.cpu_count(), "load_before": load(), **record}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": properties.name, "multiprocessors": properties.multi_processor_count, "memory": properties.total_memory,
         "driver": driver, "cudnn": torch.backends.cudnn.version(), "cuda": torch.version.cuda, **record,
     }  # fmt: skip
+
+
+def load() -> float | None:
+    """Processes that want to run now, about; None where the system does not tell."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def commit() -> str:

@@ -52,7 +52,7 @@ def style(text: str, lines: str, colours: Sequence[str]) -> dict[str, Any]:
 
 
 def where(results: Results) -> str:
-    threads = f", {results.about['threads']} threads" if "threads" in results.about else ""
+    threads = f", {results.about['threads']} threads" if results.about.get("threads", 1) > 1 else ""
     return f"{results.about['device']}{threads}, torch {results.about['torch']}, {results.about['date'][:10]}"
 
 
@@ -139,7 +139,7 @@ def grid(panels: dict[str, dict[str, list[tuple[int, float]]]], theme: tuple, re
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "125" else ""))
+            which(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else ""))
         axes.set_xlabel(title)
         axes.grid(linewidth=0.6)
     gpu = results.about["kind"] == "cuda"

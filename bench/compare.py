@@ -84,6 +84,9 @@ def tell(found: Sequence[Change]) -> int:
             size = "" if math.isnan(change.factor) else f" by {abs(1 - change.factor):.0%}"
             print(f"{change.verdict}{size}: {change.what}: {change.text}")
     speeds = [c.factor for c in found if c.verdict in ("slower", "faster", "same") and "x nn.LSTM" in c.text]
+    if not found:
+        print("nothing was compared: no case was measured on the old side", file=sys.stderr)
+        return 2
     if speeds:
         print(f"{len(speeds)} speeds compared, geometric mean new/old {run.geometric_mean(speeds):.3f}")
     bad = [c for c in found if c.bad]
@@ -151,15 +154,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(others) != 2 or others[0].startswith("-"):
             parser.error(f"expected two result files, or --base REV; got {' '.join(others) or 'nothing'}")
         try:
-            old, new = (json.loads(Path(name).read_text())["records"] for name in others)
+            old, new = (json.loads(Path(name).read_text()) for name in others)
+            found = list(changes(old["records"], new["records"], args.threshold))
+            differ = [k for k in ("device", "threads", "torch", "triton") if old["about"].get(k) != new["about"].get(k)]
+            partial = [name for name, side in zip(others, (old, new), strict=True) if not side.get("complete", True)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"expected result files of bench/run.py ({type(error).__name__}: {error})")
-        return tell(list(changes(old, new, args.threshold)))
+        for k in differ:
+            print(f"not alike: {k} {old['about'].get(k)} and {new['about'].get(k)}", file=sys.stderr)
+        for name in partial:
+            print(f"not complete: {name}", file=sys.stderr)
+        return tell(found)
     options = run.options(["--processes", "3", *others])
+    run.keep_on_signals()
     try:
         old, new = both(args.base, options)
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing is compared before both sides are measured", file=sys.stderr)
+        return 130
+    for r in old:
+        if "refused" in r:
+            print(f"{args.base}: {r['name']}, {r['mode']}, {r['provider']}: {r['refused']}", file=sys.stderr)
     if options.json:
         for name, records in (("base", old), ("new", new)):
             path = options.json.with_name(f"{options.json.stem}-{name}.json")

@@ -29,7 +29,9 @@ def floors(device: str, dtypes: list[str], threads: int) -> dict[str, Any]:
 
 def gemm_rate(device: str, dtype: str, n: int = 0) -> float:
     """Floating-point operations per microsecond of a large matrix product, the best of a few runs."""
-    n = n or (8192 if device == "cuda" else 1024)
+    if device == "cpu" and not n:
+        return max(gemm_rate(device, dtype, n) for n in (512, 1024, 2048))
+    n = n or 8192
     if device == "cpu" and dtype == "fp16":
         dtype = "fp32"  # in which it is best computed there
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
@@ -80,8 +82,12 @@ def waiting() -> dict[str, dict[str, float]]:
     return {"barrier_us": barrier, "exchange_us": exchange}
 
 
-def floor(case: Case, mode: str, found: dict[str, Any]) -> dict[str, float] | None:
+def floor(
+    case: Case, mode: str, found: dict[str, Any], filled: float = 1.0, longest: int | None = None
+) -> dict[str, float] | None:
     """Microseconds that a case takes at least, and what they are made of; None where its dtype's rate was not measured.
+
+    With lengths, ``filled`` is the part of the steps that lie within one, and ``longest`` the largest.
 
     products: all matrix products at the rate of a large one. On a GPU also memory: inputs and outputs, read and written
     once at the rate of a large copy; and steps: T times the cheapest way to pass a state on (an exchange behind a barrier,
@@ -92,14 +98,14 @@ def floor(case: Case, mode: str, found: dict[str, Any]) -> dict[str, float] | No
     rate = found.get("flop_per_us", {}).get(case.dtype)
     if rate is None:
         return None
-    parts = {"products": case.flop(mode) / rate}
+    parts = {"products": case.flop(mode, filled) / rate}
     if "bytes_per_us" in found:
         size = TORCH_DTYPES[case.dtype].itemsize
         outputs = (case.proj or case.H) * (1 + case.bidirectional)
-        once = case.B * case.T * size * (sum(case.widths()) + case.layers * outputs)
+        once = filled * case.B * case.T * size * (sum(case.widths()) + case.layers * outputs)
         parts["memory"] = once * (2 if mode == "training" else 1) / found["bytes_per_us"]
         passes = 2 if mode == "training" else 1
-        parts["steps"] = 0.0 if case.H <= 128 else passes * case.layers * case.T * _passing_on(case, found)
+        parts["steps"] = 0.0 if case.H <= 128 else passes * case.layers * (longest or case.T) * _passing_on(case, found)
     return {"floor_us": max(parts.values()), **{f"floor_{k}_us": v for k, v in parts.items()}}
 
 

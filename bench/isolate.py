@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,17 +25,30 @@ def isolated(function: str, limit: float, path: Path | None = None, **arguments:
     start = time.monotonic()
     environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
     command = [sys.executable, __file__, function, json.dumps(arguments)]
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=limit, cwd=BENCH.parent, env=environment)
-    except subprocess.TimeoutExpired as late:
-        output = (late.stdout or b"").decode(errors="replace") + (late.stderr or b"").decode(errors="replace")
-        return {"failed": f"no end after {limit:.0f} s", "output": output[-3000:], "seconds": round(limit, 1)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # In a session of its own, so that its children can be ended with it.
+    with subprocess.Popen(command, **pipes, text=True, cwd=BENCH.parent, env=environment, start_new_session=True) as child:
+        try:
+            out, err = child.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            _end(child)
+            out, err = child.communicate()
+            return {"failed": f"no end after {limit:.0f} s", "output": (out + err)[-3000:], "seconds": round(limit, 1)}
+        except BaseException:  # Ctrl-C
+            _end(child)
+            raise
     seconds = round(time.monotonic() - start, 1)
-    results = [line for line in child.stdout.splitlines() if line.startswith(MARK)]
+    results = [line for line in out.splitlines() if line.startswith(MARK)]
     if child.returncode != 0 or not results:
-        output = (child.stdout + child.stderr)[-3000:]
+        output = (out + err)[-3000:]
         return {"failed": f"exit status {child.returncode}", "output": output, "seconds": seconds}
     return {"result": json.loads(results[-1].removeprefix(MARK)), "seconds": seconds}
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """A process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def main() -> None:

@@ -19,7 +19,9 @@ from workloads import Case
 TORCH_DTYPES = {
     "fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64,
 }  # fmt: skip
-CHECKED_ROWS = 16  # batch rows whose results are compared with fp64's, spread over the batch
+# Results are compared with fp64's, of all batch rows; of larger cases than so many operations, of some rows drawn anew.
+CHECKED_WHOLE = {"cpu": 2e11, "cuda": 5e12}
+CHECKED_ROWS = 16
 FEWEST_ROUNDS = 5
 
 
@@ -39,13 +41,21 @@ class Data:
 
         self.inputs = [numbers(case.I).requires_grad_() for _ in range(4)]  # taken in turn, lest a cache keep one
         self.cotangent = numbers((case.proj or case.H) * (1 + case.bidirectional))
+        # For the results alone: h_n and c_n count, too. Not for what is timed: most users have a loss on the output.
+        D = case.layers * (1 + case.bidirectional)
+        sizes = (case.proj or case.H, case.H)
+        self.cotangents = self.all_cotangents = [
+            torch.randn(D, case.B, n, generator=generator, device=device).to(dtype) for n in sizes
+        ]
         self.ragged: Ragged = {}
         if case.variant == "lengths":
             least = max(1, case.T // 4)
             self.ragged["lengths"] = torch.randint(least, case.T + 1, (case.B,), generator=generator, device=device)
         if case.variant == "resets":
             self.ragged["resets"] = torch.rand(case.T, case.B, generator=generator, device=device) < 0.03
-        self.rows = torch.linspace(0, case.B - 1, min(case.B, CHECKED_ROWS)).long().to(device)
+        whole = case.flop() <= CHECKED_WHOLE[device]
+        rows = torch.arange(case.B) if whole else torch.randperm(case.B)[:CHECKED_ROWS].sort().values
+        self.rows = rows.to(device)
 
     def ragged_of(self, name: str) -> Ragged:
         return {} if name in PLAIN else self.ragged
@@ -57,26 +67,31 @@ class Data:
         some = {k: v[rows] if k == "lengths" else v[:, rows] for k, v in ragged.items()}
         x = self.inputs[0].detach()[:, rows].double().requires_grad_()
         runner = with_torch(layer, replace(self.case, B=len(rows)), some)
-        return self._results(runner, x, self.cotangent[:, rows].double(), mode)
+        return self._results(runner, x, [g[:, rows].double() for g in (self.cotangent, *self.cotangents)], mode)
 
     def results(self, runner: Runner, mode: str) -> dict[str, Tensor]:
         """Results of the whole batch, as far as those of the rows to check go: others have no cotangent."""
-        cotangent = torch.zeros_like(self.cotangent)
-        cotangent[:, self.rows] = self.cotangent[:, self.rows]
-        found = self._results(runner, self.inputs[0], cotangent, mode)
-        return {k: v[:, self.rows] if k in ("output", "dx") else v for k, v in found.items()}
+        cotangents = []
+        for whole in (self.cotangent, *self.cotangents):
+            cotangents.append(torch.zeros_like(whole))
+            cotangents[-1][:, self.rows] = whole[:, self.rows]
+        found = self._results(runner, self.inputs[0], cotangents, mode)
+        return {k: v[:, self.rows] if k in ("output", "dx", "h_n", "c_n") else v for k, v in found.items()}
 
     @staticmethod
-    def _results(runner: Runner, x: Tensor, cotangent: Tensor, mode: str) -> dict[str, Tensor]:
+    def _results(runner: Runner, x: Tensor, cotangents: list[Tensor], mode: str) -> dict[str, Tensor]:
         with runner.within(), torch.set_grad_enabled(mode != "inference"):
-            output = runner.call(x)
+            results = runner.call(x)
+            found = dict(zip(("output", "h_n", "c_n"), (t.detach() for t in results), strict=False))
             if mode != "training":
-                return {"output": output.detach()}
+                return found
             x.grad = None
             for p in runner.parameters:
                 p.grad = None
-            output.backward(cotangent)
-        return {"output": output.detach(), "dx": x.grad, **{"d" + k: v.clone() for k, v in runner.gradients().items()}}
+            # Those who return no states, or not both, are asked for gradients by the output alone.
+            count = 3 if len(results) == 3 and len(cotangents) == 3 else 1
+            torch.autograd.backward(results[:count], cotangents[:count])
+        return found | {"dx": x.grad, **{"d" + k: v.clone() for k, v in runner.gradients().items()}}
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
@@ -109,7 +124,7 @@ def one_step(runner: Runner, data: Data, mode: str) -> Callable[[], None]:
             with torch.no_grad():
                 runner.call(x)
             return
-        output = runner.call(x)
+        output = runner.call(x)[0]
         if mode == "training":
             x.grad = None
             for p in runner.parameters:
@@ -135,7 +150,7 @@ def memory(runner: Runner, data: Data) -> dict[str, int]:
         x.grad = None
         for p in runner.parameters:
             p.grad = None
-        return runner.call(x)
+        return runner.call(x)[0]
 
     with runner.within():
         forward().backward(data.cotangent)
@@ -189,6 +204,10 @@ def measure(
         if mode not in ("inference", "forward", "training"):
             raise ValueError(f"unknown mode {mode!r}")
         rows = {name: dict(asdict(case_), mode=mode, provider=name) for name in providers}
+        if "lengths" in data.ragged:
+            lengths = data.ragged["lengths"]
+            for row in rows.values():
+                row |= {"filled": lengths.sum().item() / (case_.B * case_.T), "longest": int(lengths.max())}
         runners = checked(data, mode, rows)
         if runners:
             timed(data, mode, seconds, runners, rows)
@@ -207,29 +226,37 @@ def measure(
 def checked(data: Data, mode: str, rows: dict[str, dict[str, Any]]) -> dict[str, Runner]:
     """The providers that can run and compute the right result; the others' records say why not."""
     dtype = TORCH_DTYPES[data.case.dtype]
-    exacts: dict[bool, dict[str, Tensor]] = {}
-    torchs: dict[str, float] = {}  # torch's errors: the larger of nn.LSTM's on plain input and of its ways with ragged
+    exacts: dict[tuple[bool, bool], dict[str, Tensor]] = {}  # with lengths or resets, with cotangents of the states
+    torchs: dict[bool, dict[str, float]] = {}  # torch's errors: the larger of nn.LSTM's on plain input and by its ways
     why = ""
-    for ragged in [{}, data.ragged] if data.ragged else [{}]:
-        try:
-            exact = exacts[bool(ragged)] = data.exact(ragged, mode)
-        except CannotRun as error:
-            why = f"cannot run: {error}, so that there is nothing to compare with"
-            continue
-        found = errors(data.results(with_torch(data.layer, data.case, ragged), mode), exact)
-        torchs = {k: max(v, torchs.get(k, 0)) for k, v in found.items()}
+    for states in (True, False):
+        data.cotangents = data.all_cotangents if states else []
+        for ragged in [{}, data.ragged] if data.ragged else [{}]:
+            try:
+                exact = exacts[bool(ragged), states] = data.exact(ragged, mode)
+            except CannotRun as error:
+                why = f"cannot run: {error}, so that there is nothing to compare with"
+                continue
+            found = errors(data.results(with_torch(data.layer, data.case, ragged), mode), exact)
+            torchs[states] = {k: max(v, torchs.get(states, {}).get(k, 0)) for k, v in found.items()}
+        if mode == "inference":
+            break
     runners = {}
     for name, row in rows.items():
         ragged = data.ragged_of(name)
-        if bool(ragged) not in exacts:
+        if (bool(ragged), True) not in exacts:
             row["refused"] = why
             continue
         try:
-            exact = exacts[bool(ragged)]
             runner = PROVIDERS[name](data.layer, data.case, ragged)
             row["plan"] = runner.plan
+            states = runner.states or mode == "inference"
+            data.cotangents = data.all_cotangents if states else []
+            exact = exacts[bool(ragged), states]
+            if not runner.states:
+                exact = {k: v for k, v in exact.items() if k not in ("h_n", "c_n")}
             row["error"] = errors(data.results(runner, mode), exact)
-            refusal = wrong(row["error"], torchs, dtype)
+            refusal = wrong(row["error"], {k: torchs[states][k] for k in exact}, dtype)
         except CannotRun as error:
             refusal = f"cannot run: {error}"
         except Exception as error:  # a peer's failure is a result, too
@@ -252,12 +279,14 @@ def timed(data: Data, mode: str, seconds: float, runners: dict[str, Runner], row
             run()
             timer.repeat_for(run)
     times: dict[str, list[float]] = {name: [] for name in runners}
-    end, n = time.perf_counter() + seconds, 0
-    while n < FEWEST_ROUNDS or time.perf_counter() < end:
+    start, n = time.perf_counter(), 0
+    # At least some rounds, but on a machine that is too busy for them no more than three.
+    while (spent := time.perf_counter() - start) < seconds or n < (FEWEST_ROUNDS if spent < 20 else 3):
         k = n % len(runs)
         for name, run, within in runs[k:] + runs[:k]:
             with within():
                 times[name].append(timer.time(run))
+        timer.wait()
         n += 1
     for name, found in times.items():
         rows[name]["rounds_us"] = timer.microseconds(found)

@@ -29,14 +29,21 @@ class CannotRun(Exception):
 class Runner:
     """A layer ready to run."""
 
-    call: Callable[[Tensor], Tensor]  # x (T, B, I) to the output (T, B, D * H), zero past a row's length
+    # x (T, B, I) to the output (T, B, D * H), zero past a row's length, and, if ``states``, h_n and c_n.
+    call: Callable[[Tensor], Sequence[Tensor]]
     gradients: Callable[[], dict[str, Tensor]]  # of the weights after a backward pass, by nn.LSTM's names
     parameters: Sequence[Tensor]  # those to clear before one
     plan: str = ""
     within: Callable[[], AbstractContextManager] = nullcontext  # what to do everything in
+    states: bool = True
 
 
-def of_module(module: nn.Module, call: Callable[[Tensor], Tensor], plan: str = "", **more: Any) -> Runner:
+def flat(results: tuple[Tensor, tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    output, (h_n, c_n) = results
+    return output, h_n, c_n
+
+
+def of_module(module: nn.Module, call: Callable[[Tensor], Sequence[Tensor]], plan: str = "", **more: Any) -> Runner:
     """A module whose parameters are named as nn.LSTM's."""
     names = dict(module.named_parameters())
     return Runner(call, lambda: {name: p.grad for name, p in names.items()}, list(names.values()), plan, **more)
@@ -55,21 +62,45 @@ def with_torch(theirs: nn.LSTM, case: Case, ragged: Ragged) -> Runner:
             raise CannotRun("a loop over steps cannot go backwards in time")
         keep = (~ragged["resets"])[:, None, :, None].to(theirs.weight_ih_l0.dtype)
         return of_module(theirs, lambda x: _loop(theirs, x, keep), "a loop over steps")
-    return of_module(theirs, lambda x: theirs(x)[0])
+    return of_module(theirs, lambda x: flat(theirs(x)))
 
 
-def _packed(lstm: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
-    output, _ = lstm(pack_padded_sequence(x, lengths, enforce_sorted=False))
-    return pad_packed_sequence(output, total_length=x.shape[0])[0]
+def _packed(lstm: nn.Module, x: Tensor, lengths: Tensor) -> Sequence[Tensor]:
+    output, states = lstm(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    return pad_packed_sequence(output, total_length=x.shape[0])[0], *states
 
 
-def _loop(lstm: nn.LSTM, x: Tensor, keep: Tensor) -> Tensor:
+def _loop(lstm: nn.LSTM, x: Tensor, keep: Tensor) -> Sequence[Tensor]:
     outputs = []
     h, c = (x.new_zeros(lstm.num_layers, x.shape[1], n) for n in (lstm.proj_size or lstm.hidden_size, lstm.hidden_size))
     for step, kept in zip(x.split(1), keep, strict=True):
         output, (h, c) = lstm(step, (h * kept, c * kept))
         outputs.append(output)
-    return torch.cat(outputs)
+    return torch.cat(outputs), h, c
+
+
+def with_torch_by_hand(theirs: nn.LSTM, case: Case, ragged: Ragged) -> Runner:
+    """nn.LSTM, by what a careful user may do in some cases: pad and mask the output (in one direction; c_n is then not that
+    of a row's last step), or call it once for each run of steps without a reset in any row."""
+    if not ragged or case.bidirectional:
+        raise CannotRun("for lengths and resets in one direction")
+    if "lengths" in ragged:
+        valid = (torch.arange(case.T, device=ragged["lengths"].device)[:, None] < ragged["lengths"])[..., None]
+        return of_module(theirs, lambda x: (theirs(x)[0] * valid,), "padded and masked", states=False)
+    resets = ragged["resets"]
+    starts = sorted({0, *resets.any(1).nonzero().flatten().tolist()})
+    pieces = [end - start for start, end in zip(starts, [*starts[1:], case.T], strict=True)]
+    keep = (~resets[starts])[:, None, :, None].to(theirs.weight_ih_l0.dtype)
+    return of_module(theirs, lambda x: _pieces(theirs, x, pieces, keep), "a call between resets")
+
+
+def _pieces(lstm: nn.LSTM, x: Tensor, pieces: list[int], keep: Tensor) -> Sequence[Tensor]:
+    outputs = []
+    h, c = (x.new_zeros(lstm.num_layers, x.shape[1], n) for n in (lstm.proj_size or lstm.hidden_size, lstm.hidden_size))
+    for piece, kept in zip(x.split(pieces), keep, strict=True):
+        output, (h, c) = lstm(piece, (h * kept, c * kept))
+        outputs.append(output)
+    return torch.cat(outputs), h, c
 
 
 def with_torch_compile(theirs: nn.LSTM, case: Case, ragged: Ragged) -> Runner:
@@ -77,7 +108,7 @@ def with_torch_compile(theirs: nn.LSTM, case: Case, ragged: Ragged) -> Runner:
     if ragged:
         raise CannotRun("torch.compile is measured on plain input")
     compiled = torch.compile(theirs)
-    return of_module(theirs, lambda x: compiled(x)[0])
+    return of_module(theirs, lambda x: flat(compiled(x)))
 
 
 # --- fused_lstm
@@ -94,7 +125,7 @@ def with_fused(theirs: nn.LSTM, case: Case, ragged: Ragged, schedule: str = "", 
             plan = str(fused_lstm.explain(ours, x, **ragged))
     except (ValueError, TypeError, RuntimeError) as error:
         raise CannotRun(str(error)) from error
-    return of_module(ours, lambda x: ours(x, **ragged)[0], plan, within=within)
+    return of_module(ours, lambda x: flat(ours(x, **ragged)), plan, within=within)
 
 
 def _schedule(name: str) -> Callable[[], AbstractContextManager]:
@@ -156,11 +187,11 @@ def with_torchrl(theirs: nn.LSTM, case: Case, ragged: Ragged, backend: str = "tr
     )  # fmt: skip
     is_init = begins.t().contiguous()[..., None]
 
-    def call(x: Tensor) -> Tensor:
+    def call(x: Tensor) -> Sequence[Tensor]:
         data = tensordict.TensorDict({"x": x.transpose(0, 1), "is_init": is_init}, [case.B, case.T])
-        return module(data)["y"].transpose(0, 1)
+        return (module(data)["y"].transpose(0, 1),)
 
-    return of_module(lstm, call, f"torchrl {_version('torchrl')}, recurrent_backend={backend!r}")
+    return of_module(lstm, call, f"torchrl {_version('torchrl')}, recurrent_backend={backend!r}", states=False)
 
 
 def with_flashrnn(theirs: nn.LSTM, case: Case, ragged: Ragged, backend: str = "cuda_fused") -> Runner:
@@ -179,10 +210,10 @@ def with_flashrnn(theirs: nn.LSTM, case: Case, ragged: Ragged, backend: str = "c
     recurrent = theirs.weight_hh_l0.detach().view(4, 1, H, H).clone().requires_grad_()  # gate, head, out, in
     bias = (theirs.bias_ih_l0 + theirs.bias_hh_l0).detach().view(4, 1, H).clone().requires_grad_()
 
-    def call(x: Tensor) -> Tensor:
+    def call(x: Tensor) -> Sequence[Tensor]:
         gates = nn.functional.linear(x.transpose(0, 1), w_ih).view(case.B, case.T, 4, 1, H)
         states, _ = run(gates, recurrent, bias, function="lstm", backend=backend, dtype=dtype)
-        return states[0].view(case.B, case.T, H).transpose(0, 1)
+        return (states[0].view(case.B, case.T, H).transpose(0, 1),)
 
     def gradients() -> dict[str, Tensor]:
         b = bias.grad.reshape(4 * H)
@@ -190,7 +221,8 @@ def with_flashrnn(theirs: nn.LSTM, case: Case, ragged: Ragged, backend: str = "c
             "weight_ih_l0": w_ih.grad, "weight_hh_l0": recurrent.grad.reshape(4 * H, H), "bias_ih_l0": b, "bias_hh_l0": b,
         }  # fmt: skip
 
-    return Runner(call, gradients, [w_ih, recurrent, bias], f"flashrnn {_version('flashrnn')}, backend={backend!r}")
+    plan = f"flashrnn {_version('flashrnn')}, backend={backend!r}"
+    return Runner(call, gradients, [w_ih, recurrent, bias], plan, states=False)
 
 
 def with_haste(theirs: nn.LSTM, case: Case, ragged: Ragged) -> Runner:
@@ -219,7 +251,8 @@ def with_haste(theirs: nn.LSTM, case: Case, ragged: Ragged) -> Runner:
             "bias_ih_l0": b, "bias_hh_l0": b,
         }  # fmt: skip
 
-    return Runner(lambda x: layer(x)[0], gradients, list(layer.parameters()), f"haste_pytorch {_version('haste_pytorch')}")
+    plan = f"haste_pytorch {_version('haste_pytorch')}"
+    return Runner(lambda x: (layer(x)[0],), gradients, list(layer.parameters()), plan, states=False)
 
 
 def _version(package: str) -> str:
@@ -247,6 +280,7 @@ PROVIDERS: dict[str, Provider] = {
     "fused-aten": _fused(backend="aten"),
     "fused-reference": _fused(backend="reference"),
     "fused-recompute": _fused(recompute=True),
+    "torch-by-hand": with_torch_by_hand,
     # What a layer costs when it does not heed the lengths or resets: another result, and the least to hope for.
     "torch-plain": lambda theirs, case, ragged: with_torch(theirs, case, {}),
     "fused-plain": lambda theirs, case, ragged: with_fused(theirs, case, {}),
@@ -262,11 +296,11 @@ def usual(suite: str, device: str) -> list[str]:
     """The providers of a suite, if none are asked for."""
     names = ["torch", "fused"]
     if suite in ("workloads", "grid"):
-        names += ["torch-compile"] if suite == "workloads" else []
+        names += ["torch-by-hand", "torch-compile"] if suite == "workloads" else []
         names += ["fused-persistent", "fused-stepwise"] if device == "cuda" else []
         names += PEERS
     if suite in ("lengths", "resets"):
-        names += [*PLAIN, "torchrl"]
+        names += ["torch-by-hand", *PLAIN, "torchrl"]
     if suite == "memory":
         names += ["fused-recompute"]
     return names

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run import Record, geometric_mean, ratios
+from run import Record, means
 from workloads import Case
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -41,8 +42,9 @@ class Results:
 
     @property
     def slug(self) -> str:
-        """The device's name as part of a file's."""
-        return "-".join("".join(c if c.isalnum() else " " for c in self.about["device"].lower()).split())
+        """The device's name, and on a CPU the number of threads, as part of a file's name."""
+        name = self.about["device"] + (f" {self.about['threads']} threads" if "threads" in self.about else "")
+        return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
     @property
     def digest(self) -> str:
@@ -63,15 +65,21 @@ class Results:
 def load(paths: Iterable[Path]) -> list[Results]:
     """The newest results of each device, newest first. Raises ValueError for a file that holds no results."""
     newest: dict[str, Results] = {}
+    older = []
     for path in paths:
         try:
             results = Results(path, json.loads(path.read_text()))
-            key = (results.about["date"], results.data["records"], results.slug)
+            key = (results.about["date"], results.data["records"], results.slug, results.about["kind"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no results of bench/run.py ({type(error).__name__}: {error})") from error
         old = newest.get(key[2])
         if old is None or old.about["date"] < results.about["date"]:
             newest[key[2]] = results
+            older += [old.path] if old else []
+        else:
+            older.append(path)
+    for path in older:
+        print(f"not shown: {path}, of which device there are newer results", file=sys.stderr)
     return sorted(newest.values(), key=lambda r: r.about["date"], reverse=True)
 
 
@@ -108,63 +116,58 @@ def floors(results: Results, record: Record) -> str:
     return " / ".join(times(r["x_of_floor"]) if "x_of_floor" in r else "-" for r in both)
 
 
-def means(results: Results) -> Iterator[tuple[str, str, str, float, int]]:
-    """Suite, variant, mode, the geometric mean of the ratios to nn.LSTM, and of how many."""
-    for suite, variants in {"workloads": WAYS, "lengths": ["lengths"], "resets": ["resets"]}.items():
-        for variant in variants:
-            for mode, found in ratios(results.data["records"], suite, "fused", variant).items():
-                yield suite, variant, mode, geometric_mean(found), len(found)
-
-
-WAYS = {
-    "plain": "plain sequences",
-    "lengths": "`lengths=`, against packing",
-    "resets": "`resets=`, against a loop over steps",
-}
-
-
 def summary(results: Results) -> str:
-    """A sentence: the workloads' geometric means."""
-    parts = []
-    for variant, way in WAYS.items():
-        found = {mode: (m, n) for s, v, mode, m, n in means(results) if (s, v) == ("workloads", variant)}
-        said = [f"{times(found[mode][0])}x in {mode}" for mode in ("inference", "training") if mode in found]
-        if said:
-            parts.append(f"{way}: {', '.join(said)} ({max(n for _, n in found.values())} workloads)")
-    cpu = f", {results.about['threads']} threads" if "threads" in results.about else ""
-    return (
-        f"Speed against `nn.LSTM` on {results.about['device']}{cpu}, geometric means over the workloads of real projects: "
-        + "; ".join(parts) + "."
-    )  # fmt: skip
+    """A sentence: the geometric means over the workloads."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for suite, what, mode, base, mean, count in means(results.data["records"]):
+        if suite == "workloads" and mode != "forward":
+            said = f"{times(mean)}x in {mode} ({count} case{'s' * (count > 1)})"
+            found.setdefault((what.removeprefix("workloads, "), base), []).append(said)
+    if not found:
+        return f"No workloads were measured on {where(results)}."
+    parts = [f"{what}{f', against {base}' * (base != 'nn.LSTM')}: {', '.join(said)}" for (what, base), said in found.items()]
+    on = f"on {where(results)}, geometric means over the workloads of real projects"
+    return f"Speed against `nn.LSTM` {on}: {'; '.join(parts)}."
 
 
-def page(all_results: Sequence[Results], charts: dict[str, list[str]]) -> str:
-    """The report. ``charts``: for each device the names of its charts."""
+def where(results: Results) -> str:
+    threads = results.about.get("threads")
+    return results.about["device"] + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+
+
+def page(all_results: Sequence[Results], charts: dict[str, list[str]], out: Path = FOLDER) -> str:
+    """The report, to be in the folder ``out``. ``charts``: for each device the names of its charts."""
+    bench = Path(os.path.relpath(FOLDER.parent, out)).as_posix()
     lines = [
         "# Results", "",
-        "Made by `python bench/report.py` from the JSON files named here; [`bench/run.py`](../run.py) says how they are "
-        "measured. A ratio is `nn.LSTM`'s time over the other's, call by call in turn: above 1 the other is faster. In "
+        f"Made by `python bench/report.py` from the JSON files named here; [`bench/run.py`]({bench}/run.py) says how they "
+        "are measured. A ratio is `nn.LSTM`'s time over the other's, call by call in turn: above 1 the other is faster. In "
         "brackets: from p20 to p80 of the rounds, or among the medians of the processes if that is wider. *x of floor* is a "
-        "time over what no implementation can go below ([`bench/floors.py`](../floors.py)): fused_lstm's / `nn.LSTM`'s.", "",
+        f"time over the least that it may take ([`bench/floors.py`]({bench}/floors.py)): fused_lstm's / `nn.LSTM`'s; "
+        "below 1, if ever, the machine was slower when the floor was measured.", "",
     ]  # fmt: skip
     for results in all_results:
-        lines += device(results, charts.get(results.slug, []))
+        lines += device(results, charts.get(results.slug, []), out)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def device(results: Results, charts: Sequence[str]) -> Iterator[str]:
+def device(results: Results, charts: Sequence[str], out: Path) -> Iterator[str]:
     about, options = results.about, results.data.get("options", {})
     yield f"## {about['device']}"
     yield ""
     skipped = ("device", "kind", "commit", "date")
     said = [f"{k} {v}" for k, v in about.items() if v is not None and k not in skipped]
     commit = about["commit"][:12] + "+" * about["commit"].endswith("+")
-    file = f"[`{results.path.name}`]({results.path.name})"
+    file = f"[`{results.path.name}`]({Path(os.path.relpath(results.path, out)).as_posix()})"
     yield f"{file}, {about['date'][:10]}, commit `{commit}`; {', '.join(said)}."
     rounds = [f"{k} {options[k]}" for k in ("seconds", "processes", "seed") if k in options]
     yield f"Of each case: {', '.join(rounds)}." if rounds else ""
     if not results.data.get("complete", True):
-        yield "**Interrupted: not all cases were measured.**"
+        yield "**Not complete: not all cases were measured.**"
+    if (about.get("load_before") or 0) > 0.5 and about["kind"] == "cpu":
+        yield f"**The machine was busy with other work when this began (load {about['load_before']}).**"
+    for name in results.data.get("checks_failed", []):
+        yield f"**Failed: {name}.**"
     yield ""
     for name, title in CHARTS.items():
         if name in charts:
@@ -173,12 +176,12 @@ def device(results: Results, charts: Sequence[str]) -> Iterator[str]:
 
 
 def sections(results: Results) -> Iterator[str]:
-    found = list(means(results))
+    found = list(means(results.data["records"]))
     if found:
         yield "### Geometric means"
         yield ""
-        rows = [(s, WAYS[v], MODES[m], times(mean), str(n)) for s, v, m, mean, n in found]
-        yield from table(("suite", "what", "mode", "x nn.LSTM", "cases"), rows)
+        rows = [(what, MODES[mode], base, times(mean), str(n)) for _, what, mode, base, mean, n in found]
+        yield from table(("what", "mode", "against", "speed", "cases"), rows)
     yield from slower(results)
     for suite, title in SUITES.items():
         ours = [r for r in results.records(suite, "fused") if "refused" not in r]
@@ -195,6 +198,13 @@ def sections(results: Results) -> Iterator[str]:
         climbs = results.data["ladder"].items()
         rows = [(size, *(times(steps[r]) for r in rungs)) for size, steps in climbs if "shipped" in steps]
         yield from table(("size", *rungs), rows)
+    if results.data.get("checks"):
+        yield "### Checks"
+        yield ""
+        for name, check in results.data["checks"].items():
+            said = check.get("failed") or check.get("not run")
+            yield f"- {name}: {'**failed**, ' * ('failed' in check)}{said or 'passed'}"
+        yield ""
     yield from not_run(results)
     yield from measured_floors(results)
 
@@ -217,9 +227,11 @@ def suite_table(results: Results, suite: str, ours: Sequence[Record]) -> Iterato
         return f"{what}, {r['dtype']}{variant}", MODES[r["mode"]]
 
     providers = {r["provider"] for r in results.records(suite) if "ratio" in r}
-    others = [p for p in sorted(providers) if p not in ("torch", "fused", "torch-plain", "fused-plain")]
+    others = [p for p in sorted(providers) if p not in ("torch", "fused", "torch-by-hand", "torch-plain", "fused-plain")]
     step = results.about["kind"] == "cuda"  # on a CPU a bare time says little
     head = ["case", "mode", "x nn.LSTM"] + [f"{p}, x nn.LSTM" for p in others]
+    if "torch-by-hand" in providers:
+        head += ["x nn.LSTM, by hand"]
     if suite in ("lengths", "resets"):
         head += ["x nn.LSTM that ignores them", "x fused_lstm without them"]
     if suite == "memory":
@@ -239,6 +251,8 @@ def suite_table(results: Results, suite: str, ours: Sequence[Record]) -> Iterato
         for provider in others:
             other = results.other(r, provider)
             row.append(ratio(other) if "refused" not in other else "-")
+        if "torch-by-hand" in providers:
+            row.append(ratio(r, "torch-by-hand") or "-")
         if suite in ("lengths", "resets"):
             row += [ratio(r, "torch-plain"), ratio(r, "fused-plain")]
         if suite == "latency" and step:
@@ -265,9 +279,21 @@ def slower(results: Results) -> Iterator[str]:
     yield said
     yield ""
     for r in behind:
-        within = "" if r in clear else ", within the spread"
-        yield f"- {r['suite']}, {r['name']}, {r['dtype']}, {MODES[r['mode']]}: {spread(r['ratio']['torch'])}{within}"
+        if r in clear or r["suite"] == "workloads":
+            within = "" if r in clear else ", within the spread"
+            yield f"- {r['suite']}, {r['name']}, {r['dtype']}, {MODES[r['mode']]}: {spread(r['ratio']['torch'])}{within}"
+    rest = [r["ratio"]["torch"][1] for r in behind if r not in clear and r["suite"] != "workloads"]
+    if rest:
+        yield f"- {len(rest)} more in other suites, within the spread: {times(min(rest))} to {times(max(rest))}"
     yield ""
+    hand = [r for r in ours if r["ratio"].get("torch-by-hand", [1, 1, 1])[1] < 1]
+    if hand:
+        yield "Where a careful user of nn.LSTM is faster who pads and masks by hand, or cuts at the resets:"
+        yield ""
+        for r in sorted(hand, key=lambda r: r["ratio"]["torch-by-hand"][1]):
+            low = spread(r["ratio"]["torch-by-hand"])
+            yield f"- {r['suite']}, {r['name']}, {r['dtype']}, {MODES[r['mode']]}: {low}"
+        yield ""
 
 
 def not_run(results: Results) -> Iterator[str]:
@@ -346,10 +372,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     out.mkdir(parents=True, exist_ok=True)
     charts = {results.slug: draw(results, out) for results in all_results}
-    (out / "README.md").write_text(page(all_results, charts))
+    (out / "README.md").write_text(page(all_results, charts, out))
     print(f"written: {out / 'README.md'}")
     if args.readme:
         text = args.readme.read_text()
+        if any(text.count(mark) != 1 for mark in MARKS):
+            parser.error(f"--readme: expected a page with the lines {' and '.join(mark.strip() for mark in MARKS)}")
         before, rest = text.split(MARKS[0])
         _, after = rest.split(MARKS[1])
         args.readme.write_text(before + MARKS[0] + readme_part(all_results) + MARKS[1] + after)

@@ -2,12 +2,12 @@
 
     python bench/run.py [--suite workloads lengths] [--device cpu] [--dtype bf16] [--providers torch fused] [--json FILE]
 
-Every case has a process of its own, since the state in which earlier cases leave the heap decides who pays for page faults,
-and a crash or a hang is to lose one case; several of them (--processes), some time apart. In each, results are compared with
-fp64 first: a provider that is wrong, or cannot run, gets no time, and its record says why. Then all take turns, round after
-round: a ratio is nn.LSTM's time over another's in the same round, so that above 1 the other is faster. Printed and kept:
-medians, with the range from p20 to p80, or among the medians of the processes if that is wider; times are those of the
-process that was disturbed least. Ctrl-C keeps what there is.
+Every case (on a CPU, every mode of it) has a process of its own, since the state in which earlier cases leave the heap
+decides who pays for page faults, and a crash or a hang is to lose one case; several of them (--processes), some time apart.
+In each, results are compared with fp64 first: a provider that is wrong, or cannot run, gets no time; its record says why.
+Then all take turns, round after round: a ratio is nn.LSTM's time over another's in the same round, so that above 1 the other
+is faster. Printed and kept: medians, with the range from p20 to p80, or among the medians of the processes if that is wider;
+times are those of the process that was disturbed least. Ctrl-C keeps what there is.
 
 bench/report.py makes tables and charts of the JSON file, bench/compare.py compares two of them.
 """
@@ -21,7 +21,8 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,31 +31,38 @@ from about import about
 from isolate import isolated
 from workloads import DTYPES, MODES, SUITES, Case, suite
 
-BASELINES = ("torch", "torch-plain", "fused-plain")
+BASELINES = ("torch", "torch-by-hand", "torch-plain", "fused-plain")
 Record = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = options(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # either way, results are kept
+    keep_on_signals()
     try:
         results = run(args)
     except KeyboardInterrupt:
         kept = f"; what was measured is in {args.json}" if args.json else ""
         print(f"\ninterrupted{kept}", file=sys.stderr)
         return 130
-    for name in args.suite:
-        speed_ups = ratios(results["records"], name, "fused")
-        for mode in MODES:
-            if speed_ups.get(mode):
-                found = speed_ups[mode]
-                print(f"{name}, {mode}: {geometric_mean(found):.2f}x nn.LSTM, geometric mean of {len(found)} cases")
+    for _, what, mode, base, mean, count in means(results["records"]):
+        print(f"{what}, {mode}: {mean:.2f}x {base}, geometric mean of {count} case{'s' * (count > 1)}")
     if args.json:
         print(f"written to {args.json}")
+    for case in excluded(args):
+        print(f"{case.name}: {too_large(case, args.largest)['refused']}", file=sys.stderr)
     refused = [r for r in results["records"] if r.get("refused", "").startswith(("failed", "wrong"))]
     for r in refused:
         print(f"{r['name']}, {r['mode']}, {r['provider']}: {r['refused']}", file=sys.stderr)
-    return 1 if any(r["provider"].startswith(("fused", "torch")) for r in refused) else 0
+    if not any("us" in r for r in results["records"]):
+        print("nothing was measured", file=sys.stderr)
+        return 1
+    return 1 if any(r["provider"].startswith("fused") or r["provider"] == "torch" for r in refused) else 0
+
+
+def keep_on_signals() -> None:
+    """Ctrl-C and SIGTERM end the run by KeyboardInterrupt, also where a shell has told a job to ignore the first."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -86,17 +94,35 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU here")
     if args.device == "cpu" and args.dtype == "tf32":
         parser.error("--dtype tf32 needs a GPU; on a CPU it is fp32")
+    for name in ("seconds", "processes", "limit", "threads", "largest"):
+        given = getattr(args, name)
+        if given is not None and not 0 < given < math.inf:
+            parser.error(f"--{name} should be positive and finite, got {given}")
+    if args.json:
+        problem = unwritable(args.json)
+        if problem:
+            parser.error(f"--json should name a file that can be written, got {args.json}: {problem}")
     args.suite = list(SUITES) if "all" in args.suite else list(dict.fromkeys(args.suite))
     args.seconds = args.seconds or (0.3 if args.quick else 1.0)
     args.processes = args.processes or (2 if args.device == "cpu" and not args.quick else 1)
     args.largest = args.largest or (110.0 if args.device == "cpu" else math.inf)
-    if min(args.seconds, args.processes, args.limit, args.threads, args.largest) <= 0:
-        parser.error("--seconds, --processes, --limit, --threads and --largest should be positive")
     if args.providers and "torch" not in args.providers:
         args.providers = ["torch", *args.providers]  # what all are compared with
     if not any(args.only in case.name for name in args.suite for case in suite(name, args.device, args.dtype, args.quick)):
         parser.error(f"no case of {', '.join(args.suite)} has {args.only!r} in its name")
     return args
+
+
+def unwritable(path: Path) -> str | None:
+    """Why a result file cannot be written there; None if it can. Found out before anything is measured."""
+    if path.exists() and not path.is_file():
+        return "it is no ordinary file"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return None
+    except OSError as error:
+        return str(error)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,14 +144,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.json:
             write_json(args.json, results)
 
+    write()
+    busy = results["about"].get("load_before") or 0.0
+    if busy > 0.5:
+        print(f"this machine is busy (load {busy}): times will be longer, and ratios less sure", file=sys.stderr)
     with tqdm(total=args.processes * len(work), unit="process", dynamic_ncols=True, disable=None) as bar:
-        bar.set_description("floors")
         dtypes = sorted({case.dtype for case, _ in work})
-        limits = isolated("floors:floors", args.limit, device=args.device, dtypes=dtypes, threads=args.threads)
-        results["floors"] = limits.get("result", {})
-        if "failed" in limits:
-            tqdm.write(f"floors: {limits['failed']}\n{limits['output']}", file=sys.stderr)
         for _ in range(args.processes):  # not one after another, but some time apart
+            bar.set_description("floors")
+            limits = isolated("floors:floors", args.limit, device=args.device, dtypes=dtypes, threads=args.threads)
+            results["floors"] = better(results["floors"], limits.get("result", {}))
+            if "failed" in limits:
+                tqdm.write(f"floors: {limits['failed']}\n{limits['output']}", file=sys.stderr)
             for (case, modes), some in zip(work, found, strict=True):
                 bar.set_description(f"{case.suite} {case.name} {'/'.join(modes)}")
                 some.append(measured(case, modes, args.providers or usual(case.suite, args.device), args))
@@ -139,6 +169,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results["complete"] = True
     write()
     return results
+
+
+def better(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Floors of two measurements: of each the one less disturbed, the higher rate and the shorter time."""
+    found = dict(old)
+    for key, value in new.items():
+        if isinstance(value, dict):
+            pick = max if key == "flop_per_us" else min
+            found[key] = {k: pick(v, old[key][k]) if k in old.get(key, {}) else v for k, v in value.items()}
+        else:
+            found[key] = (max if key == "bytes_per_us" else min)(value, old.get(key, value))
+    return found
 
 
 def asked_for(args: argparse.Namespace) -> list[Case]:
@@ -183,16 +225,19 @@ def too_large(case: Case, largest: float) -> Record:
 def merged(case: Case, modes: Sequence[str], processes: list[dict[str, Any]], floors: dict[str, Any]) -> list[Record]:
     """One record for each mode and provider, from those of all processes."""
     from floors import floor
+    from providers import PLAIN
 
     records = []
     for mode in modes:
         names = processes[0]["providers"]
-        rows = [{r["provider"]: r for r in p.get("result", []) if r["mode"] == mode} for p in processes]
-        limit = floor(case, mode, floors)
+        rows = [{r["provider"]: r for r in p["result"] if r["mode"] == mode} for p in processes if "result" in p]
         for name in names:
             found = [row[name] for row in rows if name in row]
+            plain = name in PLAIN or not found
+            limit = floor(case, mode, floors, *(() if plain else (found[0].get("filled", 1.0), found[0].get("longest"))))
             record = asdict(case) | {"mode": mode, "provider": name, "processes": len(found)}
-            failed = [p for p in processes if "failed" in p]
+            # A process that failed does not take the others' results with it.
+            failed = [p for p in processes if "failed" in p] if not found else []
             record |= {k: found[-1][k] for k in FROM_LAST if found and k in found[-1]}
             refused = next((r["refused"] for r in found if "refused" in r), None)
             if failed:
@@ -222,7 +267,9 @@ def merged(case: Case, modes: Sequence[str], processes: list[dict[str, Any]], fl
     return records
 
 
-FROM_LAST = ("plan", "error", "peak_bytes", "retained_bytes", "host_us", "device_us", "device_us_missing")
+FROM_LAST = (
+    "plan", "error", "filled", "longest", "peak_bytes", "retained_bytes", "host_us", "device_us", "device_us_missing",
+)  # fmt: skip
 
 
 def summary(processes: list[list[float]]) -> list[float]:
@@ -250,18 +297,37 @@ def line(row: Record) -> str:
     return text
 
 
-def ratios(records: Sequence[Record], suite: str, provider: str, variant: str | None = None) -> dict[str, list[float]]:
-    """Median ratios to nn.LSTM of a suite's cases, by mode."""
-    found: dict[str, list[float]] = {}
-    for r in records:
-        if (
-            r["suite"] == suite
-            and r["provider"] == provider
-            and variant in (None, r["variant"])
-            and "torch" in r.get("ratio", {})
-        ):
-            found.setdefault(r["mode"], []).append(r["ratio"]["torch"][1])
-    return found
+KINDS = {  # of a case: what it is called, and what nn.LSTM does about it
+    "single": ("single steps", "nn.LSTM"),
+    "plain": ("plain sequences", "nn.LSTM"),
+    "lengths": ("`lengths=`", "packing"),
+    "resets": ("`resets=`", "a loop over steps"),
+}
+
+
+def means(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str, float, int]]:
+    """Geometric means of fused_lstm's speeds: suite, kind of case, mode, against what, the mean, and of how many cases.
+
+    Of cases of like kind only; the suites on memory and on a grid of sizes have none that would mean much.
+    """
+    for part in ("workloads", "latency", "lengths", "resets"):
+        for kind, (what, usual) in KINDS.items():
+            for mode in MODES:
+                for base, name in (("torch", usual), ("torch-by-hand", BY_HAND.get(kind, ""))):
+                    found = [
+                        r["ratio"][base][1] for r in records
+                        if (r["suite"], r["mode"], r["provider"], kind_of(r)) == (part, mode, "fused", kind)
+                        and base in r.get("ratio", {})
+                    ]  # fmt: skip
+                    if found and name:
+                        yield part, f"{part}, {what}", mode, name, geometric_mean(found), len(found)
+
+
+BY_HAND = {"lengths": "padding and masking by hand", "resets": "a call between resets, by hand"}
+
+
+def kind_of(record: Record) -> str:
+    return "single" if record["variant"] == "plain" and record["T"] == 1 else record["variant"]
 
 
 def geometric_mean(numbers: Sequence[float]) -> float:
@@ -272,7 +338,7 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     """Whole or not at all: a crash leaves the file of before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(results, indent=1) + "\n")
+    new.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     os.replace(new, path)
 
 

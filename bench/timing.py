@@ -42,6 +42,11 @@ class Timer:
         end.record()
         return start, end
 
+    def wait(self) -> None:
+        """Until the device has done what it was given, so that the clock on the host knows how long that takes."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
     def microseconds(self, measured: list[Any]) -> list[float]:
         if not self.cuda:
             return [1e6 * seconds for seconds in measured]

@@ -31,11 +31,17 @@ class Case:
         """Input features of each layer."""
         return [self.I] + [(self.proj or self.H) * (1 + self.bidirectional)] * (self.layers - 1)
 
-    def flop(self, mode: str = "training") -> float:
-        """Floating-point operations of the matrix products."""
-        P = self.proj or self.H
-        per_row = sum(2 * 4 * self.H * (width + P) + (2 * self.H * P if self.proj else 0) for width in self.widths())
-        return float(TIMES_FORWARD[mode] * self.B * self.T * per_row * (1 + self.bidirectional))
+    def flop(self, mode: str = "training", filled: float = 1.0) -> float:
+        """Floating-point operations of the matrix products, if a part of the steps is ``filled``, the rest past a length.
+
+        The first step's state is zero, which nobody has to multiply.
+        """
+        P, steps = self.proj or self.H, self.T * filled
+        total = 0.0
+        for width in self.widths():
+            total += steps * 2 * 4 * self.H * width + max(0.0, steps - 1) * 2 * 4 * self.H * P
+            total += steps * 2 * self.H * P if self.proj else 0.0
+        return TIMES_FORWARD[mode] * self.B * total * (1 + self.bidirectional)
 
     def shape(self) -> str:
         """In words, as the reports name it."""

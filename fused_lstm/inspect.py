@@ -81,9 +81,8 @@ def inspect_gates(
         raise RuntimeError(
             "inspect_gates has no derivatives, expected a call outside of forward-mode AD, such as torch.func.jvp"
         )
-    weights = lstm._weights()
-    data, states, sequences = lstm._prepare(x, hx, weights, lengths, resets)
-    stack = dataclasses.replace(lstm._stack(), dropout=0.0)
+    weights, stack = lstm._weights(), dataclasses.replace(lstm._stack(), dropout=0.0)
+    data, states, sequences = lstm._prepare(x, hx, weights, stack, lengths, resets)
     kept: list[engine.Kept] = []
     kernels, explicit = (engine.layers(name, keep=kept.append) for name in ("triton", "reference"))
     runners = {how: kernels if how.startswith("triton") else in_fp32(explicit) for how in RUNNERS}

@@ -43,6 +43,8 @@ def measured(case: Case, names: list[str], mode: str = "training", seconds: floa
 @pytest.mark.parametrize("mode", ["inference", "forward", "training"])
 def test_everybody_takes_turns(case: Case, mode: str) -> None:
     names = ["torch", "fused", "fused-aten", "fused-reference", "fused-recompute", "torch-plain", "fused-plain"]
+    if case.variant == "resets":
+        names.append("torch-by-hand")
     rows = measured(case, names, mode)
     assert list(rows) == names
     for row in rows.values():
@@ -50,7 +52,7 @@ def test_everybody_takes_turns(case: Case, mode: str) -> None:
         assert len(row["rounds_us"]) >= measure.FEWEST_ROUNDS
         assert min(row["rounds_us"]) > 0
         names_of_gradients = {"dx", *("d" + n for n, _ in nn.LSTM(1, 1).named_parameters())}
-        wanted = {"output"} | (names_of_gradients if mode == "training" else set())
+        wanted = {"output", "h_n", "c_n"} | (names_of_gradients if mode == "training" else set())
         assert row["error"].keys() == wanted
         assert max(row["error"].values()) < 1e-5
 
@@ -61,7 +63,14 @@ def test_other_layers_are_checked_as_well(case: Case) -> None:
     assert not any("refused" in row for row in rows.values())
 
 
-@pytest.mark.parametrize("what", ["output", "gradient", "padding"])
+def test_masking_by_hand_has_no_cell_state() -> None:
+    row = measured(replace(TINY, variant="lengths"), ["torch", "torch-by-hand"])["torch-by-hand"]
+    assert row["rounds_us"]
+    assert "c_n" not in row["error"]
+    assert "output" in row["error"]
+
+
+@pytest.mark.parametrize("what", ["output", "state", "row", "gradient", "padding"])
 @pytest.mark.parametrize("name", ["fused", "fused-reference"])
 def test_a_wrong_result_gets_no_time(what: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in the last bits of fp32, or in one place only."""
@@ -69,14 +78,24 @@ def test_a_wrong_result_gets_no_time(what: str, name: str, monkeypatch: pytest.M
 
     def planted(layer: nn.LSTM, case: Case, ragged: providers.Ragged) -> providers.Runner:
         runner = right(layer, case, ragged)
-        if what == "output":
-            return replace(runner, call=lambda x: runner.call(x) * (1 + 3e-6))
-        if what == "padding":
-            return replace(runner, call=lambda x: runner.call(x) + (torch.arange(5)[:, None, None] >= 4) * 1e-3)
+        off = {"output": 0, "row": 0, "state": 2, "padding": 0}.get(what)
+
+        def call(x: Tensor) -> list[Tensor]:
+            results = list(runner.call(x))
+            if what == "row":
+                results[0] = results[0] * (torch.arange(40)[:, None] != 29)
+            elif what == "padding":
+                results[0] = results[0] + (torch.arange(5)[:, None, None] >= 4) * 1e-3
+            else:
+                results[off] = results[off] * (1 + 3e-6)
+            return results
+
+        if off is not None:
+            return replace(runner, call=call)
         return replace(runner, gradients=lambda: {k: g * (1 + 3e-6) for k, g in runner.gradients().items()})
 
     monkeypatch.setitem(providers.PROVIDERS, name, planted)
-    row = measured(replace(TINY, variant="lengths"), ["torch", name])[name]
+    row = measured(replace(TINY, B=40, variant="lengths"), ["torch", name])[name]
     assert "rounds_us" not in row
     assert row["refused"].startswith("wrong result, not timed")
 
@@ -172,7 +191,7 @@ def test_interrupted_results_are_kept(tmp_path: Path) -> None:
     child = cli("--suite", "latency", "--providers", "fused", "--seconds", "0.01", "--device", "cpu", "--json", str(file),
                 "--processes", "1")  # fmt: skip
     end = time.monotonic() + 120
-    while not file.exists() and time.monotonic() < end:
+    while not (file.exists() and '"ratio"' in file.read_text()) and time.monotonic() < end:
         time.sleep(0.1)
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=60)
@@ -191,7 +210,7 @@ def test_a_whole_run_and_its_report(tmp_path: Path) -> None:
                 "--json", str(file))  # fmt: skip
     output, errors = child.communicate(timeout=250)
     assert child.returncode == 0, errors
-    assert "lengths, training: " in output
+    assert "lengths, `lengths=`, training: " in output
     found = json.loads(file.read_text())
     assert found["complete"]
     assert {"device", "torch", "commit", "date", "threads", "fused_lstm"} <= found["about"].keys()
@@ -217,7 +236,12 @@ def test_a_whole_run_and_its_report(tmp_path: Path) -> None:
         (["--suite", "all", "--only", "nonesuch"], "has 'nonesuch' in its name"),
         (["--suite", "fast"], "invalid choice: 'fast'"),
         (["--providers", "cudnn"], "invalid choice: 'cudnn'"),
-        (["--seconds", "-1"], "should be positive"),
+        (["--seconds", "-1"], "--seconds should be positive and finite, got -1.0"),
+        (["--processes", "0"], "--processes should be positive"),
+        (["--largest", "nan"], "--largest should be positive"),
+        (["--json", "/dev/null"], "it is no ordinary file"),
+        (["--json", str(BENCH)], "it is no ordinary file"),
+        (["--json", str(BENCH / "run.py" / "x.json")], "--json should name a file that can be written"),
         (["--device", "cpu", "--dtype", "tf32"], "needs a GPU"),
         *([(["--device", "cuda"], "torch sees no GPU")] if not torch.cuda.is_available() else []),
     ],
@@ -247,11 +271,13 @@ def test_cases_have_names_of_their_own() -> None:
 
 def test_floors() -> None:
     case = Case("", 2, 3, 5, 7, "fp32", layers=2, bidirectional=True)
-    products = 2 * 2 * 3 * 2 * 4 * 7 * (5 + 7) + 2 * 2 * 3 * 2 * 4 * 7 * (14 + 7)
+    # rows of T steps meet W_ih, of T - 1 steps W_hh: the first state is zero
+    products = 2 * 2 * (2 * 4 * 7 * (3 * 5 + 2 * 7) + 2 * 4 * 7 * (3 * 14 + 2 * 7))
     assert case.flop("inference") == products
     assert case.flop("training") == 3 * products
     projected = replace(case, layers=1, bidirectional=False, proj=4)
-    assert projected.flop("inference") == 2 * 2 * 3 * (4 * 7 * (5 + 4) + 7 * 4)
+    assert projected.flop("inference") == 2 * 2 * (4 * 7 * (3 * 5 + 2 * 4) + 3 * 7 * 4)
+    assert case.flop("inference", 0.5) < case.flop("inference") / 2
     assert floors.floor(case, "training", {}) is None
     cpu = floors.floor(case, "inference", {"flop_per_us": {"fp32": 100.0}})
     assert cpu == {"floor_us": products / 100, "floor_products_us": products / 100}
@@ -288,8 +314,13 @@ def test_changes_beyond_the_noise_are_flagged(ratio: list[float], verdict: str, 
     assert change.verdict == verdict
     files = [tmp_path / "old.json", tmp_path / "new.json"]
     for file, records in zip(files, (old, new), strict=True):
-        file.write_text(json.dumps({"records": records}))
+        file.write_text(json.dumps({"about": {}, "records": records}))
     assert compare.main([str(f) for f in files]) == (verdict == "slower")
+
+
+def test_nothing_compared_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare.tell([]) == 2
+    assert "nothing was compared" in capsys.readouterr().err
 
 
 def test_what_is_lost_or_larger_is_flagged(capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +343,7 @@ def test_a_planted_slowdown_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
     def planted(layer: nn.LSTM, case: Case, ragged: providers.Ragged) -> providers.Runner:
         runner = right(layer, case, ragged)
 
-        def call(x: Tensor) -> Tensor:
+        def call(x: Tensor) -> Any:
             start = time.perf_counter()
             y = runner.call(x)
             end = time.perf_counter() + 2 * (time.perf_counter() - start)
@@ -367,10 +398,14 @@ def test_the_report_names_what_is_slower() -> None:
     assert "Of 3 calls measured, 2 have a ratio below 1, 1 of them by more than the spread" in listed
     assert listed.index("slow one") < listed.index("tiny")
     assert "fast one" not in listed
-    assert "tiny, fp32, training: 0.98 (0.90-1.10), within the spread" in listed
+    assert "workloads, tiny, fp32, training: 0.98 (0.90-1.10), within the spread" in listed
     assert "fused_lstm: not run: too big (big one)" in page
     mean = report.times(run.geometric_mean([0.85, 1.9, 0.98]))
-    assert f"plain sequences: {mean}x in training (3 workloads)" in report.summary(results)
+    assert f"plain sequences: {mean}x in training (3 cases)" in report.summary(results)
+    failed = report.Results(
+        Path("x.json"), results.data | {"checks_failed": ["a check"], "checks": {"a check": {"failed": "!"}}}
+    )
+    assert "**Failed: a check.**" in report.page([failed], {})
 
 
 def test_files_that_hold_no_results_are_refused(tmp_path: Path) -> None:

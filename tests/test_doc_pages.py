@@ -25,7 +25,7 @@ from fused_lstm.config import Device, Recurrence
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RUN_HERE = (
-    "quickstart.md", "from_nn_lstm.md", "sequences.md", "kernels.md", "performance.md", "troubleshooting.md",
+    "quickstart.md", "from_nn_lstm.md", "sequences.md", "inspect.md", "kernels.md", "performance.md", "troubleshooting.md",
 )  # fmt: skip
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 QUOTE = re.compile(r"# (\S+\.py)\n")  # the first line of a block that quotes a file
@@ -227,6 +227,16 @@ def without_onnxscript() -> None:
         import fused_lstm.onnx  # noqa: F401
 
 
+def plot(**arguments: Any) -> Callable[[], Any]:
+    return lambda: fused_lstm.plot_gates(fused_lstm.inspect_gates(LSTM, X), **arguments)
+
+
+def without_matplotlib() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.colors", None)
+        plot()()
+
+
 # A call for each message; those that write files take a folder.
 RAISES: list[Callable[..., Any]] = [
     # input and states
@@ -290,6 +300,17 @@ RAISES: list[Callable[..., Any]] = [
     function(weights=[*WEIGHTS, torch.zeros(3, 3)]),
     function(num_layers=0),
     function(dropout=2),
+    # looking inside
+    lambda: fused_lstm.inspect_gates(nn.LSTM(2, 3), X),
+    lambda: fused_lstm.inspect_gates(LSTM, PACKED),
+    lambda: torch.func.jvp(lambda x: fused_lstm.inspect_gates(LSTM, x).c, (X,), (X,)),
+    without_matplotlib,
+    lambda: fused_lstm.plot_gates(X),
+    plot(gates="xyz"),
+    plot(row=3),
+    plot(units=[7]),
+    plot(x=torch.zeros(5)),
+    plot(axis="abc"),
     # vmap, export, ONNX
     lambda: torch.vmap(lambda x: LSTM(x)[0])(X[None][:0]),
     not_saved,
@@ -325,6 +346,7 @@ def pattern(message: str) -> re.Pattern[str]:
 
 def test_every_message_is_raised_and_every_error_is_explained(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
+    pytest.importorskip("matplotlib")
     headings = messages()
     raised = []
     for trigger in RAISES:

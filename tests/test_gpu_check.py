@@ -73,8 +73,9 @@ def test_what_happened_to_each_case_is_written(monkeypatch: pytest.MonkeyPatch) 
     about = {"device": "A GPU", "kind": "cuda", "date": "2026-01-01T00:00:00", "commit": "0" * 40, "torch": "2"}
     found = gpu_check.results(about, done, complete=True)
     json.dumps(found)
-    speeds = run.ratios(found["records"], "workloads", "fused")
-    assert speeds["training"] == [2.0] * 16, "all but the one that hung and the two of one step"
+    speeds = [r["ratio"]["torch"][1] for r in found["records"] if r["provider"] == "fused" and "ratio" in r]
+    assert speeds == [2.0] * (16 * 2 + 2), "all but the one that hung; two have one step, and no training"
+    assert run.geometric_mean(speeds) == pytest.approx(2.0)
     assert found["checks"]["kernel tests"] == {"not run": "no time left"}
     page = report.page([report.Results(Path("x.json"), found)], {})
     assert "| gnmt: B=128 T=50 I=1024 H=1024 bidirectional, fp16, lengths | training | 2.00 (2.00-2.00) |" in page
