@@ -24,6 +24,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import char_lm
+import char_model
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -121,12 +122,12 @@ def truths(source: str) -> Tensor:
 def held_out_files(text: str, characters: int) -> list[str]:
     """Files of the standard library that lie, as a whole, in the part of the text that is kept for validation."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = (p for p in sorted(root.rglob("*.py")) if not char_lm.SKIP.intersection(p.relative_to(root).parts))
+    paths = (p for p in sorted(root.rglob("*.py")) if not char_model.SKIP.intersection(p.relative_to(root).parts))
     sources = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
     return [s for s in sources if len(s) >= characters and text.find(s, len(text) * 9 // 10) >= 0]
 
 
-def trained(args: argparse.Namespace, text: str, characters: list[str]) -> char_lm.CharLM:
+def trained(args: argparse.Namespace, text: str, characters: list[str]) -> char_model.CharLM:
     """The model of a checkpoint that was trained on this text, or of a new one."""
     own = args.out / "inside_the_cell" / "char_lm.pt"
     what = f"{len(text)} characters of CRC {zlib.crc32(text.encode()):08x}"  # as char_lm.py says it
@@ -140,14 +141,14 @@ def trained(args: argparse.Namespace, text: str, characters: list[str]) -> char_
         subprocess.run([sys.executable, char_lm.__file__, "--no-compare", *budget], check=True, stdout=subprocess.DEVNULL)
         path, saved = own, torch.load(own, map_location="cpu", weights_only=True)
     settings, learner = saved["settings"], saved["learners"][char_lm.FUSED]
-    model = char_lm.CharLM(len(characters), settings["hidden"], settings["layers"], fused_lstm.LSTM)
+    model = char_model.CharLM(len(characters), settings["hidden"], settings["layers"], fused_lstm.LSTM)
     model.load_state_dict(learner["model"])
     bits = learner["plain"]["validation"][-1][1] / math.log(2)
     print(f"model: {path}, {settings['layers']} x {settings['hidden']} cells, {bits:.3f} bits/char on held-out text")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
 
 
-def cells(model: char_lm.CharLM, ids: Tensor) -> Tensor:
+def cells(model: char_model.CharLM, ids: Tensor) -> Tensor:
     """The cell states (B, T, layers*H) after each character of the texts ids (B, T)."""
     state, parts = None, []
     for piece in ids.split(CHUNK, 1):
@@ -203,13 +204,13 @@ def main() -> None:
     draw_textbook(textbook(), args.out / "inside_the_cell-textbook.png")
     print("a cell set by hand writes, keeps, hides, shows, adds, forgets and replaces: as the textbook says")
 
-    text = char_lm.read_text(None)
-    characters = ["\ufffd", *(c for c, _ in Counter(text).most_common(char_lm.VOCABULARY))]
+    text = char_model.read_text(None)
+    characters = ["\ufffd", *(c for c, _ in Counter(text).most_common(char_model.VOCABULARY))]
     files = held_out_files(text, args.characters)[: args.files]
     if len(files) < 2 or args.characters < SNIPPET:
         parser.error(f"expected 2 held-out files, {SNIPPET} characters of each, got {len(files)} and {args.characters}")
     model = trained(args, text, characters)
-    ids = torch.stack([char_lm.encode(source[: args.characters], characters) for source in files]).to(
+    ids = torch.stack([char_model.encode(source[: args.characters], characters) for source in files]).to(
         model.head.weight.device
     )
     truth = torch.stack([truths(source)[:, : args.characters] for source in files], 1).to(

@@ -63,6 +63,14 @@ def test_other_layers_are_checked_as_well(case: Case) -> None:
     assert not any("refused" in row for row in rows.values())
 
 
+def test_of_one_step_some_gradients_are_zero() -> None:
+    """Those by W_hh, since the first state is."""
+    rows = measured(replace(TINY, T=1), ["torch", "fused"])
+    assert rows["fused"]["rounds_us"]
+    assert rows["fused"]["error"]["dweight_hh_l0"] == 0
+    json.dumps(list(rows.values()), allow_nan=False)
+
+
 def test_masking_by_hand_has_no_cell_state() -> None:
     row = measured(replace(TINY, variant="lengths"), ["torch", "torch-by-hand"])["torch-by-hand"]
     assert row["rounds_us"]
