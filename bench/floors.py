@@ -1,4 +1,4 @@
-"""What no implementation can go below on a device, from what was measured there in the same run.
+"""The least time that a case may take on a device, from what was measured there in the same run.
 
 On a CPU the floor of a case is the time of its matrix products at the rate of a large one. On a GPU there is also the memory
 to be moved, and the steps of a layer, one after another: each waits for a state from all programs, or for a launch.
