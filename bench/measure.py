@@ -197,7 +197,8 @@ def measure(
     """Records of a case for each mode and provider: the times of each round, or why there are none."""
     torch.set_num_threads(threads)
     case_ = Case(**case)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = case_.dtype == "tf32"
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = case_.dtype == "tf32"
     data = Data(case_, device, seed)
     records = []
     for mode in modes:

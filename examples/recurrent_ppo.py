@@ -190,7 +190,6 @@ def train(agent: Agent, args: argparse.Namespace, seeds: itertools.count, curve:
 
 def compare(agent: Agent, rollout: Rollout) -> None:
     """Updates from the same weights, by resets= and by the loop in turn: the same losses and gradients, in what time?"""
-    torch.backends.cudnn.allow_tf32 = False
     results, times = {}, {False: [], True: []}
     for loop in [False, True] * 5:
         own = copy.deepcopy(agent)
@@ -230,6 +229,7 @@ def main() -> None:
     envs = make_envs(args.env, ENVS)
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.n, args.loop).to(args.device)
     if args.compare:
+        torch.backends.cudnn.allow_tf32 = False
         return compare(agent, Player(agent, envs, next(seeds)).rollout(STEPS))
     curve, evaluations = [], []
     with contextlib.suppress(KeyboardInterrupt):
