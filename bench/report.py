@@ -163,7 +163,7 @@ def device(results: Results, charts: Sequence[str], out: Path) -> Iterator[str]:
     rounds = [f"{k} {options[k]}" for k in ("seconds", "processes", "seed") if k in options]
     yield f"Of each case: {', '.join(rounds)}." if rounds else ""
     if not results.data.get("complete", True):
-        yield "**Not complete: not all cases were measured.**"
+        yield "**Ended early: some cases were measured by fewer processes, or not at all.**"
     if (about.get("load_before") or 0) > 0.5 and about["kind"] == "cpu":
         yield f"**The machine was busy with other work when this began (load {about['load_before']}).**"
     for name in results.data.get("checks_failed", []):
