@@ -54,7 +54,7 @@ def speed(name: str, providers: Sequence[str], limit: float = 60) -> list[Job]:
 
 
 PLAIN = ("torch", "fused")
-RAGGED = (*PLAIN, "torch-plain", "fused-plain", "torchrl")
+RAGGED = (*PLAIN, "torch-by-hand", "torch-plain", "fused-plain", "torchrl")
 JOBS: tuple[Job, ...] = (
     check("schedules agree, some sizes", 120), Job(FLOORS, 90, "floors:floors"),
     *speed("workloads", PLAIN), *speed("latency", PLAIN),

@@ -14,7 +14,7 @@ import torch
 from providers import PLAIN, PROVIDERS, CannotRun, Ragged, Runner, with_torch
 from timing import Timer, device_us, host_us
 from torch import Tensor, nn
-from workloads import Case
+from workloads import MODES, Case
 
 TORCH_DTYPES = {
     "fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64,
@@ -202,7 +202,7 @@ def measure(
     data = Data(case_, device, seed)
     records = []
     for mode in modes:
-        if mode not in ("inference", "forward", "training"):
+        if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}")
         rows = {name: dict(asdict(case_), mode=mode, provider=name) for name in providers}
         if "lengths" in data.ragged:

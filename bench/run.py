@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from providers import usual
     from tqdm import tqdm
 
-    asked = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"}
+    asked = {k: v for k, v in vars(args).items() if k != "json"}
     asked["largest"] = None if math.isinf(args.largest) else args.largest
     results: dict[str, Any] = {"about": about(args.device, args.threads), "options": asked, "complete": False}
     results |= {"floors": {}, "records": []}
