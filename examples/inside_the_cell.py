@@ -128,17 +128,18 @@ def held_out_files(text: str, characters: int) -> list[str]:
 
 
 def trained(args: argparse.Namespace, text: str, characters: list[str]) -> char_model.CharLM:
-    """The model of a checkpoint that was trained on this text, or of a new one."""
+    """The model of a checkpoint that was trained on this text from this seed, or of a new one."""
     own = args.out / "inside_the_cell" / "char_lm.pt"
     what = f"{len(text)} characters of CRC {zlib.crc32(text.encode()):08x}"  # as char_lm.py says it
     for path in (args.out / "char_lm.pt", own):
         saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        if saved and saved["settings"]["text"] == what:
+        if saved and (saved["settings"]["text"], saved["settings"]["seed"]) == (what, args.seed):
             break
     else:
-        print(f"no checkpoint for {what}: training one for {args.seconds:g} seconds", flush=True)
-        budget = ["--seconds", str(args.seconds), "--hidden", str(args.hidden), "--sample", "1", "--out", str(own.parent)]
-        subprocess.run([sys.executable, char_lm.__file__, "--no-compare", *budget], check=True, stdout=subprocess.DEVNULL)
+        print(f"no checkpoint for {what}, seed {args.seed}: training one for {args.seconds:g} seconds", flush=True)
+        options = {"seconds": args.seconds, "hidden": args.hidden, "seed": args.seed, "sample": 1, "out": own.parent}
+        command = [char_lm.__file__, "--no-compare", *(f"--{name}={value}" for name, value in options.items())]
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
         path, saved = own, torch.load(own, map_location="cpu", weights_only=True)
     settings, learner = saved["settings"], saved["learners"][char_lm.FUSED]
     model = char_model.CharLM(len(characters), settings["hidden"], settings["layers"], fused_lstm.LSTM)
@@ -196,6 +197,7 @@ def main() -> None:
     add = parser.add_argument
     add("--seconds", type=float, default=120, help="to train for, if it must (default: %(default)s)")
     add("--hidden", type=int, default=256, help="cells of a model to train (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the model (default: %(default)s)")
     add("--files", type=int, default=32, help="files to read, half of them to score on (default: %(default)s)")
     add("--characters", type=int, default=4000, help="of each file (default: %(default)s)")
     add("--out", type=Path, default=Path("runs"), metavar="DIR", help="for pictures and models (default: runs)")
@@ -210,12 +212,9 @@ def main() -> None:
     if len(files) < 2 or args.characters < SNIPPET:
         parser.error(f"expected 2 held-out files, {SNIPPET} characters of each, got {len(files)} and {args.characters}")
     model = trained(args, text, characters)
-    ids = torch.stack([char_model.encode(source[: args.characters], characters) for source in files]).to(
-        model.head.weight.device
-    )
-    truth = torch.stack([truths(source)[:, : args.characters] for source in files], 1).to(
-        ids.device
-    )  # (3, files, characters)
+    device, start = model.head.weight.device, slice(args.characters)
+    ids = torch.stack([char_model.encode(source[start], characters) for source in files]).to(device)
+    truth = torch.stack([truths(source)[:, start] for source in files], 1).to(device)  # (3, files, characters)
     c = cells(model, ids)
     half = len(files) // 2  # the best unit is chosen on the first half, and scored on the second
     ranks = [part.flatten(0, 1).argsort(0).argsort(0) for part in (c[:half], c[half:])]
