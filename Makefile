@@ -14,7 +14,7 @@ $(VENV)/.ready: pyproject.toml
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); say make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[test,examples,bench]'
+	$(BIN)/pip install --quiet --editable '.[test,examples,bench,libraries]' $(TORCH)  # again: no library may replace it
 	@touch $@
 
 demo: setup

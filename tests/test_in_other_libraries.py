@@ -1,6 +1,6 @@
 """Libraries that build their own nn.LSTM, with ours in its place: their results stay, and docs/in_other_libraries.md is so.
 
-A library that is not installed is skipped. `pip install sb3-contrib pytorch-forecasting asteroid` brings all of them.
+A library that is not installed is skipped; the extra `libraries` brings all of them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECTIONS = {  # of the page, after the first: what it imports, how many ratios it prints
     "RecurrentPPO": (["sb3_contrib"], 3),
     "DeepAR": (["pytorch_forecasting"], 2),
-    "DPRNN": (["asteroid", "pytorch_lightning"], 2),
+    "Parakeet": (["transformers"], 2),
 }
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(autouse=True)
+def outside_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks for the package `kernels` of its hub, and must not find the folder of that name here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).resolve() not in (ROOT, tmp_path)])
 
 
 def fused() -> AbstractContextManager:
@@ -283,7 +290,7 @@ def test_a_deepar_checkpoint_loads_either_way(tmp_path: Path) -> None:
         torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-3)
 
 
-# asteroid
+# transformers
 
 
 def built_fused(build: Callable[[], nn.Module]) -> nn.Module:
@@ -298,76 +305,77 @@ WAYS: dict[str, Callable[[Callable[[], nn.Module]], nn.Module]] = {
 }
 
 
-def separator(**options: Any) -> nn.Module:
-    models = pytest.importorskip("asteroid.models")
+def recogniser(name: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"n_filters": 16, "bn_chan": 16, "hid_size": 16, "chunk_size": 20, "n_repeats": 1}
-    return models.DPRNNTasNet(n_src=2, sample_rate=8000, **sizes, **options)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = transformers.ParakeetEncoderConfig(**sizes, subsampling_conv_channels=8)
+    options = {"vocab_size": 33, "blank_token_id": 32, "decoder_hidden_size": 24, "encoder_config": encoder}
+    model = getattr(transformers, f"ParakeetFor{name}")(getattr(transformers, f"Parakeet{name}Config")(**options)).eval()
+    for part in (model.decoder.embedding, model.decoder.lstm):
+        for p in part.parameters():
+            p.data *= 3  # an untrained model repeats itself
+    return model.to(DEVICE)
 
 
-def lstm_tasnet() -> nn.Module:
-    models = pytest.importorskip("asteroid.models")
+def codec() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return models.LSTMTasNet(n_src=2, sample_rate=8000, n_filters=16, hid_size=16, n_layers=2, rnn_type="LSTM", dropout=0.0)
-
-
-SEPARATORS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # how they are built, how many recurrent layers they hold
-    "DPRNN": (separator, 2),
-    "DPRNN, gated pairs, causal": (lambda: separator(use_mulcat=True, bidirectional=False), 4),
-    "LSTMTasNet": (lstm_tasnet, 1),
-}
-
-
-def recordings() -> tuple[Tensor, Tensor]:
-    """Mixtures (4, 1, samples) and their sources (4, 2, samples)."""
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(4, 1, 1000, generator=draw), torch.randn(4, 2, 1000, generator=draw)
+    sizes = {"num_filters": 4, "hidden_size": 16, "codebook_dim": 16, "codebook_size": 32}
+    model = transformers.EncodecModel(transformers.EncodecConfig(**sizes)).eval()
+    for layer in model.quantizer.layers:
+        layer.codebook.embed.normal_(std=0.02)  # zero in an untrained model
+    return model.to(DEVICE)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", SEPARATORS)
-def test_separation_and_its_gradients_are_the_same(name: str, way: str) -> None:
-    losses = pytest.importorskip("asteroid.losses")
-    loss = losses.PITLossWrapper(losses.pairwise_neg_sisdr, pit_from="pw_mtx")
-    build, count = SEPARATORS[name]
-    theirs, ours = build(), WAYS[way](build)
+@pytest.mark.parametrize("name", ["RNNT", "TDT"])
+def test_recognised_texts_and_gradients_are_the_same(name: str, way: str) -> None:
+    theirs, ours = recogniser(name), WAYS[way](lambda: recogniser(name))
     assert layers(theirs) == {nn.LSTM}
     assert layers(ours) == {fused_lstm.LSTM}
-    assert len(recurrent(ours)) == len(recurrent(theirs)) == count
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    mixtures, sources = (t.to(DEVICE) for t in recordings())
-    outputs = []
-    for model in (theirs.to(DEVICE), ours.to(DEVICE)):
-        outputs.append(model(mixtures))
-        loss(outputs[-1], sources).backward()
-    assert outputs[0].std() > 0
-    assert_close(outputs[1], outputs[0])
+    draw = torch.Generator().manual_seed(0)
+    features, mask = torch.randn(3, 160, 80, generator=draw), torch.arange(160) < torch.tensor([[160], [90], [50]])
+    before = torch.randint(32, (3, 9), generator=draw).to(DEVICE)  # tokens read
+    inputs = {"input_features": features.to(DEVICE), "attention_mask": mask.long().to(DEVICE)}
+    durations = [33 + k for k in range(len(getattr(theirs.config, "durations", ())))]  # scored beside the tokens, and none
+    options = {"decoder_start_token_id": 32, "suppress_tokens": durations or None, "max_new_tokens": 40}
+    said, logits = [], []
+    for model in (theirs, ours):
+        said.append(model.generate(**inputs, **options).sequences)
+        logits.append(model(**inputs, decoder_input_ids=before).logits)
+        logits[-1].square().mean().backward()
+    assert said[0].unique().numel() > 5
+    assert torch.equal(said[1], said[0])
+    assert_close(logits[1], logits[0])
     assert_close(gradients(ours), gradients(theirs))
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", WAYS)
-def test_asteroids_training_is_the_same(way: str) -> None:
-    engine, losses = pytest.importorskip("asteroid.engine"), pytest.importorskip("asteroid.losses")
-    pl = pytest.importorskip("pytorch_lightning")
-    loss = losses.PITLossWrapper(losses.pairwise_neg_sisdr, pit_from="pw_mtx")
-    start, theirs, ours = separator(), separator(), WAYS[way](separator)
+def test_a_codecs_codes_sounds_and_gradients_are_the_same(way: str) -> None:
+    theirs, ours = codec(), WAYS[way](codec)
+    assert layers(theirs) == {nn.LSTM}
+    assert layers(ours) == {fused_lstm.LSTM}
+    assert len(recurrent(ours)) == len(recurrent(theirs)) == 2
+    audio = torch.randn(2, 1, 6400, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    results = []
     for model in (theirs, ours):
-        loader = torch.utils.data.DataLoader(list(zip(*recordings(), strict=True)), batch_size=2)
-        system = engine.System(model, torch.optim.Adam(model.parameters(), lr=1e-3), loss, loader)
-        pl.Trainer(max_epochs=2, devices=1, limit_val_batches=0, **QUIET).fit(system)
-    assert not torch.equal(recurrent(start)[0].weight_hh_l0, recurrent(theirs)[0].weight_hh_l0.cpu())
-    assert_close(parameters(ours), parameters(theirs))
+        results.append(model(audio, bandwidth=6.0))
+        (model.encoder(audio).square().mean() + results[-1].audio_values.square().mean()).backward()
+    assert results[0].audio_codes.unique().numel() > 10
+    assert torch.equal(results[1].audio_codes, results[0].audio_codes)
+    assert_close(results[1].audio_values, results[0].audio_values)
+    assert_close(gradients(ours), gradients(theirs))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_an_asteroid_model_is_copied_pickled_saved_and_traced() -> None:
-    mixtures, _ = recordings()
-    ours = fused_lstm.replace_lstm(separator()).eval()
+def test_a_model_of_transformers_is_copied_pickled_and_saved(tmp_path: Path) -> None:
+    ours, tokens = fused_lstm.replace_lstm(recogniser("RNNT")), torch.arange(6, device=DEVICE)[None]
+    ours.save_pretrained(tmp_path)
+    loaded = type(ours).from_pretrained(tmp_path).to(DEVICE)
+    assert layers(loaded) == {nn.LSTM}
+    copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), loaded, fused_lstm.replace_lstm(copy.deepcopy(loaded))]
     with torch.no_grad():
-        expected = ours(mixtures)
-        copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.jit.trace(ours, mixtures)]
-        loaded = type(ours).from_pretrained(ours.serialize())
-        assert layers(loaded) == {nn.LSTM}
-        for model in [*copies, loaded.eval(), fused_lstm.replace_lstm(loaded)]:
-            assert_close(model(mixtures), expected)
+        expected = ours.decoder(tokens)
+        for model in copies:
+            assert_close(model.decoder(tokens), expected)
