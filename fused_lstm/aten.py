@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 
 from .gemm import linear, uses_onednn
-from .ragged import Unfolding, control_weights
+from .ragged import LayOut, TakeBack, Unfolding, control_weights
 from .reference import cell, lstm_cell
 from .spec import PLAIN, Result, Sequences, Stack, in_fp32, weight_groups
 
@@ -41,7 +41,8 @@ def ragged(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: 
     if pieces:
         y, h_n, c_n = piecewise(pieces, x, h0, c0, weights, dataclasses.replace(stack, batch_first=False), resets)
         return y.transpose(0, 1) if stack.batch_first else y, h_n, c_n
-    layouts = [Unfolding(*x.shape[:2], sequences.lengths, resets, backwards=d == 1) for d in range(stack.directions)]
+    ragged = (*x.shape[:2], sequences.lengths, resets)
+    layouts = [Unfolding(*ragged, backwards=d == 1, H=c0.shape[-1]) for d in range(stack.directions)]
     x, h_n, c_n = by_direction([partial(controlled, layout) for layout in layouts], x, h0, c0, weights, stack)
     return x.transpose(0, 1) if stack.batch_first else x, h_n, c_n
 
@@ -83,26 +84,26 @@ def piecewise(
 def controlled(layout: Unfolding, x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], one: Stack) -> Result:
     """One direction of one layer over x (T, B, I), in the layout given; h0 and c0 (B, ...)."""
     w_ih, *others = weights
-    control = control_weights(w_ih, layout.flags is not None)
-    hx = [(s if layout.begins is None else torch.where(layout.begins, 0, s))[None] for s in (h0, c0)]
-    y, c = shrinking(layout, layout.lay_out(x), *hx, [control, *others], one)
-    h_n = torch.where(layout.empty, h0, y[layout.last, layout.rows[0]])
-    return layout.take_back(y, c), h_n, torch.where(layout.empty, c0, c[0])
+    weights = [control_weights(w_ih, layout.resets), *others]
+    h, c = (layout.sorted(s if layout.begins is None else torch.where(layout.begins, 0, s))[None] for s in (h0, c0))
+    parts, held = [], []
+    for laid_out in LayOut.apply(layout, x) if torch.is_grad_enabled() else layout.lay_out(x):
+        n = laid_out.shape[1]  # the others have ended, and hold their cell state
+        held.append(c[0, n:])
+        y, h, c = fused(laid_out, h[:, :n], c[:, :n], weights, one, PLAIN)
+        parts.append(y)
+    y, last = taken_back(layout, parts, c)
+    h_n = torch.where(layout.empty, h0, last)
+    return y, h_n, torch.where(layout.empty, c0, layout.unsorted(torch.cat([c[0], *reversed(held)])))
 
 
-def shrinking(
-    layout: Unfolding, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], one: Stack
-) -> tuple[Tensor, Tensor]:
-    """y and c_n of laid-out x (steps, B, I), where few rows are long without the others' padding."""
-    split = layout.split()
-    if split == 0:
-        y, _, c = fused(x, h, c, weights, one, PLAIN)
-        return y, c
-    longer = (layout.ends > split).nonzero()[:, 0]
-    y, h, c = fused(x[:split], h, c, weights, one, PLAIN)
-    rest, _, c_n = fused(x[split:, longer], h[:, longer], c[:, longer], weights, one, PLAIN)
-    zeros = y.new_zeros(x.shape[0] - split, *y.shape[1:])
-    return torch.cat((y, zeros.index_copy(1, longer, rest))), c.index_copy(1, longer, c_n)
+def taken_back(layout: Unfolding, parts: Sequence[Tensor], c: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of each step and of each row's last one, from those of the blocks, the last of which ended with c."""
+    (y, *more) = parts
+    if more or layout.inverse is not None or y.requires_grad or y.device.type != "cpu" or c.isnan().any():
+        return TakeBack.apply(layout, *parts)
+    # Zero past a row's length as it is, since the output gate is shut; unless a NaN got in, which the cell then holds.
+    return y, y[layout.last, layout.rows]
 
 
 def by_direction(

@@ -35,7 +35,7 @@ class Direction:
         self.layout, self.reverse = None, backwards
         if lengths is not None or resets is not None:
             self.layout, self.reverse = Unfolding(T, B, lengths, resets, backwards), False
-            x, w_ih = self.layout.lay_out(x), control_weights(w_ih, resets is not None)
+            (x,), w_ih = self.layout.lay_out(x), control_weights(w_ih, resets is not None)
             h0, c0 = self._begun(h0), self._begun(c0)
         b = w_ih.new_zeros(w_ih.shape[0]) if bias is None else bias
         weights = (w_ih.contiguous(), w_hh.contiguous(), b.contiguous(), torch.zeros_like(b))
@@ -56,16 +56,16 @@ class Direction:
         if self.layout is None:
             return y, h, c, workspace
         # What is held to the end is c_n of every row, also of one without steps.
-        h = torch.where(self.layout.empty, h0, y[self.layout.last, self.layout.rows[0]])
-        return self.layout.take_back(y, c), h, c, workspace
+        y = self.layout.gather([y])
+        return y, torch.where(self.layout.empty, h0, y[self.layout.last, self.layout.rows]), c, workspace
 
     def backward(self, y: Tensor, c_n: Tensor, dy: Tensor, dh: Tensor, dc: Tensor, workspace: Tensor) -> tuple[Tensor, ...]:
         """Gradients by x, h0, c0, w_ih, w_hh and bias, from those by y (T, B, H), h_n and c_n (B, H)."""
         layout = self.layout
         dh_n = dh
         if layout is not None:
-            y, dy = (layout.spread(t) for t in (y, dy))
-            dy[layout.last, layout.rows[0]] += torch.where(layout.empty, 0, dh)
+            dy = dy.index_put((layout.last, layout.rows), dh, accumulate=True)  # of an empty row: not spread
+            (y,), (dy,) = layout.spread(y), layout.spread(dy)
             dh = torch.zeros_like(dh)
         h0, c0 = self.inputs[-2:]
         h_last = y[0 if self.reverse else -1]
@@ -76,7 +76,7 @@ class Direction:
         )  # fmt: skip
         dh0, dc0 = dh0.view(h0.shape), dc0.view(c0.shape)
         if layout is not None:
-            dx = layout.gather(dx)[..., : self.I]
+            dx = layout.gather([dx[..., : self.I]])
             dw_ih = dw_ih[:, : self.I]
             dh0, dc0 = torch.where(layout.empty, dh_n, self._begun(dh0)), self._begun(dc0)
         return dx, dh0, dc0, dw_ih, dw_hh, db

@@ -8,114 +8,228 @@ derivative of zero. What no gate can stop is a NaN: zero times NaN is NaN, so on
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 
-STEP_COST = 8  # of a step beside its rows, as a number of rows
+# What a step costs beside its rows, a call beside its steps, and cutting beside calls, as numbers of rows of a step; the
+# last two but for a part are inversely proportional to H (measured, H from 64 to 640).
+STEP_COST = 4
+CALL_COST, CALL_COST_TIMES_H, CUT_COST_TIMES_H = 40, 28_000, 40_000
 
 
 class Unfolding:
     """How one direction of ragged sequences is laid out for an LSTM that knows only plain ones.
 
     Each row is laid out in the order of processing, with one more step in front of each reset, on which the state is
-    cleared; what remains at the end is padding, on which the cell holds. ``position`` (T, B) is where the step of time t
-    goes; the layout has ``steps`` steps. With lengths alone, forwards, it is the identity.
+    cleared; what remains at the end of the ``steps`` steps is padding, on which the cell holds. With lengths alone, forward,
+    all stays where it is. On a CPU, for a layer of H hidden units, the layout is cut into blocks where that pays: each goes
+    on with those rows only that have not ended, the longest first.
     """
 
-    def __init__(self, T: int, B: int, lengths: Tensor | None, resets: Tensor | None, backwards: bool) -> None:
+    def __init__(
+        self, T: int, B: int, lengths: Tensor | None, resets: Tensor | None, backwards: bool, H: int | None = None
+    ) -> None:
         device = (resets if lengths is None else lengths).device
+        self.T, self.B = T, B
         t = torch.arange(T, device=device)[:, None]
-        ends = torch.full((B,), T, device=device) if lengths is None else lengths
-        self.valid = t < ends
+        lengths = torch.full((B,), T, device=device) if lengths is None else lengths
+        valid = t < lengths
+        self.past = Rest(~valid.flatten())
         # Rows whose hx is not to be seen, since an episode begins at their first step; (B, 1), None if there are none.
-        self.begins = None if resets is None or backwards else (resets[0] & self.valid[0])[:, None]
-        self.rows = torch.arange(B, device=device).expand(T, B)
-        self.steps, self.identity = T, resets is None and not backwards
-        self.position = torch.where(self.valid, ends - 1 - t, t) if backwards else t  # in the order of processing
-        self.flags: Tensor | None = None
+        self.begins = None if resets is None or backwards else (resets[0] & valid[0])[:, None]
+        self.empty = (lengths == 0)[:, None]
+        self.rows = torch.arange(B, device=device)
+        self.last = torch.zeros_like(lengths) if backwards else (lengths - 1).clamp(min=0)  # time of each row's last step
+        self.steps = T
+        position = None  # where it is t
+        if backwards:
+            position = torch.where(valid, lengths - 1 - t, t)  # in the order of processing
+        ends, flags = lengths, None
         if resets is not None:
             # Between t-1 and t: before step t forwards; backwards before t-1, and so not for t = 0.
-            resets = resets & self.valid
+            resets = resets & valid
             self.steps = T + int(resets.sum(0).max()) if B else T  # as many in either direction
             if backwards:
                 resets = torch.cat((resets[1:], torch.zeros_like(resets[:1])))
             total = resets.sum(0)
             before = resets.flip(0).cumsum(0).flip(0) if backwards else resets.cumsum(0)
-            self.position = self.position + torch.where(self.valid, before, total)
-            self.flags = torch.zeros(self.steps, B, dtype=torch.bool, device=device)
-            self.flags[(self.position - 1)[resets], self.rows[resets]] = True
-        self.padding = ~self.valid
-        self.blank = self.past = Rest(self.padding)
-        self.ends = ends
-        if self.flags is not None:
-            self.ends = ends + total
-            self.padding = torch.arange(self.steps, device=device)[:, None] >= self.ends
-            self.blank = Rest(self.padding | self.flags)
-        last = torch.zeros_like(ends) if backwards else (ends - 1).clamp(min=0)
-        # Position of each row's last step.
-        self.last = last if self.identity or not T else self.position[last, self.rows[0]]
-        self.empty = (ends == 0)[:, None]
+            position = (t if position is None else position) + torch.where(valid, before, total)
+            flags = torch.zeros(self.steps, B, dtype=torch.bool, device=device)
+            flags[(position - 1)[resets], self.rows.expand(T, B)[resets]] = True
+            ends = ends + total
+        self.resets = flags is not None
+        marks = [0, self.steps] if H is None or device.type != "cpu" else cuts(ends, self.steps, H)
+        # Rows in the order of their ends, the longest first; None where they stay in theirs.
+        self.order = ends.argsort(descending=True, stable=True) if marks != [0, self.steps] else None
+        self._lay_out(marks, position, ends, flags)
 
-    def lay_out(self, x: Tensor) -> Tensor:
-        """x (T, B, I) with its control columns; what it holds past a row's length does not matter."""
-        B, I = x.shape[1:]  # noqa: E741
-        laid_out = x.new_empty(self.steps, B, I + (1 if self.flags is None else 2))
-        if self.identity:
-            laid_out[..., :I] = x
-        else:
-            laid_out[..., :I].index_put_((self.position, self.rows), x)
-        self.blank.clear_(laid_out)
-        laid_out[..., I] = self.padding
-        if self.flags is not None:
-            laid_out[..., I + 1] = self.flags
-        return laid_out
+    def _lay_out(self, marks: list[int], position: Tensor | None, ends: Tensor, flags: Tensor | None) -> None:
+        """The blocks between marks, and where in them, one behind the other, the step of each time and row is."""
+        T, B, steps = self.T, self.B, self.steps
+        order = rows = self.rows
+        if self.order is not None:
+            order, rows = self.order, self.order.argsort()
+            ends, flags = ends[order], None if flags is None else flags[:, order]
+        step = torch.arange(steps, device=ends.device)[:, None]
+        padding = step >= ends
+        blank = padding if flags is None else padding | flags
+        # Whose data a step of the layout holds, as t*B + b, whatever where it is blank; and where it is itself.
+        times = cells = None
+        if position is not None:
+            times = torch.zeros(steps, B, dtype=torch.long, device=ends.device)
+            times[position, rows] = torch.arange(T * B, device=ends.device).view(T, B)
+        elif self.order is not None:
+            times = step * B + order
+        if times is not None:
+            cells = torch.zeros_like(times)
+        self.blocks, taken = [], 0
+        for first, end in pairwise(marks):
+            n = B if first == 0 else int((ends > first).sum())  # without blocks the host is asked for nothing
+            part = slice(first, end), slice(n)
+            columns = [mask[part] for mask in (padding, flags) if mask is not None]
+            source = None if times is None else times[part].flatten()
+            self.blocks.append(Block((end - first, n), source, Rest(blank[part].flatten()), columns))
+            if cells is not None:
+                cells[part] = torch.arange(taken, taken + (end - first) * n, device=ends.device).view(end - first, n)
+            taken += (end - first) * n
+        self.inverse = None  # where the step of each time and row is
+        if cells is not None:
+            self.inverse = (cells[:, rows] if position is None else cells[position, rows]).flatten()
 
-    def take_back(self, y: Tensor, c_n: Tensor) -> Tensor:
-        """The steps of time 0..T-1 out of the laid-out y, whose last cell state is c_n; zero past a row's length."""
-        if not self.identity:
-            y = y[self.position, self.rows]
-        elif y.requires_grad:  # a backward pass needs it as it is
-            y = y.clone()
-        elif y.device.type == "cpu" and not c_n.isnan().any():
-            return y  # zero there, since the output gate is shut; unless a NaN got in, which the cell then holds to the end
-        return self.past.clear_(y)
+    def lay_out(self, x: Tensor) -> list[Tensor]:
+        """x (T, B, I) with its control columns, of each block; what x holds past a row's length does not matter."""
+        return [block.with_columns(x) for block in self.blocks]
 
-    def split(self) -> int:
-        """The step after which only the longer rows are worth running, 0 for none. Known only on a CPU."""
-        B = self.ends.shape[0]
-        if self.ends.device.type != "cpu" or int(self.ends.sum()) >= 0.6 * self.steps * B:
-            return 0
-        ends = self.ends.sort().values
-        longer = torch.arange(B - 1, -1, -1)
-        # A step costs about as much as its rows and some more.
-        cost = ends * (B + STEP_COST) + (self.steps - ends) * (longer + STEP_COST)
-        best = int(cost.argmin())
-        return int(ends[best]) if int(cost[best]) < 0.7 * self.steps * (B + STEP_COST) else 0
+    def spread(self, y: Tensor) -> list[Tensor]:
+        """y (T, B, H) as it is laid out, of each block, and zero in what is put in between."""
+        return [block.of(y) for block in self.blocks]
 
-    def spread(self, y: Tensor) -> Tensor:
-        """What :meth:`take_back` made, or a gradient by it, laid out again: (steps, B, H)."""
-        y = torch.where(self.valid[..., None], y, 0)
-        return y.new_zeros(self.steps, *y.shape[1:]).index_put_((self.position, self.rows), y)
+    def gather(self, parts: Sequence[Tensor]) -> Tensor:
+        """What :meth:`spread` undoes: the steps of time 0..T-1, (T, B, H), zero past a row's length."""
+        parts = [part.reshape(-1, part.shape[-1]) for part in parts]
+        y = torch.cat(parts) if len(parts) > 1 else parts[0]
+        y = self.past.cleared(y) if self.inverse is None else self.past.clear_(y.index_select(0, self.inverse))
+        return y.view(self.T, self.B, y.shape[-1])
 
-    def gather(self, dx: Tensor) -> Tensor:
-        """The gradient by what :meth:`lay_out` took, with those by the control columns, from that by what it made."""
-        return torch.where(self.valid[..., None], dx[self.position, self.rows], 0)
+    def sorted(self, state: Tensor) -> Tensor:
+        """A state (B, ...) in the order of the blocks' rows."""
+        return state if self.order is None else state.index_select(0, self.order)
+
+    def unsorted(self, state: Tensor) -> Tensor:
+        return state if self.order is None else state.index_select(0, self.order.argsort())
+
+
+def cuts(ends: Tensor, steps: int, H: int) -> list[int]:
+    """The steps at which to go on with the longer rows only, from 0 to the last, so that all takes the least time."""
+    B, call, once = len(ends), CALL_COST + CALL_COST_TIMES_H // H, CUT_COST_TIMES_H // H
+    if steps * (B + STEP_COST) - int(ends.sum()) < once:  # more cannot be saved
+        return [0, steps]
+    ordered = ends.sort().values
+    marks = sorted({0, *ordered[(torch.arange(1, 17) * B + 15) // 16 - 1].tolist()})  # few of many, the last among them
+    ordered = ordered.tolist()
+    longer = [B - bisect_right(ordered, mark) for mark in marks]
+    best = [(0, 0)]  # the least cost up to each mark, and the mark before it
+    for j in range(1, len(marks)):
+        best.append(min((best[i][0] + call + (marks[j] - marks[i]) * (longer[i] + STEP_COST), i) for i in range(j)))
+    if len(marks) == 1 or best[-1][0] + once > 0.95 * (call + steps * (B + STEP_COST)):
+        return [0, steps]
+    path = [len(marks) - 1]
+    while path[-1]:
+        path.append(best[path[-1]][1])
+    return [marks[j] for j in reversed(path)]
 
 
 class Rest:
-    """The steps of a layout that ``mask`` (steps, B) says hold nothing."""
+    """Those of ``mask`` (N,) that hold nothing."""
 
     def __init__(self, mask: Tensor) -> None:
-        self.mask = mask[..., None]
+        self.mask = mask[:, None]
         # On a CPU their index is soon found, and filling few rows is several times quicker than a choice for each number.
-        self.index = mask.flatten().nonzero()[:, 0] if mask.device.type == "cpu" else None
+        self.index = mask.nonzero()[:, 0] if mask.device.type == "cpu" else None
 
     def clear_(self, data: Tensor) -> Tensor:
-        """Put zero there, in data (steps, B, features) that is contiguous."""
-        if self.index is None:
-            return data.masked_fill_(self.mask, 0)
-        data.view(-1, data.shape[-1]).index_fill_(0, self.index, 0)
-        return data
+        """Put zero there, in data (N, features)."""
+        return data.masked_fill_(self.mask, 0) if self.index is None else data.index_fill_(0, self.index, 0)
+
+    def cleared(self, data: Tensor) -> Tensor:
+        return data.masked_fill(self.mask, 0) if self.index is None else data.index_fill(0, self.index, 0)
+
+
+@dataclass
+class Block:
+    """Some steps of a layout, of some of its rows."""
+
+    shape: tuple[int, int]  # steps, rows
+    source: Tensor | None  # (steps*rows,) whose data they hold, t*B + b; None: their own
+    blank: Rest
+    columns: list[Tensor]  # the control columns, (steps, rows) each
+
+    def of(self, y: Tensor) -> Tensor:
+        y = y.reshape(-1, y.shape[-1])
+        y = self.blank.cleared(y) if self.source is None else self.blank.clear_(y.index_select(0, self.source))
+        return y.view(*self.shape, y.shape[-1])
+
+    def with_columns(self, x: Tensor) -> Tensor:
+        I = x.shape[-1]  # noqa: E741
+        laid_out = x.new_empty(*self.shape, I + len(self.columns))
+        flat = laid_out.flatten(0, 1)
+        if self.source is None:
+            laid_out[..., :I] = x
+        else:
+            torch.index_select(x.flatten(0, 1), 0, self.source, out=flat[:, :I])
+        self.blank.clear_(flat)
+        for k, column in enumerate(self.columns):
+            laid_out[..., I + k] = column
+        return laid_out
+
+
+class LayOut(torch.autograd.Function):
+    """:meth:`Unfolding.lay_out` with a gradient."""
+
+    @staticmethod
+    def forward(layout: Unfolding, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layout.lay_out(x))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.layout, x = inputs
+        ctx.features = x.shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.layout.gather([g[..., : ctx.features] for g in grads])
+
+
+class TakeBack(torch.autograd.Function):
+    """:meth:`Unfolding.gather` and the output (B, H) of each row's last step, with a gradient."""
+
+    @staticmethod
+    def forward(layout: Unfolding, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        y = layout.gather(parts)
+        return y, y[layout.last, layout.rows]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.layout = inputs[0]
+        ctx.features = output[0].shape[-1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        layout = ctx.layout
+        if dy is None and dh is None:
+            return None, *(None for _ in layout.blocks)
+        if dy is None:
+            dy = dh.new_zeros(layout.T, layout.B, ctx.features)
+        if dh is not None:
+            dy = dy.index_put((layout.last, layout.rows), dh, accumulate=True)
+        return None, *layout.spread(dy)
 
 
 def control_weights(w_ih: Tensor, resets: bool) -> Tensor:

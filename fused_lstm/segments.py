@@ -60,7 +60,8 @@ class Direction:
             y, h, c = fused(x.flip(0) if self.backwards else x, h[None], c[None], weights, one, PLAIN)
             return y.flip(0) if self.backwards else y, h[0], c[0]
         steps = None if lengths is None else (lengths - first).clamp(0, end - first)
-        layout = Unfolding(*x.shape[:2], steps, None if resets is None else resets[first:end], self.backwards)
+        resets_here = None if resets is None else resets[first:end]
+        layout = Unfolding(*x.shape[:2], steps, resets_here, self.backwards, c.shape[-1])
         y, h, c = controlled(layout, x, h, c, weights, one)
         if self.backwards and resets is not None and first > 0:  # a reset between this segment and the next to be processed
             cut = (resets[first] if lengths is None else resets[first] & (first < lengths))[:, None]
@@ -73,7 +74,7 @@ class Direction:
         """As padded data with lengths, which oneDNN takes; no more than a segment is ever padded."""
         n = int(sizes[0])  # the rows that have a step here; the others keep their states
         x, lengths = pad_packed_sequence(PackedSequence(x, sizes))
-        layout = Unfolding(*x.shape[:2], lengths.to(x.device, non_blocking=True), None, self.backwards)
+        layout = Unfolding(*x.shape[:2], lengths.to(x.device, non_blocking=True), None, self.backwards, c.shape[-1])
         y, h_n, c_n = controlled(layout, x, h[:n], c[:n], weights, one)
         return pack_padded_sequence(y, lengths).data, torch.cat((h_n, h[n:])), torch.cat((c_n, c[n:]))
 

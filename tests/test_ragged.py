@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from pairs import every_backend
 from torch import Tensor, nn
 
 import fused_lstm
+from fused_lstm import ragged
 from fused_lstm.spec import PLAIN, Stack
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -123,6 +124,49 @@ def test_300_random_lengths_and_resets(backend: str, dtype: torch.dtype) -> None
         case = Ragged(seed, dtype)
         rule.add(case, case.names, case.fused(backend), case.row_by_row(case.dtype), case.row_by_row(torch.float64))
     rule.check()
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("nan_memory")
+def test_random_lengths_and_resets_cut_wherever_a_row_ends(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cost in ("STEP_COST", "CALL_COST", "CALL_COST_TIMES_H", "CUT_COST_TIMES_H"):
+        monkeypatch.setattr(ragged, cost, 0)
+    found, blocks = ragged.cuts, []
+    monkeypatch.setattr(ragged, "cuts", lambda *args: blocks.append(found(*args)) or blocks[-1])
+    rule = Rule()
+    for seed in range(DTYPES.index(dtype), 300, len(DTYPES)):
+        case = Ragged(seed, dtype)
+        rule.add(case, case.names, case.fused(backend), case.row_by_row(case.dtype), case.row_by_row(torch.float64))
+    rule.check()
+    assert sum(len(marks) > 2 for marks in blocks) > 20
+
+
+def test_cuts_take_the_least_time() -> None:
+    """Against all ways to cut."""
+    seen = set()
+    for seed in range(200):
+        r = random.Random(seed)
+        B, H, steps = r.randint(1, 9), r.choice([64, 128, 512]), r.choice([30, 300, 2000])
+        ends = [r.randint(0, r.choice([steps, steps // 4])) for _ in range(B)]
+        call, once = ragged.CALL_COST + ragged.CALL_COST_TIMES_H // H, ragged.CUT_COST_TIMES_H // H
+
+        def cost(way: tuple[int, ...], call: int = call, ends: list[int] = ends) -> int:
+            return sum(call + (b - a) * (sum(e > a for e in ends) + ragged.STEP_COST) for a, b in pairwise((0, *way)))
+
+        marks = sorted({*ends} - {0})
+        ways = [(*some, marks[-1]) for n in range(len(marks)) for some in combinations(marks[:-1], n)]
+        whole, got = call + steps * (B + ragged.STEP_COST), ragged.cuts(torch.tensor(ends), steps, H)
+        seen.add(len(got))
+        if got == [0, steps]:
+            assert all(cost(way) + once > 0.95 * whole for way in ways)
+        else:
+            assert got[0] == 0
+            assert cost(tuple(got[1:])) == min(map(cost, ways))
+            assert cost(tuple(got[1:])) + once <= 0.95 * whole
+    assert {2, 3, 4} <= seen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
