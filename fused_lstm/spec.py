@@ -72,7 +72,7 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
         ValueError: wrong shape, dtype or range.
     """
     try:
-        given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+        given = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths)  # a compiler sees through this one
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"lengths should be {B} integers from 0 to {T}, got {lengths!r}: {error}") from error
     if given.numel() == 0:

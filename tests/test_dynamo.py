@@ -82,6 +82,20 @@ def test_one_graph_for_all_batches_and_times(backend: str, layer: dict[str, Any]
     assert layer_ops(counter.graphs) == [module.num_layers] * 2  # for training and inference
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_lengths_in_a_list_are_no_constants(dynamic: bool | None) -> None:
+    torch.manual_seed(0)
+    module, x = fused_lstm.LSTM(I, H), torch.randn(20, 4, I)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=dynamic)
+    graphs = []
+    for n in range(9):
+        lengths = [19, n, 18 - n, 11]  # none is a size of something at first, which torch would take for the same number
+        assert_close(tree_leaves(compiled(x, lengths=lengths)), tree_leaves(module(x, lengths=lengths)))
+        graphs.append(len(counter.graphs))
+    assert graphs[-1] == graphs[0 if dynamic else 3]  # unless told, torch learns that they change, and 0 and 1 are special
+
+
 @pytest.mark.parametrize("compiler", ["eager", INDUCTOR])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_compilers_and_dtypes(compiler: str, dtype: torch.dtype) -> None:
