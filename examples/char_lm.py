@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import pickle
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
-from char_model import VOCABULARY, CharLM, Learner, encode, fail, read_text, streams
+from char_model import VOCABULARY, CharLM, Learner, encode, fail, load, read_text, streams
 from torch import Tensor, nn
 
 import fused_lstm
@@ -84,9 +83,9 @@ class Run:
         bar, now = sys.stderr.isatty(), time.perf_counter()
         if last or now - self.shown > (0.2 if bar else 10):
             self.shown, left = now, round(self.spent / self.done() - self.spent)
-            loss, speed = fmean(learner.losses[-50:]), self.args.batch * self.args.chunk / median(learner.seconds[-50:])
-            line = f"step {self.step}  loss {loss:.3f}  {loss / math.log(2):.3f} bits/char  {speed:,.0f} char/s  "
-            line += f"{left // 60}:{left % 60:02} left"
+            loss, seconds = fmean(learner.losses[-50:]), fmean(learner.seconds[-50:])
+            line = f"step {self.step} (mean of {min(50, self.step)})  loss {loss:.3f}  {loss / math.log(2):.3f} bits/char  "
+            line += f"{self.args.batch * self.args.chunk / seconds:,.0f} char/s  {left // 60}:{left % 60:02} left"
             line = f"\r[{'#' * round(8 * self.done()):8}] {line}\x1b[K" if bar else line
             print(line, end="" if bar and not last else "\n", file=sys.stderr, flush=True)
 
@@ -98,15 +97,11 @@ class Run:
         beside.replace(self.args.checkpoint)
 
     def resume(self) -> None:
-        path = self.args.checkpoint
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            theirs = saved["settings"]
-        except (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError):
-            fail(f"--resume: expected a checkpoint of this script, got some other file: {path}")
+        saved = load(self.args.checkpoint)
+        theirs = saved["settings"]
         differ = [f"{k} is {theirs.get(k)} there and {v} here" for k, v in self.settings.items() if theirs.get(k) != v]
         if differ:
-            fail(f"--resume: expected the settings that {path} was made with, but {', '.join(differ)}")
+            fail(f"--resume: expected the settings that {self.args.checkpoint} was made with, but {', '.join(differ)}")
         for name, learner in self.learners.items():
             learner.load_state_dict(saved["learners"][name])
         self.step, self.spent, self.position = saved["step"], saved["spent"], saved["position"]

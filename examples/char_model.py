@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import sys
 import sysconfig
 import time
@@ -39,6 +40,17 @@ def read_text(path: Path | None) -> str:
         if len(text) < MAX_CHARACTERS:
             text += (root / name).read_text(encoding="utf-8", errors="replace")
     return text[:MAX_CHARACTERS]
+
+
+def load(path: Path) -> dict:
+    """A checkpoint of char_lm.py."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if {"settings", "learners"} <= saved.keys():
+            return saved
+    except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, pickle.UnpicklingError):
+        pass
+    fail(f"expected a checkpoint of char_lm.py, got some other file: {path}")
 
 
 def encode(text: str, characters: list[str]) -> Tensor:

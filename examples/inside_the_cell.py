@@ -20,6 +20,7 @@ import sysconfig
 import tokenize
 import zlib
 from collections import Counter
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -128,24 +129,30 @@ def held_out_files(text: str, characters: int) -> list[str]:
 
 
 def trained(args: argparse.Namespace, text: str, characters: list[str]) -> char_model.CharLM:
-    """The model of a checkpoint that was trained on this text from this seed, or of a new one."""
+    """The model of a checkpoint that was trained on this text, from this seed and to the size asked for, or of a new one."""
     own = args.out / "inside_the_cell" / "char_lm.pt"
     what = f"{len(text)} characters of CRC {zlib.crc32(text.encode()):08x}"  # as char_lm.py says it
     for path in (args.out / "char_lm.pt", own):
-        saved = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-        if saved and (saved["settings"]["text"], saved["settings"]["seed"]) == (what, args.seed):
+        saved = char_model.load(path) if path.exists() else {"settings": {}}
+        settings = saved["settings"]
+        same = settings.get("text") == what and settings["seed"] == args.seed and args.hidden in (None, settings["hidden"])
+        if same and saved["learners"][char_lm.FUSED]["plain"]["validation"]:
             break
     else:
         print(f"no checkpoint for {what}, seed {args.seed}: training one for {args.seconds:g} seconds", flush=True)
-        options = {"seconds": args.seconds, "hidden": args.hidden, "seed": args.seed, "sample": 1, "out": own.parent}
-        command = [char_lm.__file__, "--no-compare", *(f"--{name}={value}" for name, value in options.items())]
-        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-        path, saved = own, torch.load(own, map_location="cpu", weights_only=True)
+        path, unfinished = own, own.with_name("unfinished.pt")
+        options = {"seconds": args.seconds, "hidden": args.hidden or 256, "seed": args.seed, "checkpoint": unfinished}
+        command = [char_lm.__file__, "--no-compare", "--sample=1", f"--out={own.parent}"]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        if subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL).returncode:
+            char_model.fail(f"the training of {path} did not end well")
+        saved = char_model.load(unfinished.replace(path))
     settings, learner = saved["settings"], saved["learners"][char_lm.FUSED]
     model = char_model.CharLM(len(characters), settings["hidden"], settings["layers"], fused_lstm.LSTM)
     model.load_state_dict(learner["model"])
-    bits = learner["plain"]["validation"][-1][1] / math.log(2)
-    print(f"model: {path}, {settings['layers']} x {settings['hidden']} cells, {bits:.3f} bits/char on held-out text")
+    step, nats = learner["plain"]["validation"][-1]
+    size = f"{settings['layers']} x {settings['hidden']} cells, after {step} steps"
+    print(f"model: {path}, {size}, {nats / math.log(2):.3f} bits/char on held-out text")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
 
 
@@ -163,7 +170,7 @@ def auc(ranks: Tensor, truth: Tensor) -> Tensor:
     """The chance, for each column of ranks (N, U), that a row with truth (N,) ranks above one without (Mann-Whitney)."""
     n = truth.sum().double()
     if not 0 < n < len(truth):
-        sys.exit("inside_the_cell.py: error: expected characters with and without a property: more --files may help")
+        char_model.fail("expected characters with and without a property: more --files may help")
     return (ranks[truth].double().sum(0) - n * (n - 1) / 2) / (n * (len(truth) - n))
 
 
@@ -195,11 +202,12 @@ def draw_text(path: Path, text: str, values: Tensor, truth: Tensor, title: str) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--seconds", type=float, default=120, help="to train for, if it must (default: %(default)s)")
-    add("--hidden", type=int, default=256, help="cells of a model to train (default: %(default)s)")
+    seconds, size = partial(char_lm.positive, kind=float), char_lm.positive
+    add("--seconds", type=seconds, default=120, help="to train for, if it must (default: %(default)s)")
+    add("--hidden", type=size, help="cells of the model (default: those of a model that is there, else 256)")
     add("--seed", type=int, default=0, help="of the model (default: %(default)s)")
-    add("--files", type=int, default=32, help="files to read, half of them to score on (default: %(default)s)")
-    add("--characters", type=int, default=4000, help="of each file (default: %(default)s)")
+    add("--files", type=size, default=32, help="files to read, half of them to score on (default: %(default)s)")
+    add("--characters", type=size, default=4000, help="of each file (default: %(default)s)")
     add("--out", type=Path, default=Path("runs"), metavar="DIR", help="for pictures and models (default: runs)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -210,7 +218,8 @@ def main() -> None:
     characters = ["\ufffd", *(c for c, _ in Counter(text).most_common(char_model.VOCABULARY))]
     files = held_out_files(text, args.characters)[: args.files]
     if len(files) < 2 or args.characters < SNIPPET:
-        parser.error(f"expected 2 held-out files, {SNIPPET} characters of each, got {len(files)} and {args.characters}")
+        got = f"{len(files)} and {args.characters}"
+        parser.error(f"expected at least 2 held-out files and {SNIPPET} characters of each, got {got}")
     model = trained(args, text, characters)
     device, start = model.head.weight.device, slice(args.characters)
     ids = torch.stack([char_model.encode(source[start], characters) for source in files]).to(device)
@@ -227,12 +236,13 @@ def main() -> None:
         sign = 1 if chosen[unit] > 0.5 else -1  # a cell may as well be low where the property holds
         found, score = (0.5 + sign * (t[unit].item() - 0.5) for t in (chosen, scored))
         r = torch.corrcoef(torch.stack([c[half:, :, unit].flatten(), truth[k, half:].flatten()]))[0, 1].item()
-        verdict = "" if score >= TRACKS else f"  no cell tracks it (AUC below {TRACKS})"
+        verdict = "" if score >= TRACKS else f"  not tracked (AUC below {TRACKS})"
         print(f"{name:12} {f'layer {layer}, {number:3}':>14} {found:12.3f} {score:12.3f} {r:23.2f}{verdict}")
         file, first = richest(holds[half:], SNIPPET)
         file, first = half + file, files[half + file].rfind("\n", 0, first) + 1  # from the start of a line
-        shown = slice(first, first + SNIPPET)
-        title = f"cell {number} of layer {layer}; underlined: {name}, at least {depth} deep; AUC {score:.2f}"
+        end = files[file].rfind("\n", first, first + SNIPPET)  # of whole lines, unless one is very long
+        shown = slice(first, max(end, first + SNIPPET // 2))
+        title = f"cell {number} of layer {layer}; underlined: {name}, at least {depth} deep; AUC {score:.2f}{verdict}"
         path = args.out / f"inside_the_cell-{name}.png"
         draw_text(path, files[file][shown], c[file, shown, unit], holds[file, shown], title)
         first = max(1, first + richest(holds[file : file + 1, shown], STRETCH)[1])
@@ -247,4 +257,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        char_model.fail(f"expected a usable file or folder, got {error.strerror}: {error.filename}")

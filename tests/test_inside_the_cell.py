@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +96,31 @@ def test_auc_is_the_chance_of_the_right_order(example: ModuleType) -> None:
     assert found[0] == 1
 
 
+@pytest.mark.parametrize("fault", ["", "text", "seed", "hidden", "validation", "rubbish"])
+def test_which_checkpoint_is_taken(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Not one of another text, seed or size, nor one whose training was interrupted before its first validation."""
+    text, characters = "some text", sorted("some text")
+    model = example.char_model.CharLM(len(characters), 5, 1, example.fused_lstm.LSTM)
+    what = f"{len(text)} characters of CRC {example.zlib.crc32(text.encode()):08x}"
+    settings = {"text": what, "seed": 3, "hidden": 5, "layers": 1}
+    settings |= {"text": {"text": "other"}, "seed": {"seed": 4}, "hidden": {"hidden": 5}}.get(fault, {})
+    learner = {"model": model.state_dict(), "plain": {"validation": [] if fault == "validation" else [(7, 1.0)]}}
+    saved = {"settings": settings, "learners": {example.char_lm.FUSED: learner}}
+    torch.save([1] if fault == "rubbish" else saved, tmp_path / "char_lm.pt")
+    args = argparse.Namespace(out=tmp_path, seed=3, hidden=6 if fault == "hidden" else None, seconds=1.0)
+
+    def interrupted(command: list[str], **options: Any) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, 130)
+
+    monkeypatch.setattr(example.subprocess, "run", interrupted)
+    if fault:
+        with pytest.raises(SystemExit, match=r"expected a checkpoint" if fault == "rubbish" else "did not end well"):
+            example.trained(args, text, characters)
+    else:
+        taken = example.trained(args, text, characters)
+        assert torch.equal(taken.head.weight.cpu(), model.head.weight)
+
+
 def test_a_short_run(tmp_path: Path) -> None:
     """Trains, scores and draws; a second run finds the model that the first one left, another seed does not take it."""
     sizes = ["--seconds", "2", "--hidden", "12", "--files", "16", "--characters", "2500", "--out", "out"]
@@ -111,7 +138,7 @@ def test_a_short_run(tmp_path: Path) -> None:
     for name in ("indentation", "quotes", "brackets"):
         line = next(line for line in said[1].splitlines() if line.startswith(name))
         found = re.fullmatch(
-            rf"{name} +layer 0, +(\d+) +(0\.\d+|1\.000) +(0\.\d+|1\.000) +-?[01]\.\d+( +no cell tracks.*)?", line
+            rf"{name} +layer 0, +(\d+) +(0\.\d+|1\.000) +(0\.\d+|1\.000) +-?[01]\.\d+( +not tracked.*)?", line
         )
         assert found, line
         assert int(found[1]) < 12
