@@ -1,4 +1,4 @@
-"""To ONNX, where each layer becomes one LSTM operator. Needs onnx and onnxscript: ``pip install 'fused_lstm[onnx]'``.
+"""To ONNX, where each layer becomes one LSTM operator. Needs onnx and onnxscript.
 
 What follows :func:`translation_table` writes ONNX's operators, ``op``, for symbolic tensors that torch.onnx.export hands in.
 """
@@ -15,7 +15,7 @@ from torch import nn
 try:
     from onnxscript import opset18 as op
 except ImportError as error:
-    raise ImportError(f"fused_lstm.onnx needs onnx and onnxscript, pip install 'fused_lstm[onnx]' ({error})") from error
+    raise ImportError(f"fused_lstm.onnx needs onnx and onnxscript: pip install onnx onnxscript ({error})") from error
 
 DIRECTIONS = {1: "forward", -1: "reverse", 2: "bidirectional"}
 INT32 = 6  # as ONNX numbers dtypes
