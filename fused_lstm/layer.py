@@ -167,9 +167,10 @@ class LSTM(nn.RNNBase):
         """
         if self.bidirectional:
             raise RuntimeError("step: a bidirectional layer cannot be streamed, its reverse direction begins at the end")
-        dims = input.dim()
+        dims = input.dim() if isinstance(input, Tensor) else 0
         if dims not in (1, 2):
-            raise ValueError(f"step: expected one step of input, (B, I) or (I,), got shape {tuple(input.shape)}")
+            got = f"shape {tuple(input.shape)}" if isinstance(input, Tensor) else type(input).__name__
+            raise ValueError(f"step: expected one step of input, (B, I) or (I,), got {got}")
         if state is not None:
             if len(state) != 2:
                 raise ValueError(f"step: expected state to be two tensors, (h, c), got {len(state)}")

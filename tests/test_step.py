@@ -9,6 +9,7 @@ import pytest
 import torch
 from pairs import all_equal, assert_all_close, every_backend, failure, flat, randn, states
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 import fused_lstm
 
@@ -124,6 +125,7 @@ def test_compiles_as_one_graph() -> None:
 X, Z = torch.zeros(B, N), torch.zeros(1, B, H)
 ERRORS: list[tuple[Callable[[fused_lstm.LSTM], Any], type[Exception], str]] = [
     (lambda m: m.step(X[None]), ValueError, "(B, I) or (I,), got shape (1, 3, 5)"),
+    (lambda m: m.step(pack_sequence([X])), ValueError, "(B, I) or (I,), got PackedSequence"),
     (lambda m: m.step(X[:, :2]), RuntimeError, "Expected 5, got 2"),
     (lambda m: m.step(X, (Z, Z, Z)), ValueError, "two tensors, (h, c), got 3"),
     (lambda m: m.step(X, (Z[0], Z)), ValueError, "an input of 2 dimensions, expected h and c of 3, got shapes (3, 8) and"),
