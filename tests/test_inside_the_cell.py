@@ -122,19 +122,18 @@ def test_which_checkpoint_is_taken(example: ModuleType, tmp_path: Path, monkeypa
 
 
 def test_a_short_run(tmp_path: Path) -> None:
-    """Trains, scores and draws; a second run finds the model that the first one left, another seed does not take it."""
+    """Trains, scores and draws; a second run finds the model that the first one left."""
     sizes = ["--seconds", "2", "--hidden", "12", "--files", "16", "--characters", "2500", "--out", "out"]
     said = []
-    for seed in ("0", "0", "1"):
+    for _ in range(2):
         run = subprocess.run(
-            [sys.executable, str(SCRIPT), *sizes, "--seed", seed], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [sys.executable, str(SCRIPT), *sizes, "--seed", "1"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True, text=True, timeout=250,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         said.append(run.stdout)
-    assert "no checkpoint" in said[0]
+    assert "seed 1: training" in said[0]
     assert "no checkpoint" not in said[1]
-    assert "seed 1: training" in said[2]
     for name in ("indentation", "quotes", "brackets"):
         line = next(line for line in said[1].splitlines() if line.startswith(name))
         found = re.fullmatch(
