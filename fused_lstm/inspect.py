@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 NAMES = {"i": "input gate", "f": "forget gate", "g": "candidate", "o": "output gate", "c": "cell state", "h": "hidden state"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Gates:
     """The gates and states of a call, by layer, direction, time step and batch row: (layers, directions, T, B, H), without
     B when unbatched. See :func:`inspect_gates`."""
@@ -37,6 +37,11 @@ class Gates:
     output: Tensor  # as the layer returns it, and so are the last two
     h_n: Tensor
     c_n: Tensor
+    lengths: Tensor | None = None  # steps of each batch row, (B,), () when unbatched; None: all T
+
+    def __repr__(self) -> str:
+        shapes = {name: tuple(t.shape) for name, t in vars(self).items() if t is not None}
+        return f"Gates({', '.join(f'{name}={shape}' for name, shape in shapes.items())}, dtype={self.c.dtype})"
 
 
 @torch.no_grad()
@@ -105,7 +110,8 @@ def inspect_gates(
     h = arrange([layer.y.reshape(*layer.c.shape[:2], states[0].shape[-1]) for layer in kept])
     if x.dim() == 2:
         output, h_n, c_n = output.squeeze(0 if lstm.batch_first else 1), h_n.squeeze(1), c_n.squeeze(1)
-    return Gates(*gates, c, h, output, h_n, c_n)
+    lengths = sequences.lengths if x.dim() == 3 or sequences.lengths is None else sequences.lengths.squeeze(0)
+    return Gates(*gates, c, h, output, h_n, c_n, lengths)
 
 
 def plot_gates(
@@ -122,7 +128,8 @@ def plot_gates(
 ) -> Figure:
     """Heat maps over time, a row for each unit: gates from 0 to 1, candidate and states in colours centred on 0.
 
-    Meant for up to some 80 steps and 32 units. Needs matplotlib (``pip install fused_lstm[plot]``), but no display.
+    Grey is past the row's length, magenta is NaN. Meant for up to some 80 steps and 32 units. Needs matplotlib
+    (``pip install fused_lstm[plot]``), but no display.
 
     Args:
         values: of :func:`inspect_gates`.
@@ -142,6 +149,7 @@ def plot_gates(
         TypeError, ValueError: arguments that do not fit ``values``; says what was expected.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.colors import Normalize, SymLogNorm
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
@@ -160,6 +168,7 @@ def plot_gates(
     T, H = values.c.shape[2], values.c.shape[-1]
     if units is not None and (not len(units) or not all(0 <= u < H for u in units)):
         raise ValueError(f"units should be numbers from 0 to {H - 1}, got {list(units)}")
+    length = T if values.lengths is None else int(values.lengths[row] if batched else values.lengths)
     series = None if x is None else torch.as_tensor(x).detach().cpu().double()
     if series is not None and (series.dim() not in (1, 2) or len(series) != T):
         raise ValueError(f"x should have shape ({T},) or ({T}, K), one for each step, got {tuple(series.shape)}")
@@ -177,7 +186,7 @@ def plot_gates(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     if series is not None:
-        axes[0].plot(range(T), series.numpy(), drawstyle="steps-mid", linewidth=1)
+        axes[0].plot(range(length), series[:length].numpy(), drawstyle="steps-mid", linewidth=1)
         axes[0].set_ylabel("x")
     for ax, (name, data, chosen) in zip(axes[len(axes) - len(panels) :], panels, strict=True):
         if name in "ifo":
@@ -187,11 +196,15 @@ def plot_gates(
             low, colours = -high, "RdBu_r"
         # Cells that count would dwarf the others: large states are drawn by their logarithm beyond 1, where tanh saturates.
         norm = SymLogNorm(1, vmin=low, vmax=high) if name == "c" and high > 4 else Normalize(low, high)
-        image = ax.imshow(data.T.numpy(), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+        cmap = colormaps[colours].with_extremes(bad="magenta")
+        image = ax.imshow(data.T.numpy(), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
         figure.colorbar(image, ax=ax, pad=0.01, aspect=12).ax.tick_params(labelsize=7)
         ax.set_ylabel(f"{name}\n{NAMES[name]}", fontsize=8)
         shown = range(0, len(chosen), math.ceil(len(chosen) / 8))
         ax.set_yticks(shown, [str(chosen[k]) for k in shown], fontsize=7)
+    if length < T:  # what is there is zero, a value like any other: covered
+        for ax in axes:
+            ax.axvspan(length - 0.5, T - 0.5, facecolor="0.8", zorder=2)
     if axis is None:
         axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[-1].set_xlabel("time step")

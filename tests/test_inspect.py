@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings(NUMPYS),
 ]
 
-NAMES = tuple(field.name for field in dataclasses.fields(Gates))
+NAMES = tuple(field.name for field in dataclasses.fields(Gates) if field.name != "lengths")
 EXTRAS = ("", "hx", "lengths", "resets", "hx lengths resets")
 CASES = list(itertools.product((1, 2), (False, True), (0, 3), (False, True), EXTRAS))
 T, B, I, H = 5, 4, 3, 6  # noqa: E741
@@ -218,6 +218,19 @@ def test_unbatched_input_has_no_batch_dimension(batch_first: bool) -> None:
         assert all_equal((values.output, values.h_n, values.c_n), flat(lstm(x, (h0, c0), resets=resets)))
 
 
+def test_lengths_are_kept_and_the_repr_gives_shapes() -> None:
+    lstm = fused_lstm.LSTM(I, H, batch_first=True, proj_size=2)
+    batched, single = inspect_gates(lstm, torch.randn(2, T, I), lengths=[3, 0]), torch.randn(T, I)
+    assert batched.lengths.tolist() == [3, 0]
+    assert inspect_gates(lstm, single, lengths=[3]).lengths.shape == ()
+    assert inspect_gates(lstm, single, lengths=[3]).lengths == 3
+    assert inspect_gates(lstm, single).lengths is None
+    cells = "i=(1, 1, 5, 2, 6), f=(1, 1, 5, 2, 6), g=(1, 1, 5, 2, 6), o=(1, 1, 5, 2, 6), c=(1, 1, 5, 2, 6)"
+    rest = "h=(1, 1, 5, 2, 2), output=(2, 5, 2), h_n=(1, 2, 2), c_n=(1, 2, 6), lengths=(2,), dtype=torch.float32"
+    assert repr(batched) == f"Gates({cells}, {rest})"
+    assert "lengths" not in repr(inspect_gates(lstm, single))
+
+
 def test_an_empty_batch_and_a_single_step() -> None:
     lstm = fused_lstm.LSTM(I, H, 2)
     assert inspect_gates(lstm, torch.randn(T, 0, I)).i.shape == (2, 1, T, 0, H)
@@ -329,6 +342,37 @@ def test_draws_chosen_units_below_a_text_and_numbers(values: Gates) -> None:
     assert maps["h"].images[0].get_array().shape == (3, 8)  # projected: no units of the cell
     assert [label.get_text() for label in maps["c"].get_yticklabels()] == ["4", "1"]
     assert [label.get_text() for label in maps["h"].get_xticklabels()] == list("a\u2423b\u2192\u21b5$$c")
+
+
+def seen(figure: Any, unit: int = 0) -> dict[str, list[str]]:
+    """The colours in which each heat map shows a unit's steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_hex
+
+    maps, canvas, found = heat_maps(figure), FigureCanvasAgg(figure), {}
+    canvas.draw()
+    pixels = canvas.buffer_rgba()  # from the top
+    for name, ax in maps.items():
+        places = [ax.transData.transform((t, unit)).astype(int) for t in range(ax.images[0].get_array().shape[1])]
+        found[name] = [to_hex([pixels[pixels.shape[0] - 1 - up, x, k] / 255 for k in range(3)]) for x, up in places]
+    return found
+
+
+def test_draws_nothing_past_a_length_and_nan_unlike_zero(values: Gates) -> None:
+    pytest.importorskip("matplotlib")
+    grey, magenta = "#cccccc", "#ff00ff"
+    for row, length in ((0, 8), (2, 3)):
+        figure = plot_gates(values, row=row, x=torch.ones(8))
+        assert len(figure.axes[0].lines[0].get_ydata()) == length
+        for colours in seen(figure).values():
+            assert [colour == grey for colour in colours] == [t >= length for t in range(8)]
+    lstm = fused_lstm.LSTM(2, H)
+    nothing = inspect_gates(lstm, torch.randn(3, 1, 2), lengths=[0])
+    assert all(colours == [grey] * 3 for colours in seen(plot_gates(nothing)).values())
+    unbatched = inspect_gates(lstm, torch.tensor([[1.0, 2], [torch.nan, 0], [1, 2]]), lengths=[2])
+    for first, *others in seen(plot_gates(unbatched)).values():
+        assert first not in (grey, magenta)
+        assert others == [magenta, grey]
 
 
 def test_draws_unbatched_values_words_and_zeros() -> None:
