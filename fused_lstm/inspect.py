@@ -138,8 +138,9 @@ def plot_gates(
             whole.
         gates: which to draw, in this order: letters of "ifgoch", the fields of :class:`Gates`.
         x: numbers to draw above, such as the input: (T,), or (T, K) for K lines.
-        axis: a label for each of the T steps: a text of T characters, whose whitespace is made visible, or T texts.
-        title: of the figure.
+        axis: a label for each of the T steps: a text of T characters, whose whitespace is made visible, or T texts. Of
+            more than fit, every second is drawn, or third.
+        title: of the figure; if None, which layer, direction and row it shows, of those that there are several of.
 
     Returns:
         A matplotlib Figure; ``figure.savefig("gates.png")`` writes it.
@@ -186,8 +187,15 @@ def plot_gates(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     if series is not None:
-        axes[0].plot(range(length), series[:length].numpy(), drawstyle="steps-mid", linewidth=1)
-        axes[0].set_ylabel("x")
+        marker = "o" if length == 1 else None  # a line needs two points
+        lines = axes[0].plot(
+            range(length), series[:length].numpy(), drawstyle="steps-mid", linewidth=1, marker=marker, markersize=3
+        )
+        axes[0].set_ylabel("x", fontsize=8)
+        axes[0].tick_params(axis="y", labelsize=7)
+        if 1 < len(lines) <= 6:
+            above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "ncols": len(lines)}
+            axes[0].legend(lines, range(len(lines)), fontsize=7, frameon=False, **above)
     for ax, (name, data, chosen) in zip(axes[len(axes) - len(panels) :], panels, strict=True):
         if name in "ifo":
             low, high, colours = 0.0, 1.0, "viridis"
@@ -198,7 +206,10 @@ def plot_gates(
         norm = SymLogNorm(1, vmin=low, vmax=high) if name == "c" and high > 4 else Normalize(low, high)
         cmap = colormaps[colours].with_extremes(bad="magenta")
         image = ax.imshow(data.T.numpy(), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
-        figure.colorbar(image, ax=ax, pad=0.01, aspect=12).ax.tick_params(labelsize=7)
+        bar = figure.colorbar(image, ax=ax, pad=0.01, aspect=12)
+        bar.ax.tick_params(labelsize=7)
+        if isinstance(norm, SymLogNorm):
+            bar.set_label("log beyond 1", fontsize=7)
         ax.set_ylabel(f"{name}\n{NAMES[name]}", fontsize=8)
         shown = range(0, len(chosen), math.ceil(len(chosen) / 8))
         ax.set_yticks(shown, [str(chosen[k]) for k in shown], fontsize=7)
@@ -206,16 +217,20 @@ def plot_gates(
         for ax in axes:
             ax.axvspan(length - 0.5, T - 0.5, facecolor="0.8", zorder=2)
     if axis is None:
-        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes[-1].set_xlabel("time step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes[-1].set_xlabel("time step", fontsize=8)
+        axes[-1].tick_params(axis="x", labelsize=7)
     else:
         single = all(len(label) == 1 for label in axis)
         font = {"fontfamily": "monospace", "fontsize": 8, "rotation": 0 if single else 90}
-        axes[-1].set_xticks(range(T), [_visible(label) for label in axis], parse_math=False, **font)
+        shown = range(0, T, math.ceil(0.12 * T / (size[0] - 2.5)))  # a label takes up to 0.12 of an inch
+        axes[-1].set_xticks(shown, [_visible(axis[t]) for t in shown], parse_math=False, **font)
         for ax in axes:
             ax.tick_params(axis="x", length=0 if single else 3)
-    if title is not None:
-        figure.suptitle(title)
+    if title is None:
+        parts = (f"layer {layer}", ("forwards", "backwards")[direction], f"row {row}")
+        title = ", ".join(part for part, size in zip(parts, sizes, strict=True) if size > 1)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 

@@ -375,6 +375,45 @@ def test_draws_nothing_past_a_length_and_nan_unlike_zero(values: Gates) -> None:
         assert others == [magenta, grey]
 
 
+def test_says_what_it_shows(values: Gates) -> None:
+    pytest.importorskip("matplotlib")
+    assert plot_gates(values, layer=1, direction=1, row=3).get_suptitle() == "layer 1, backwards, row 3"
+    assert plot_gates(values, title="").get_suptitle() == ""
+    lstm, x = fused_lstm.LSTM(2, H), torch.randn(3, 2, 2)
+    assert plot_gates(inspect_gates(lstm, x)).get_suptitle() == "row 0"
+    assert plot_gates(inspect_gates(lstm, x[:, 0])).get_suptitle() == ""
+    formula = plot_gates(values, title="$\\frac$", gates="c")
+    heat_maps(formula)  # is drawn as it stands: it is no formula
+    assert formula.get_suptitle() == "$\\frac$"
+
+
+@pytest.mark.parametrize(("K", "legend"), [(None, None), (1, None), (3, ["0", "1", "2"]), (7, None)])
+def test_lines_have_a_legend_where_it_helps(values: Gates, K: int | None, legend: list[str] | None) -> None:
+    pytest.importorskip("matplotlib")
+    figure = plot_gates(values, gates="c", x=torch.randn(8) if K is None else torch.randn(8, K))
+    heat_maps(figure)
+    found = figure.axes[0].get_legend()
+    assert (found and [label.get_text() for label in found.get_texts()]) == legend
+
+
+def test_a_single_step_is_seen() -> None:
+    pytest.importorskip("matplotlib")
+    figure = plot_gates(inspect_gates(fused_lstm.LSTM(2, H), torch.randn(1, 2)), x=[3])
+    assert figure.axes[0].lines[0].get_marker() == "o"
+    assert [tick for tick in heat_maps(figure)["h"].get_xticks() if abs(tick) < 0.5] == [0]
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (60, 1), (170, 1), (500, 3), (2000, 12)])
+def test_labels_of_steps_do_not_overlap(steps: int, every: int) -> None:
+    pytest.importorskip("matplotlib")
+    gates = inspect_gates(fused_lstm.LSTM(2, 1), torch.randn(steps, 2))
+    for axis in ("W" * steps, ["word"] * steps):
+        ax = heat_maps(plot_gates(gates, axis=axis, gates="f"))["f"]
+        assert ax.get_xticks().tolist() == list(range(0, steps, every))
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+
+
 def test_draws_unbatched_values_words_and_zeros() -> None:
     pytest.importorskip("matplotlib")
     lstm = fused_lstm.LSTM(2, H)
@@ -383,9 +422,13 @@ def test_draws_unbatched_values_words_and_zeros() -> None:
     maps = heat_maps(plot_gates(unbatched, x=[1, 2, 3], axis=["one", "two", "$a$"]))
     assert maps["c"].images[0].get_array().shape == (H, 3)
     zero = Gates(**{name: torch.zeros_like(t) for name, t in all_of(unbatched).items()})
-    assert heat_maps(plot_gates(zero))["c"].images[0].get_clim() == (-1, 1)
+    image = heat_maps(plot_gates(zero))["c"].images[0]
+    assert image.get_clim() == (-1, 1)
+    assert image.colorbar.ax.get_ylabel() == ""
     large = dataclasses.replace(zero, c=torch.tensor([0.5, 1, 50])[:, None].expand(3, H)[None, None])
-    norm = heat_maps(plot_gates(large))["c"].images[0].norm
+    image = heat_maps(plot_gates(large))["c"].images[0]
+    assert image.colorbar.ax.get_ylabel() == "log beyond 1"
+    norm = image.norm
     assert (norm.vmin, norm.vmax) == (-50, 50)
     assert norm(0) == 0.5
     assert norm(0.5) > 0.55  # on a linear scale it would be 0.505, the colour of zero
