@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import engine, transforms
 from .functional import RUNNERS, run
-from .layer import LSTM
+from .layer import LSTM, TorchLSTM
 from .spec import in_fp32
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def inspect_gates(
     The backends ``triton`` and ``reference`` show the very numbers that the forward pass computes with, bit for bit. torch's
     own LSTM, the backend ``aten``, does not show its gates: the explicit path of ``reference`` takes its place, and its
     output equals the layer's up to rounding. Where fp16 and bf16 are computed in fp32, all are rounded at the end, as the
-    output is. Dropout does not act, no gradient is kept, and hooks of the module are not called.
+    output is. Dropout does not act, no gradient is kept, and hooks of the module are not called. ``vmap`` may be around the
+    call, derivatives of ``torch.func`` may not: they would be zero.
 
     Args:
         lstm: the layer; a torch.nn.LSTM becomes one by ``fused_lstm.LSTM.from_torch``.
@@ -70,11 +72,13 @@ def inspect_gates(
         hx, lengths, resets: as the layer takes them.
 
     Raises:
-        TypeError: ``lstm`` is no fused_lstm.LSTM, or ``x`` is packed.
+        TypeError: ``lstm`` is no fused_lstm.LSTM, or ``x`` is packed or no tensor.
+        RuntimeError: a derivative is taken around the call.
         ValueError, RuntimeError: what the layer raises for these arguments.
     """
     if not isinstance(lstm, LSTM):
-        hint = ": convert it by fused_lstm.LSTM.from_torch" if isinstance(lstm, nn.LSTM) else ""
+        hint = ": convert it by fused_lstm.LSTM.from_torch" if isinstance(lstm, TorchLSTM) else ""
+        hint += " before it is parametrized" if hint and is_parametrized(lstm) else ""
         got = f"{type(lstm).__module__}.{type(lstm).__name__}"
         raise TypeError(f"inspect_gates expects a fused_lstm.LSTM, got: {got}{hint}")
     if isinstance(x, PackedSequence):
@@ -82,9 +86,11 @@ def inspect_gates(
             "inspect_gates expects padded input, got a PackedSequence: pass the padded tensor and lengths= instead "
             "(torch.nn.utils.rnn.pad_packed_sequence gives both)"
         )
-    if transforms.forward_mode():
+    if not isinstance(x, Tensor):
+        raise TypeError(f"inspect_gates expects x to be a tensor, got: {type(x).__module__}.{type(x).__name__}")
+    if transforms.forward_mode() or transforms.differentiates():
         raise RuntimeError(
-            "inspect_gates has no derivatives, expected a call outside of forward-mode AD, such as torch.func.jvp"
+            "inspect_gates has no derivatives, expected a call outside of forward-mode AD and of torch.func's grad, vjp, jvp"
         )
     weights, stack = lstm._weights(), dataclasses.replace(lstm._stack(), dropout=0.0)
     data, states, sequences = lstm._prepare(x, hx, weights, stack, lengths, resets)
@@ -129,7 +135,7 @@ def plot_gates(
     """Heat maps over time, a row for each unit: gates from 0 to 1, candidate and states in colours centred on 0.
 
     Grey is past the row's length, magenta is NaN. Meant for up to some 80 steps and 32 units. Needs matplotlib
-    (``pip install fused_lstm[plot]``), but no display.
+    (``pip install matplotlib``), but no display.
 
     Args:
         values: of :func:`inspect_gates`.
@@ -155,20 +161,26 @@ def plot_gates(
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("plot_gates needs matplotlib: pip install fused_lstm[plot]") from error
+        raise ImportError("plot_gates needs matplotlib: pip install matplotlib") from error
     if not isinstance(values, Gates):
         raise TypeError(f"plot_gates expects the result of fused_lstm.inspect_gates, got: {type(values).__name__}")
     if not gates or set(gates) - set(NAMES):
         raise ValueError(f"gates should be letters of {''.join(NAMES)!r}, got {gates!r}")
-    place = {"layer": layer, "direction": direction}
     batched = values.c.dim() == 5
-    sizes = [*values.c.shape[:2], values.c.shape[3] if batched else 1]
-    for (name, index), size in zip({**place, "row": row}.items(), sizes, strict=True):
-        if not 0 <= index < size:
-            raise ValueError(f"{name} should be from 0 to {size - 1}, got {index}")
     T, H = values.c.shape[2], values.c.shape[-1]
-    if units is not None and (not len(units) or not all(0 <= u < H for u in units)):
-        raise ValueError(f"units should be numbers from 0 to {H - 1}, got {list(units)}")
+    place = {"layer": layer, "direction": direction, "row": row}
+    sizes = [*values.c.shape[:2], values.c.shape[3] if batched else 1]
+    if 0 in sizes:
+        raise ValueError(f"plot_gates expects at least one batch row, got gates of shape {tuple(values.c.shape)}")
+    for (name, index), size in zip(place.items(), sizes, strict=True):
+        if index not in range(size):
+            raise ValueError(f"{name} should be an integer from 0 to {size - 1}, got {index!r}")
+    layer, direction, row = map(int, place.values())
+    if units is not None:
+        asked = list(units) if isinstance(units, Iterable) else []
+        if not asked or any(u not in range(H) for u in asked):
+            raise ValueError(f"units should be a list of integers from 0 to {H - 1}, got {units!r}")
+        units = list(map(int, asked))
     length = T if values.lengths is None else int(values.lengths[row] if batched else values.lengths)
     series = None if x is None else torch.as_tensor(x).detach().cpu().double()
     if series is not None and (series.dim() not in (1, 2) or len(series) != T):
@@ -180,7 +192,7 @@ def plot_gates(
     for name in gates:
         data = getattr(values, name)[layer, direction]
         data = (data[:, row] if batched else data).detach().cpu().double()
-        chosen = list(range(data.shape[-1])) if units is None or data.shape[-1] != H else list(units)
+        chosen = list(range(data.shape[-1])) if units is None or data.shape[-1] != H else units
         panels.append((name, data[:, chosen], chosen))
     heights = [1.0] * (series is not None) + [min(3.0, max(0.8, 0.07 * len(chosen))) for _, _, chosen in panels]
     size = (min(24.0, max(7.0, 2.5 + 0.13 * T)), sum(heights) + 0.25 * len(heights) + 0.8)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from checks import DEVICE, Rule
 from pairs import BACKENDS, NUMPYS, all_equal, call, failure, flat, packed, pair, randn, states
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_lstm
@@ -262,19 +263,49 @@ def test_inside_vmap_and_a_compiled_graph() -> None:
         torch.testing.assert_close(compiled(x[0]), inspect_gates(lstm, x[0]).f)
 
 
-@pytest.mark.parametrize("module", [nn.LSTM(I, H), nn.GRU(I, H), None])
-def test_takes_no_other_modules(module: object) -> None:
-    with pytest.raises(TypeError, match=r"inspect_gates expects a fused_lstm\.LSTM, got: .*") as info:
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        (nn.LSTM(I, H), r"torch.nn.modules.rnn.LSTM: convert it by fused_lstm\.LSTM\.from_torch"),
+        (weight_norm(nn.LSTM(I, H), "weight_hh_l0"), r".*: convert it by .*\.from_torch before it is parametrized"),
+        (nn.GRU(I, H), r"torch\.nn\.modules\.rnn\.GRU"),
+        (weight_norm(nn.GRU(I, H), "weight_hh_l0"), r"[\w.]*\.ParametrizedGRU"),
+        (None, r"builtins\.NoneType"),
+    ],
+)
+def test_takes_no_other_modules(module: object, what: str) -> None:
+    with pytest.raises(TypeError, match=rf"^inspect_gates expects a fused_lstm\.LSTM, got: {what}$"):
         inspect_gates(module, torch.randn(T, B, I))
-    assert ("fused_lstm.LSTM.from_torch" in str(info.value)) == isinstance(module, nn.LSTM)
 
 
-def test_takes_no_packed_sequence_and_no_forward_mode() -> None:
+def test_takes_layers_that_were_parametrized_after_they_were_converted() -> None:
+    lstm = weight_norm(fused_lstm.LSTM.from_torch(nn.LSTM(I, H)), "weight_hh_l0")
+    x = torch.randn(T, B, I)
+    torch.testing.assert_close(inspect_gates(lstm, x).output, lstm(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("x", "got"), [("text", "builtins.str"), ([[1.0, 2.0]], "builtins.list"), (torch.zeros(T, I).numpy(), "numpy.ndarray")]
+)
+def test_takes_nothing_but_tensors(x: object, got: str) -> None:
+    with pytest.raises(TypeError, match=rf"inspect_gates expects x to be a tensor, got: {got}$"):
+        inspect_gates(fused_lstm.LSTM(I, H), x)
+
+
+def test_takes_no_packed_sequence_and_no_derivatives() -> None:
     lstm, x = fused_lstm.LSTM(I, H), torch.randn(T, B, I)
     with pytest.raises(TypeError, match=r"got a PackedSequence: pass the padded tensor and lengths= instead"):
         inspect_gates(lstm, pack_padded_sequence(x, [5, 4, 2, 1]))
-    with pytest.raises(RuntimeError, match="outside of forward-mode AD"):
-        torch.func.jvp(lambda x: inspect_gates(lstm, x).c, (x,), (x,))
+    transforms = (
+        lambda function: torch.func.jvp(function, (x,), (x,)),
+        lambda function: torch.func.grad(function)(x),
+        lambda function: torch.func.vjp(function, x),
+        lambda function: torch.func.jacrev(function)(x),
+        lambda function: torch.vmap(torch.func.grad(function), 1)(x[:, :, None]),
+    )
+    for transform in transforms:
+        with pytest.raises(RuntimeError, match="inspect_gates has no derivatives, expected a call outside of"):
+            transform(lambda x: inspect_gates(lstm, x).c.sum())
 
 
 @pytest.mark.parametrize(
@@ -437,11 +468,15 @@ def test_draws_unbatched_values_words_and_zeros() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer": 2}, "layer should be from 0 to 1, got 2"),
-        ({"direction": -1}, "direction should be from 0 to 1, got -1"),
-        ({"row": 4}, "row should be from 0 to 3, got 4"),
-        ({"units": [0, 6]}, r"units should be numbers from 0 to 5, got \[0, 6\]"),
-        ({"units": []}, "units should be numbers from 0 to 5"),
+        ({"layer": 2}, "layer should be an integer from 0 to 1, got 2"),
+        ({"direction": -1}, "direction should be an integer from 0 to 1, got -1"),
+        ({"row": 4}, "row should be an integer from 0 to 3, got 4"),
+        ({"row": 1.5}, r"row should be an integer from 0 to 3, got 1\.5"),
+        ({"row": "a"}, "row should be an integer from 0 to 3, got 'a'"),
+        ({"units": [0, 6]}, r"units should be a list of integers from 0 to 5, got \[0, 6\]"),
+        ({"units": [1.5]}, r"units should be a list of integers from 0 to 5, got \[1\.5\]"),
+        ({"units": []}, r"units should be a list of integers from 0 to 5, got \[\]"),
+        ({"units": 3}, "units should be a list of integers from 0 to 5, got 3"),
         ({"gates": "ix"}, "gates should be letters of 'ifgoch', got 'ix'"),
         ({"gates": ""}, "gates should be letters"),
         ({"x": [1, 2]}, r"x should have shape \(8,\) or \(8, K\), one for each step, got \(2,\)"),
@@ -456,7 +491,17 @@ def test_plot_says_what_it_expected(values: Gates, arguments: dict[str, Any], me
         plot_gates(values.c)
 
 
+def test_indices_may_be_tensors_and_a_row_is_needed(values: Gates) -> None:
+    pytest.importorskip("matplotlib")
+    ax = heat_maps(plot_gates(values, gates="c", row=torch.tensor(1), units=torch.tensor([4, 1])))["c"]
+    assert torch.equal(torch.tensor(ax.images[0].get_array()), values.c[0, 0, :, 1][:, [4, 1]].T.double())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["4", "1"]
+    empty = inspect_gates(fused_lstm.LSTM(2, 3), torch.randn(4, 0, 2))
+    with pytest.raises(ValueError, match=r"expects at least one batch row, got gates of shape \(1, 1, 4, 0, 3\)"):
+        plot_gates(empty)
+
+
 def test_without_matplotlib(values: Gates, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
-    with pytest.raises(ImportError, match=r"pip install fused_lstm\[plot\]"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         plot_gates(values)
