@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from . import engine, transforms
 from .functional import RUNNERS, run
-from .layer import LSTM
+from .layer import LSTM, TorchLSTM
 from .spec import in_fp32
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 NAMES = {"i": "input gate", "f": "forget gate", "g": "candidate", "o": "output gate", "c": "cell state", "h": "hidden state"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Gates:
     """The gates and states of a call, by layer, direction, time step and batch row: (layers, directions, T, B, H), without
     B when unbatched. See :func:`inspect_gates`."""
@@ -37,6 +38,11 @@ class Gates:
     output: Tensor  # as the layer returns it, and so are the last two
     h_n: Tensor
     c_n: Tensor
+    lengths: Tensor | None = None  # steps of each batch row, (B,), () when unbatched; None: all T
+
+    def __repr__(self) -> str:
+        shapes = {name: tuple(t.shape) for name, t in vars(self).items() if t is not None}
+        return f"Gates({', '.join(f'{name}={shape}' for name, shape in shapes.items())}, dtype={self.c.dtype})"
 
 
 @torch.no_grad()
@@ -57,7 +63,8 @@ def inspect_gates(
     The backends ``triton`` and ``reference`` show the very numbers that the forward pass computes with, bit for bit. torch's
     own LSTM, the backend ``aten``, does not show its gates: the explicit path of ``reference`` takes its place, and its
     output equals the layer's up to rounding. Where fp16 and bf16 are computed in fp32, all are rounded at the end, as the
-    output is. Dropout does not act, no gradient is kept, and hooks of the module are not called.
+    output is. Dropout does not act, no gradient is kept, and hooks of the module are not called. ``vmap`` may be around the
+    call, derivatives of ``torch.func`` may not: they would be zero.
 
     Args:
         lstm: the layer; a torch.nn.LSTM becomes one by ``fused_lstm.LSTM.from_torch``.
@@ -65,11 +72,13 @@ def inspect_gates(
         hx, lengths, resets: as the layer takes them.
 
     Raises:
-        TypeError: ``lstm`` is no fused_lstm.LSTM, or ``x`` is packed.
+        TypeError: ``lstm`` is no fused_lstm.LSTM, or ``x`` is packed or no tensor.
+        RuntimeError: a derivative is taken around the call.
         ValueError, RuntimeError: what the layer raises for these arguments.
     """
     if not isinstance(lstm, LSTM):
-        hint = ": convert it by fused_lstm.LSTM.from_torch" if isinstance(lstm, nn.LSTM) else ""
+        hint = ": convert it by fused_lstm.LSTM.from_torch" if isinstance(lstm, TorchLSTM) else ""
+        hint += " before it is parametrized" if hint and is_parametrized(lstm) else ""
         got = f"{type(lstm).__module__}.{type(lstm).__name__}"
         raise TypeError(f"inspect_gates expects a fused_lstm.LSTM, got: {got}{hint}")
     if isinstance(x, PackedSequence):
@@ -77,9 +86,11 @@ def inspect_gates(
             "inspect_gates expects padded input, got a PackedSequence: pass the padded tensor and lengths= instead "
             "(torch.nn.utils.rnn.pad_packed_sequence gives both)"
         )
-    if transforms.forward_mode():
+    if not isinstance(x, Tensor):
+        raise TypeError(f"inspect_gates expects x to be a tensor, got: {type(x).__module__}.{type(x).__name__}")
+    if transforms.forward_mode() or transforms.differentiates():
         raise RuntimeError(
-            "inspect_gates has no derivatives, expected a call outside of forward-mode AD, such as torch.func.jvp"
+            "inspect_gates has no derivatives, expected a call outside of forward-mode AD and of torch.func's grad, vjp, jvp"
         )
     weights, stack = lstm._weights(), dataclasses.replace(lstm._stack(), dropout=0.0)
     data, states, sequences = lstm._prepare(x, hx, weights, stack, lengths, resets)
@@ -105,7 +116,8 @@ def inspect_gates(
     h = arrange([layer.y.reshape(*layer.c.shape[:2], states[0].shape[-1]) for layer in kept])
     if x.dim() == 2:
         output, h_n, c_n = output.squeeze(0 if lstm.batch_first else 1), h_n.squeeze(1), c_n.squeeze(1)
-    return Gates(*gates, c, h, output, h_n, c_n)
+    lengths = sequences.lengths if x.dim() == 3 or sequences.lengths is None else sequences.lengths.squeeze(0)
+    return Gates(*gates, c, h, output, h_n, c_n, lengths)
 
 
 def plot_gates(
@@ -122,7 +134,8 @@ def plot_gates(
 ) -> Figure:
     """Heat maps over time, a row for each unit: gates from 0 to 1, candidate and states in colours centred on 0.
 
-    Meant for up to some 80 steps and 32 units. Needs matplotlib (``pip install fused_lstm[plot]``), but no display.
+    Grey is past the row's length, magenta is NaN. Meant for up to some 80 steps and 32 units. Needs matplotlib
+    (``pip install matplotlib``), but no display.
 
     Args:
         values: of :func:`inspect_gates`.
@@ -131,8 +144,9 @@ def plot_gates(
             whole.
         gates: which to draw, in this order: letters of "ifgoch", the fields of :class:`Gates`.
         x: numbers to draw above, such as the input: (T,), or (T, K) for K lines.
-        axis: a label for each of the T steps: a text of T characters, whose whitespace is made visible, or T texts.
-        title: of the figure.
+        axis: a label for each of the T steps: a text of T characters, whose whitespace is made visible, or T texts. Of
+            more than fit, every second is drawn, or third.
+        title: of the figure; if None, which layer, direction and row it shows, of those that there are several of.
 
     Returns:
         A matplotlib Figure; ``figure.savefig("gates.png")`` writes it.
@@ -142,24 +156,32 @@ def plot_gates(
         TypeError, ValueError: arguments that do not fit ``values``; says what was expected.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.colors import Normalize, SymLogNorm
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("plot_gates needs matplotlib: pip install fused_lstm[plot]") from error
+        raise ImportError("plot_gates needs matplotlib: pip install matplotlib") from error
     if not isinstance(values, Gates):
         raise TypeError(f"plot_gates expects the result of fused_lstm.inspect_gates, got: {type(values).__name__}")
     if not gates or set(gates) - set(NAMES):
         raise ValueError(f"gates should be letters of {''.join(NAMES)!r}, got {gates!r}")
-    place = {"layer": layer, "direction": direction}
     batched = values.c.dim() == 5
-    sizes = [*values.c.shape[:2], values.c.shape[3] if batched else 1]
-    for (name, index), size in zip({**place, "row": row}.items(), sizes, strict=True):
-        if not 0 <= index < size:
-            raise ValueError(f"{name} should be from 0 to {size - 1}, got {index}")
     T, H = values.c.shape[2], values.c.shape[-1]
-    if units is not None and (not len(units) or not all(0 <= u < H for u in units)):
-        raise ValueError(f"units should be numbers from 0 to {H - 1}, got {list(units)}")
+    place = {"layer": layer, "direction": direction, "row": row}
+    sizes = [*values.c.shape[:2], values.c.shape[3] if batched else 1]
+    if 0 in sizes:
+        raise ValueError(f"plot_gates expects at least one batch row, got gates of shape {tuple(values.c.shape)}")
+    for (name, index), size in zip(place.items(), sizes, strict=True):
+        if index not in range(size):
+            raise ValueError(f"{name} should be an integer from 0 to {size - 1}, got {index!r}")
+    layer, direction, row = map(int, place.values())
+    if units is not None:
+        asked = list(units) if isinstance(units, Iterable) else []
+        if not asked or any(u not in range(H) for u in asked):
+            raise ValueError(f"units should be a list of integers from 0 to {H - 1}, got {units!r}")
+        units = list(map(int, asked))
+    length = T if values.lengths is None else int(values.lengths[row] if batched else values.lengths)
     series = None if x is None else torch.as_tensor(x).detach().cpu().double()
     if series is not None and (series.dim() not in (1, 2) or len(series) != T):
         raise ValueError(f"x should have shape ({T},) or ({T}, K), one for each step, got {tuple(series.shape)}")
@@ -170,15 +192,22 @@ def plot_gates(
     for name in gates:
         data = getattr(values, name)[layer, direction]
         data = (data[:, row] if batched else data).detach().cpu().double()
-        chosen = list(range(data.shape[-1])) if units is None or data.shape[-1] != H else list(units)
+        chosen = list(range(data.shape[-1])) if units is None or data.shape[-1] != H else units
         panels.append((name, data[:, chosen], chosen))
     heights = [1.0] * (series is not None) + [min(3.0, max(0.8, 0.07 * len(chosen))) for _, _, chosen in panels]
     size = (min(24.0, max(7.0, 2.5 + 0.13 * T)), sum(heights) + 0.25 * len(heights) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     if series is not None:
-        axes[0].plot(range(T), series.numpy(), drawstyle="steps-mid", linewidth=1)
-        axes[0].set_ylabel("x")
+        marker = "o" if length == 1 else None  # a line needs two points
+        lines = axes[0].plot(
+            range(length), series[:length].numpy(), drawstyle="steps-mid", linewidth=1, marker=marker, markersize=3
+        )
+        axes[0].set_ylabel("x", fontsize=8)
+        axes[0].tick_params(axis="y", labelsize=7)
+        if 1 < len(lines) <= 6:
+            above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "ncols": len(lines)}
+            axes[0].legend(lines, range(len(lines)), fontsize=7, frameon=False, **above)
     for ax, (name, data, chosen) in zip(axes[len(axes) - len(panels) :], panels, strict=True):
         if name in "ifo":
             low, high, colours = 0.0, 1.0, "viridis"
@@ -187,22 +216,33 @@ def plot_gates(
             low, colours = -high, "RdBu_r"
         # Cells that count would dwarf the others: large states are drawn by their logarithm beyond 1, where tanh saturates.
         norm = SymLogNorm(1, vmin=low, vmax=high) if name == "c" and high > 4 else Normalize(low, high)
-        image = ax.imshow(data.T.numpy(), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-        figure.colorbar(image, ax=ax, pad=0.01, aspect=12).ax.tick_params(labelsize=7)
+        cmap = colormaps[colours].with_extremes(bad="magenta")
+        image = ax.imshow(data.T.numpy(), cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
+        bar = figure.colorbar(image, ax=ax, pad=0.01, aspect=12)
+        bar.ax.tick_params(labelsize=7)
+        if isinstance(norm, SymLogNorm):
+            bar.set_label("log beyond 1", fontsize=7)
         ax.set_ylabel(f"{name}\n{NAMES[name]}", fontsize=8)
         shown = range(0, len(chosen), math.ceil(len(chosen) / 8))
         ax.set_yticks(shown, [str(chosen[k]) for k in shown], fontsize=7)
+    if length < T:  # what is there is zero, a value like any other: covered
+        for ax in axes:
+            ax.axvspan(length - 0.5, T - 0.5, facecolor="0.8", zorder=2)
     if axis is None:
-        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes[-1].set_xlabel("time step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes[-1].set_xlabel("time step", fontsize=8)
+        axes[-1].tick_params(axis="x", labelsize=7)
     else:
         single = all(len(label) == 1 for label in axis)
         font = {"fontfamily": "monospace", "fontsize": 8, "rotation": 0 if single else 90}
-        axes[-1].set_xticks(range(T), [_visible(label) for label in axis], parse_math=False, **font)
+        shown = range(0, T, math.ceil(0.12 * T / (size[0] - 2.5)))  # a label takes up to 0.12 of an inch
+        axes[-1].set_xticks(shown, [_visible(axis[t]) for t in shown], parse_math=False, **font)
         for ax in axes:
             ax.tick_params(axis="x", length=0 if single else 3)
-    if title is not None:
-        figure.suptitle(title)
+    if title is None:
+        parts = (f"layer {layer}", ("forwards", "backwards")[direction], f"row {row}")
+        title = ", ".join(part for part, size in zip(parts, sizes, strict=True) if size > 1)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 

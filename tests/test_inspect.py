@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from checks import DEVICE, Rule
 from pairs import BACKENDS, NUMPYS, all_equal, call, failure, flat, packed, pair, randn, states
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_lstm
@@ -24,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings(NUMPYS),
 ]
 
-NAMES = tuple(field.name for field in dataclasses.fields(Gates))
+NAMES = tuple(field.name for field in dataclasses.fields(Gates) if field.name != "lengths")
 EXTRAS = ("", "hx", "lengths", "resets", "hx lengths resets")
 CASES = list(itertools.product((1, 2), (False, True), (0, 3), (False, True), EXTRAS))
 T, B, I, H = 5, 4, 3, 6  # noqa: E741
@@ -218,6 +219,19 @@ def test_unbatched_input_has_no_batch_dimension(batch_first: bool) -> None:
         assert all_equal((values.output, values.h_n, values.c_n), flat(lstm(x, (h0, c0), resets=resets)))
 
 
+def test_lengths_are_kept_and_the_repr_gives_shapes() -> None:
+    lstm = fused_lstm.LSTM(I, H, batch_first=True, proj_size=2)
+    batched, single = inspect_gates(lstm, torch.randn(2, T, I), lengths=[3, 0]), torch.randn(T, I)
+    assert batched.lengths.tolist() == [3, 0]
+    assert inspect_gates(lstm, single, lengths=[3]).lengths.shape == ()
+    assert inspect_gates(lstm, single, lengths=[3]).lengths == 3
+    assert inspect_gates(lstm, single).lengths is None
+    cells = "i=(1, 1, 5, 2, 6), f=(1, 1, 5, 2, 6), g=(1, 1, 5, 2, 6), o=(1, 1, 5, 2, 6), c=(1, 1, 5, 2, 6)"
+    rest = "h=(1, 1, 5, 2, 2), output=(2, 5, 2), h_n=(1, 2, 2), c_n=(1, 2, 6), lengths=(2,), dtype=torch.float32"
+    assert repr(batched) == f"Gates({cells}, {rest})"
+    assert "lengths" not in repr(inspect_gates(lstm, single))
+
+
 def test_an_empty_batch_and_a_single_step() -> None:
     lstm = fused_lstm.LSTM(I, H, 2)
     assert inspect_gates(lstm, torch.randn(T, 0, I)).i.shape == (2, 1, T, 0, H)
@@ -249,19 +263,49 @@ def test_inside_vmap_and_a_compiled_graph() -> None:
         torch.testing.assert_close(compiled(x[0]), inspect_gates(lstm, x[0]).f)
 
 
-@pytest.mark.parametrize("module", [nn.LSTM(I, H), nn.GRU(I, H), None])
-def test_takes_no_other_modules(module: object) -> None:
-    with pytest.raises(TypeError, match=r"inspect_gates expects a fused_lstm\.LSTM, got: .*") as info:
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        (nn.LSTM(I, H), r"torch.nn.modules.rnn.LSTM: convert it by fused_lstm\.LSTM\.from_torch"),
+        (weight_norm(nn.LSTM(I, H), "weight_hh_l0"), r".*: convert it by .*\.from_torch before it is parametrized"),
+        (nn.GRU(I, H), r"torch\.nn\.modules\.rnn\.GRU"),
+        (weight_norm(nn.GRU(I, H), "weight_hh_l0"), r"[\w.]*\.ParametrizedGRU"),
+        (None, r"builtins\.NoneType"),
+    ],
+)
+def test_takes_no_other_modules(module: object, what: str) -> None:
+    with pytest.raises(TypeError, match=rf"^inspect_gates expects a fused_lstm\.LSTM, got: {what}$"):
         inspect_gates(module, torch.randn(T, B, I))
-    assert ("fused_lstm.LSTM.from_torch" in str(info.value)) == isinstance(module, nn.LSTM)
 
 
-def test_takes_no_packed_sequence_and_no_forward_mode() -> None:
+def test_takes_layers_that_were_parametrized_after_they_were_converted() -> None:
+    lstm = weight_norm(fused_lstm.LSTM.from_torch(nn.LSTM(I, H)), "weight_hh_l0")
+    x = torch.randn(T, B, I)
+    torch.testing.assert_close(inspect_gates(lstm, x).output, lstm(x)[0])
+
+
+@pytest.mark.parametrize(
+    ("x", "got"), [("text", "builtins.str"), ([[1.0, 2.0]], "builtins.list"), (torch.zeros(T, I).numpy(), "numpy.ndarray")]
+)
+def test_takes_nothing_but_tensors(x: object, got: str) -> None:
+    with pytest.raises(TypeError, match=rf"inspect_gates expects x to be a tensor, got: {got}$"):
+        inspect_gates(fused_lstm.LSTM(I, H), x)
+
+
+def test_takes_no_packed_sequence_and_no_derivatives() -> None:
     lstm, x = fused_lstm.LSTM(I, H), torch.randn(T, B, I)
     with pytest.raises(TypeError, match=r"got a PackedSequence: pass the padded tensor and lengths= instead"):
         inspect_gates(lstm, pack_padded_sequence(x, [5, 4, 2, 1]))
-    with pytest.raises(RuntimeError, match="outside of forward-mode AD"):
-        torch.func.jvp(lambda x: inspect_gates(lstm, x).c, (x,), (x,))
+    transforms = (
+        lambda function: torch.func.jvp(function, (x,), (x,)),
+        lambda function: torch.func.grad(function)(x),
+        lambda function: torch.func.vjp(function, x),
+        lambda function: torch.func.jacrev(function)(x),
+        lambda function: torch.vmap(torch.func.grad(function), 1)(x[:, :, None]),
+    )
+    for transform in transforms:
+        with pytest.raises(RuntimeError, match="inspect_gates has no derivatives, expected a call outside of"):
+            transform(lambda x: inspect_gates(lstm, x).c.sum())
 
 
 @pytest.mark.parametrize(
@@ -331,6 +375,76 @@ def test_draws_chosen_units_below_a_text_and_numbers(values: Gates) -> None:
     assert [label.get_text() for label in maps["h"].get_xticklabels()] == list("a\u2423b\u2192\u21b5$$c")
 
 
+def seen(figure: Any, unit: int = 0) -> dict[str, list[str]]:
+    """The colours in which each heat map shows a unit's steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_hex
+
+    maps, canvas, found = heat_maps(figure), FigureCanvasAgg(figure), {}
+    canvas.draw()
+    pixels = canvas.buffer_rgba()  # from the top
+    for name, ax in maps.items():
+        places = [ax.transData.transform((t, unit)).astype(int) for t in range(ax.images[0].get_array().shape[1])]
+        found[name] = [to_hex([pixels[pixels.shape[0] - 1 - up, x, k] / 255 for k in range(3)]) for x, up in places]
+    return found
+
+
+def test_draws_nothing_past_a_length_and_nan_unlike_zero(values: Gates) -> None:
+    pytest.importorskip("matplotlib")
+    grey, magenta = "#cccccc", "#ff00ff"
+    for row, length in ((0, 8), (2, 3)):
+        figure = plot_gates(values, row=row, x=torch.ones(8))
+        assert len(figure.axes[0].lines[0].get_ydata()) == length
+        for colours in seen(figure).values():
+            assert [colour == grey for colour in colours] == [t >= length for t in range(8)]
+    lstm = fused_lstm.LSTM(2, H)
+    nothing = inspect_gates(lstm, torch.randn(3, 1, 2), lengths=[0])
+    assert all(colours == [grey] * 3 for colours in seen(plot_gates(nothing)).values())
+    unbatched = inspect_gates(lstm, torch.tensor([[1.0, 2], [torch.nan, 0], [1, 2]]), lengths=[2])
+    for first, *others in seen(plot_gates(unbatched)).values():
+        assert first not in (grey, magenta)
+        assert others == [magenta, grey]
+
+
+def test_says_what_it_shows(values: Gates) -> None:
+    pytest.importorskip("matplotlib")
+    assert plot_gates(values, layer=1, direction=1, row=3).get_suptitle() == "layer 1, backwards, row 3"
+    assert plot_gates(values, title="").get_suptitle() == ""
+    lstm, x = fused_lstm.LSTM(2, H), torch.randn(3, 2, 2)
+    assert plot_gates(inspect_gates(lstm, x)).get_suptitle() == "row 0"
+    assert plot_gates(inspect_gates(lstm, x[:, 0])).get_suptitle() == ""
+    formula = plot_gates(values, title="$\\frac$", gates="c")
+    heat_maps(formula)  # is drawn as it stands: it is no formula
+    assert formula.get_suptitle() == "$\\frac$"
+
+
+@pytest.mark.parametrize(("K", "legend"), [(None, None), (1, None), (3, ["0", "1", "2"]), (7, None)])
+def test_lines_have_a_legend_where_it_helps(values: Gates, K: int | None, legend: list[str] | None) -> None:
+    pytest.importorskip("matplotlib")
+    figure = plot_gates(values, gates="c", x=torch.randn(8) if K is None else torch.randn(8, K))
+    heat_maps(figure)
+    found = figure.axes[0].get_legend()
+    assert (found and [label.get_text() for label in found.get_texts()]) == legend
+
+
+def test_a_single_step_is_seen() -> None:
+    pytest.importorskip("matplotlib")
+    figure = plot_gates(inspect_gates(fused_lstm.LSTM(2, H), torch.randn(1, 2)), x=[3])
+    assert figure.axes[0].lines[0].get_marker() == "o"
+    assert [tick for tick in heat_maps(figure)["h"].get_xticks() if abs(tick) < 0.5] == [0]
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (60, 1), (170, 1), (500, 3), (2000, 12)])
+def test_labels_of_steps_do_not_overlap(steps: int, every: int) -> None:
+    pytest.importorskip("matplotlib")
+    gates = inspect_gates(fused_lstm.LSTM(2, 1), torch.randn(steps, 2))
+    for axis in ("W" * steps, ["word"] * steps):
+        ax = heat_maps(plot_gates(gates, axis=axis, gates="f"))["f"]
+        assert ax.get_xticks().tolist() == list(range(0, steps, every))
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+
+
 def test_draws_unbatched_values_words_and_zeros() -> None:
     pytest.importorskip("matplotlib")
     lstm = fused_lstm.LSTM(2, H)
@@ -339,9 +453,13 @@ def test_draws_unbatched_values_words_and_zeros() -> None:
     maps = heat_maps(plot_gates(unbatched, x=[1, 2, 3], axis=["one", "two", "$a$"]))
     assert maps["c"].images[0].get_array().shape == (H, 3)
     zero = Gates(**{name: torch.zeros_like(t) for name, t in all_of(unbatched).items()})
-    assert heat_maps(plot_gates(zero))["c"].images[0].get_clim() == (-1, 1)
+    image = heat_maps(plot_gates(zero))["c"].images[0]
+    assert image.get_clim() == (-1, 1)
+    assert image.colorbar.ax.get_ylabel() == ""
     large = dataclasses.replace(zero, c=torch.tensor([0.5, 1, 50])[:, None].expand(3, H)[None, None])
-    norm = heat_maps(plot_gates(large))["c"].images[0].norm
+    image = heat_maps(plot_gates(large))["c"].images[0]
+    assert image.colorbar.ax.get_ylabel() == "log beyond 1"
+    norm = image.norm
     assert (norm.vmin, norm.vmax) == (-50, 50)
     assert norm(0) == 0.5
     assert norm(0.5) > 0.55  # on a linear scale it would be 0.505, the colour of zero
@@ -350,11 +468,15 @@ def test_draws_unbatched_values_words_and_zeros() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer": 2}, "layer should be from 0 to 1, got 2"),
-        ({"direction": -1}, "direction should be from 0 to 1, got -1"),
-        ({"row": 4}, "row should be from 0 to 3, got 4"),
-        ({"units": [0, 6]}, r"units should be numbers from 0 to 5, got \[0, 6\]"),
-        ({"units": []}, "units should be numbers from 0 to 5"),
+        ({"layer": 2}, "layer should be an integer from 0 to 1, got 2"),
+        ({"direction": -1}, "direction should be an integer from 0 to 1, got -1"),
+        ({"row": 4}, "row should be an integer from 0 to 3, got 4"),
+        ({"row": 1.5}, r"row should be an integer from 0 to 3, got 1\.5"),
+        ({"row": "a"}, "row should be an integer from 0 to 3, got 'a'"),
+        ({"units": [0, 6]}, r"units should be a list of integers from 0 to 5, got \[0, 6\]"),
+        ({"units": [1.5]}, r"units should be a list of integers from 0 to 5, got \[1\.5\]"),
+        ({"units": []}, r"units should be a list of integers from 0 to 5, got \[\]"),
+        ({"units": 3}, "units should be a list of integers from 0 to 5, got 3"),
         ({"gates": "ix"}, "gates should be letters of 'ifgoch', got 'ix'"),
         ({"gates": ""}, "gates should be letters"),
         ({"x": [1, 2]}, r"x should have shape \(8,\) or \(8, K\), one for each step, got \(2,\)"),
@@ -369,7 +491,17 @@ def test_plot_says_what_it_expected(values: Gates, arguments: dict[str, Any], me
         plot_gates(values.c)
 
 
+def test_indices_may_be_tensors_and_a_row_is_needed(values: Gates) -> None:
+    pytest.importorskip("matplotlib")
+    ax = heat_maps(plot_gates(values, gates="c", row=torch.tensor(1), units=torch.tensor([4, 1])))["c"]
+    assert torch.equal(torch.tensor(ax.images[0].get_array()), values.c[0, 0, :, 1][:, [4, 1]].T.double())
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["4", "1"]
+    empty = inspect_gates(fused_lstm.LSTM(2, 3), torch.randn(4, 0, 2))
+    with pytest.raises(ValueError, match=r"expects at least one batch row, got gates of shape \(1, 1, 4, 0, 3\)"):
+        plot_gates(empty)
+
+
 def test_without_matplotlib(values: Gates, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
-    with pytest.raises(ImportError, match=r"pip install fused_lstm\[plot\]"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         plot_gates(values)
