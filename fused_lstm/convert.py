@@ -45,8 +45,8 @@ def replace_lstm(model: M, backend: str = "auto", recompute: bool = False) -> M:
 
     The model is changed in place and returned; a model that itself is an nn.LSTM is returned converted. Parameters stay
     the same objects, so that optimizers and ties keep working, and a module that occurs twice is replaced by one.
-    Subclasses of nn.LSTM, which may compute something else, are left alone. ``backend`` and ``recompute`` are those of
-    :class:`fused_lstm.LSTM`.
+    Subclasses of nn.LSTM, which may compute something else, are left alone; ``LSTM.from_torch`` takes those that keep its
+    forward. ``backend`` and ``recompute`` are those of :class:`fused_lstm.LSTM`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_lstm expects a torch.nn.Module, got: {type(model).__name__}")

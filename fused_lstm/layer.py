@@ -108,9 +108,17 @@ class LSTM(nn.RNNBase):
 
     @classmethod
     def from_torch(cls, module: nn.LSTM, backend: str = "auto", recompute: bool = False) -> LSTM:
-        """The same layer as ``module``, sharing its parameters, hooks and mode of training."""
+        """The same layer as ``module``, sharing its parameters, hooks and mode of training.
+
+        A subclass of nn.LSTM whose forward is its own needs a class of ours that has one, too: else it would be lost.
+        """
         if not isinstance(module, TorchLSTM) or is_parametrized(module):
             raise TypeError(f"from_torch expects a torch.nn.LSTM, got: {type(module).__name__}")
+        if type(module).forward is not TorchLSTM.forward and cls.forward is LSTM.forward:
+            raise TypeError(
+                f"from_torch expects torch.nn.LSTM's own forward, got: {type(module).__name__}, which has another: give a "
+                "subclass of fused_lstm.LSTM its methods, and call from_torch of that class"
+            )
         return _share(module, cls, **_checked(backend, recompute))
 
     def to_torch(self) -> nn.LSTM:

@@ -202,6 +202,33 @@ def test_from_torch_takes_an_lstm(wrong: Any) -> None:
     assert failure(lambda: fused_lstm.LSTM.from_torch(wrong)) == (TypeError, message)
 
 
+def test_no_forward_is_lost() -> None:
+    class Doubling:
+        def forward(self, *args: Any) -> Any:
+            output, state = super().forward(*args)
+            return 2 * output, state
+
+    class Theirs(Doubling, nn.LSTM):
+        """A subclass as libraries have it."""
+
+    class Ours(Doubling, fused_lstm.LSTM):
+        """The same over our layer."""
+
+    class Named(nn.LSTM):
+        """A subclass that computes what nn.LSTM does."""
+
+    class NamedOurs(fused_lstm.LSTM):
+        """One of ours without a forward."""
+
+    theirs, named = Theirs(3, 4, dtype=X.dtype), Named(3, 4, dtype=X.dtype)
+    for cls in (fused_lstm.LSTM, NamedOurs):
+        with pytest.raises(TypeError, match=r"from_torch expects torch\.nn\.LSTM's own forward, got: Theirs, which has"):
+            cls.from_torch(theirs)
+    assert_all_close(flat(Ours.from_torch(theirs)(X)), flat(theirs(X)))
+    assert_all_close(flat(NamedOurs.from_torch(named)(X)), flat(named(X)))
+    assert fused_lstm.replace_lstm(theirs) is theirs
+
+
 def test_torchs_class_is_known_while_its_name_is_ours() -> None:
     theirs, ours = nn.LSTM(3, 4), fused_lstm.LSTM(3, 4)
     torchs = nn.LSTM

@@ -286,6 +286,7 @@ RAISES: list[Callable[..., Any]] = [
     # converting
     lambda: fused_lstm.LSTM.from_torch(nn.GRU(2, 3)),
     lambda: fused_lstm.LSTM.from_torch(normed(nn.LSTM(2, 3))),
+    lambda: fused_lstm.LSTM.from_torch(type("Own", (nn.LSTM,), {"forward": lambda self, x: x})(2, 3)),
     lambda: normed(fused_lstm.LSTM(2, 3)).to_torch(),
     lambda: fused_lstm.replace_lstm(nn.LSTM),
     lambda: fused_lstm.explain(nn.LSTM(2, 3), X),
