@@ -192,10 +192,10 @@ def plot(path: Path, series: list[Series], made: Tensor, mase: Tensor, calendar:
         steps, seen = range(end - origins * horizon, end), series[k].values[-2 * origins * horizon :]
         axis.plot(range(end - len(seen), end), seen, "k", linewidth=1.2, label="truth")
         axis.plot(steps, made[0, k].flatten(), "--", color="#e67e22", linewidth=1.2, label=NAMES[0])
-        axis.plot(steps, made[1, k].flatten(), color="#229954", linewidth=0.8, label=NAMES[1])
         axis.plot(steps, made[3, k].flatten(), color="#1f618d", linewidth=1.8, label="LSTM, median")
+        axis.plot(steps, made[1, k].flatten(), color="#2ecc71", linewidth=0.8, label=NAMES[1])
         axis.fill_between(steps, *made[[2, 4], k].flatten(1), color="#5dade2", alpha=0.35, label="LSTM, 80% interval")
-        name = series[k].name if len(series[k].name) <= 50 else f"{series[k].name[:25]}\u2026{series[k].name[-24:]}"
+        name = series[k].name if len(series[k].name) <= 36 else f"{series[k].name[:18]}\u2026{series[k].name[-17:]}"
         axis.set_title(f"{name} (MASE of the LSTM: {mase[k]:.2f})", parse_math=False)
         axis.set(ylabel=series[k].unit, xticks=steps[::horizon], xticklabels=[calendar[t] for t in steps[::horizon]])
         axis.grid(axis="x", linestyle=":", color="gray")
