@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor
 
 for package in ("plotnine", "matplotlib", "tqdm"):
     pytest.importorskip(package)
+from matplotlib.figure import Figure  # noqa: E402
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "forecast.py"
 M, H = 4, 6  # period and horizon; more than a period, so that the naive forecast wraps
@@ -162,13 +165,47 @@ def test_report(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     mase = script.report(made, truth, torch.full((2, 3, 1), 2.0))
     assert mase.tolist() == [0.25, 1.5]
     lines = capsys.readouterr().out.splitlines()
-    smape = [200 * 2 / 22, 200 * 1 / 19, 100 * (0.5 / 20.5 + 3 / 23)]
-    for line, error, percent, best in zip(lines[1:4], (1.0, 0.5, 0.875), smape, (0, 1, 1), strict=True):
-        assert f"{error:.3f} {percent:6.2f}%" in line
-        assert f"{best} of 2 series" in line
-    assert "-12.5%, 1 series, nothing" in lines[1]
-    assert "+75.0%, 1 series, MASE, sMAPE, MASE at origin 1, MASE at origin 2, MASE at origin 3" in lines[2]
-    assert "50.0%" in lines[4]
+    assert lines[2:] == [
+        "seasonal naive      1.000     0 of 2 series     1 of 2 series",
+        "linear              0.500     1 of 2 series     1 of 2 series",
+        "LSTM                0.875     1 of 2 series",
+        "the LSTM is not better than linear in: MASE, MASE at origin 1, MASE at origin 2, MASE at origin 3",
+        "80% interval of the LSTM: 50.0% of the truth is inside",
+    ]
+
+
+def test_report_of_a_constant_series(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = torch.full((1, 3, H), 10.0, dtype=torch.float64)
+    script.report(torch.stack([truth, truth, truth, truth + 1, truth + 2]), truth, torch.full((1, 3, 1), 2.0))
+    out = capsys.readouterr().out
+    assert "inf" not in out
+    assert "nan" not in out
+    for name in ("seasonal naive", "linear"):
+        assert f"the LSTM is not better than {name} in: MASE, " in out
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_the_picture_has_a_panel_for_each_series(
+    script: ModuleType, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list = []
+    monkeypatch.setattr(script, "Figure", lambda **options: figures.append(Figure(**options)) or figures[0])
+    names = ["$\\frac$", "begin" + 100 * "x" + "end", "c", "d", "e", "f", "g", "h"]
+    series = [script.Series(name, 0, values_of(50, k), "homes") for k, name in enumerate(names[:count])]
+    made = torch.rand(5, count, script.ORIGINS, H)
+    script.plot(tmp_path / "x.png", series, made, torch.arange(count) / 4, [f"day {t}" for t in range(50)])
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    axes = figures[0].axes
+    assert len(axes) == min(6, count)
+    assert all("linear" in [line.get_label() for line in axis.lines] for axis in axes)
+    assert {axis.get_ylabel() for axis in axes} == {"homes"}
+    assert axes[0].get_title() == "$\\frac$ (MASE of the LSTM: 0.00)"
+    if count > 1:
+        title = axes[1].get_title()
+        assert title.startswith("beginxxx")
+        assert "\u2026" in title
+        assert title.endswith("xxxend (MASE of the LSTM: 0.25)")
+        assert axes[1].title.get_window_extent().x1 < figures[0].bbox.x1
 
 
 def test_housing(script: ModuleType) -> None:
@@ -189,7 +226,7 @@ def test_reads_a_csv_in_any_order(script: ModuleType, tmp_path: Path) -> None:
     rows = [f"b,2001-{m:02},{m}" for m in range(12, 3, -1)] + [f"a,2001-{m:02},-{m}e1" for m in range(1, 13)]
     path = tmp_path / "rows.csv"
     path.write_text("\n".join(["series,time,value", *rows]))
-    series, names = script.read_csv(path, 9)
+    series, names = script.read_csv(path)
     found = {s.name: (s.start, s.values.tolist()) for s in series}
     assert found == {"a": (0, [-10.0 * m for m in range(1, 13)]), "b": (3, [float(m) for m in range(4, 13)])}
     assert names == [f"2001-{m:02}" for m in range(1, 13)]
@@ -198,35 +235,62 @@ def test_reads_a_csv_in_any_order(script: ModuleType, tmp_path: Path) -> None:
 def test_numbers_as_times_are_in_order_of_size(script: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("series,time,value\n" + "\n".join(f"a,{t},{t * t}" for t in (9, 10, 8, 11)))
-    assert script.read_csv(path, 4)[0][0].values.tolist() == [64, 81, 100, 121]
+    assert script.read_csv(path)[0][0].values.tolist() == [64, 81, 100, 121]
 
 
+WHY = "2 periods of 12 to read, a horizon of {} to learn from and 3 to forecast"
 GOOD = "a,1,5\na,2,6\na,3,7\na,4,8\n"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,time,value\n" + GOOD, "expected rows of columns series, time, value, got 4 of name, time, value"),
-        ("series,time,value\n", "expected rows of columns series, time, value, got 0 of series, time, value"),
+        ("name,time,value\n" + GOOD, "expected UTF-8 CSV of series, time, value: Usecols do not match"),
+        ("", "expected UTF-8 CSV of series, time, value: No columns"),
+        ('series,time,value\na,1,"5\n', "expected UTF-8 CSV of series, time, value: Error tokenizing"),
         ("series,time,value\na,1,5\na,2,six\n", "line 3: expected a number in column value, got 'six'"),
         ("series,time,value\na,1,5\na,2,\n", "line 3: expected a number in column value, got ''"),
         ("series,time,value\na,1,5\na,2,inf\n", "line 3: expected a number in column value, got 'inf'"),
         ("series,time,value\na,1,5\na,2\n", "line 3: expected a number in column value"),
         ("series,time,value\na,1,5\n\na,2,6\n", "line 3: expected a number, or an ISO date in all rows in column time"),
         ("series,time,value\na,1,5\na,May,6\n", "line 3: expected a number, or an ISO date in all rows in column time"),
-        ("series,time,value\n" + GOOD + "b,1,1\nb,2,1\nb,4,1\n", "line 8: expected all times of the file in 'b', each once"),
-        ("series,time,value\n" + GOOD + "a,2,9\n", "line 6: expected all times of the file in 'a', each once, got 2"),
-        ("series,time,value\n" + GOOD + "b,3,1\nb,4,1\n", "line 7: expected 4 values or more of 'b', got 2"),
+        (
+            "series,time,value\n" + GOOD + "b,1,1\nb,4,1\n",
+            "line 7: expected all times of the file in 'b', each once, got none at 2",
+        ),
+        (
+            "series,time,value\n" + GOOD + "a,2,9\n",
+            "line 6: expected all times of the file in 'a', each once, got 2 again",
+        ),
     ],
 )
 def test_bad_csv(script: ModuleType, tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(text)
     with pytest.raises(SystemExit) as error:
-        script.read_csv(path, 4)
+        script.read_csv(path)
     assert str(error.value).startswith(str(path))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file or directory"),
+        ("series,time,value\n\u00e9,1,2\n".encode("latin-1"), "'utf-8' codec can't decode byte 0xe9"),
+        (bytes(range(256)), "Usecols|decode"),
+    ],
+    ids=["missing", "latin-1", "binary"],
+)
+def test_files_that_are_not_csv(script: ModuleType, tmp_path: Path, content: bytes | None, why: str) -> None:
+    path = tmp_path / "rows.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as error:
+        script.read_csv(path)
+    message = str(error.value)
+    assert re.match(f"{re.escape(str(path))}: expected UTF-8 CSV of series, time, value: .*({why})", message)
+    assert "\n" not in message
 
 
 def run(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -241,26 +305,58 @@ def test_a_short_run_writes_the_picture(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "origin 3 of 3" in done.stderr
     assert (tmp_path / "runs" / "forecast.png").read_bytes().startswith(b"\x89PNG")
-    first, _, naive, linear, lstm, interval, picture = done.stdout.splitlines()
-    assert first == "114 series of 77 to 186 values; origins: 3, horizon: 12"
-    assert [line.split()[0] for line in (naive, linear, lstm)] == ["seasonal", "linear", "LSTM"]
-    assert float(naive.split()[2]) > float(linear.split()[1]) > 0
-    assert 0 < float(interval.split()[5].rstrip("%")) < 100
-    assert picture == f"picture: {Path('runs/forecast.png')}"
+    first, *lines = done.stdout.splitlines()
+    notes, lines = lines[:3], lines[3:]
+    assert first == "114 series of 77 values or more; origins: 3, horizon: 12"
+    for k, note in enumerate(notes):
+        ended = f"note: origin {k + 1} of 3: --minutes ended the training after (\\d+) of 400 steps"
+        assert 0 < int(re.fullmatch(ended, note)[1]) < 400
+    naive, linear, lstm = (line.split() for line in lines[2:5])
+    assert [naive[0], linear[0], lstm[0]] == ["seasonal", "linear", "LSTM"]
+    assert float(naive[2]) > float(linear[1]) > 0
+    assert 0 < float(lines[-2].split()[5].rstrip("%")) < 100
+    assert lines[-1] == f"picture: {Path('runs/forecast.png')}"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process")
+def test_an_interrupted_run_ends_in_a_line(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--device", "cpu"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    seen = ""
+    while "origin 1" not in seen:
+        assert process.poll() is None
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "interrupted: training is lost\n" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--csv", "missing.csv"], "expected a CSV file"),
-        (["--csv", "ragged.csv"], "expected a CSV file"),
-        (["--horizon", "0"], "expected positive --period, --horizon and --minutes, got 12, 0 and 3.0"),
-        (["--horizon", "60"], "expected a smaller --period or --horizon"),
+        (["--csv", "missing.csv"], "missing.csv: expected UTF-8 CSV of series, time, value: No such file or directory"),
+        (["--csv", "short.csv"], f"short.csv: expected 72 values ({WHY.format(12)}), got 1 of 'a'"),
+        (["--csv", "head.csv"], f"head.csv: expected 72 values ({WHY.format(12)}), got 0 of 'any series'"),
+        (["--horizon", "60"], f"housing: expected 264 values ({WHY.format(60)}), got 0 of 'any series'"),
+        (["--horizon", "0"], "expected --period, --horizon, --minutes > 0, --seed >= 0, got (12, 0, 3.0, 0)"),
+        (["--minutes", "nan"], "--minutes > 0, --seed >= 0, got (12, 12, nan, 0)"),
+        (["--seed", "-1"], "--seed >= 0, got (12, 12, 3.0, -1)"),
+        (["--device", "nonsense"], "expected --device and folder runs to work, got nonsense: "),
     ],
 )
-def test_errors_say_what_was_expected(tmp_path: Path, args: list[str], message: str) -> None:
-    (tmp_path / "ragged.csv").write_text('series,time,value\na,1,"5\n')
-    done = run(tmp_path, *args)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_errors_say_what_was_expected(
+    script: ModuleType, tmp_path: Path, args: list[str], message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "head.csv").write_text("series,time,value\n")
+    (tmp_path / "short.csv").write_text("series,time,value\na,1,5\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["forecast.py", "--device", "cpu", *args])
+    with pytest.raises(SystemExit) as error:
+        script.main()
+    assert message in (capsys.readouterr().err if error.value.code == 2 else str(error.value))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,7 +120,7 @@ def test_a_rollout_bootstraps_where_an_episode_was_cut_off_and_nowhere_else(agen
                 torch.testing.assert_close(rollout.advantages[:, b], expected)
                 torch.testing.assert_close(rollout.returns[:, b], expected + value[steps[part]])
                 assert torch.equal(rollout.resets[:, b], steps[part] == 0)
-    assert player.finished[:4] == [6.0, 15.0, 15.0, 15.0]
+    assert player.finished[:4] == [(0, 6.0), (1, 15.0), (2, 15.0), (3, 15.0)]
 
 
 def test_the_training_call_gives_the_probabilities_of_the_rollout(agent: Any) -> None:
@@ -127,7 +130,10 @@ def test_the_training_call_gives_the_probabilities_of_the_rollout(agent: Any) ->
     assert rollout.resets[1:].any()
     assert not rollout.resets[0].all()
     log_probs = {}
-    for name, state in {"stored": (rollout.h, rollout.c), "zero": (0 * rollout.h, 0 * rollout.c)}.items():
+    for name, state in {
+        "stored": tuple(rollout.state.split(1)),
+        "zero": tuple(0 * rollout.state.split(1)[k] for k in (0, 1)),
+    }.items():
         policy, values, _ = agent(rollout.x, state, rollout.resets)
         log_probs[name] = policy.log_prob(rollout.actions)
         if name == "stored":
@@ -136,12 +142,13 @@ def test_the_training_call_gives_the_probabilities_of_the_rollout(agent: Any) ->
     assert (log_probs["zero"] - rollout.log_probs).abs().max() > 1e-4
 
 
-def test_resets_and_the_loop_give_the_same_update(agent: Any) -> None:
+@pytest.mark.parametrize("way", ppo.WAYS[1:])
+def test_resets_and_the_ways_of_torch_give_the_same_update(agent: Any, way: str) -> None:
     player = cartpole(agent)
     player.rollout(30)
     rollout, ways = player.rollout(50), (agent, copy.deepcopy(agent))
     rollout = rollout._replace(log_probs=rollout.log_probs + 0.3 * torch.randn(50, 8))  # so that some are clipped
-    ways[1].loop = True
+    ways[1].way = way
     losses = []
     for way in ways:
         losses.append(ppo.loss_of(way, rollout))
@@ -159,14 +166,31 @@ def test_resets_and_the_loop_give_the_same_update(agent: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_compare_notices_a_difference(agent: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("way", "calls"), [("a loop over steps", 40), ("a call between resets", None)])
+def test_each_way_makes_its_calls(agent: Any, way: str, calls: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, lengths = cartpole(agent).rollout(40), []
+    agent.way, forward = way, torch.nn.LSTM.forward
+    monkeypatch.setattr(torch.nn.LSTM, "forward", lambda lstm, x, hx: lengths.append(len(x)) or forward(lstm, x, hx))
+    ppo.loss_of(agent, rollout)
+    assert sum(lengths) == 40
+    assert len(lengths) == (calls or 1 + int(rollout.resets[1:].any(1).sum()))
+    assert 1 < len(lengths) <= 40
+
+
+@pytest.mark.parametrize("wrong_way", ppo.WAYS[1:])
+def test_compare_notices_a_difference(agent: Any, wrong_way: str, capsys: pytest.CaptureFixture[str]) -> None:
     rollout = cartpole(agent).rollout(40)
     ppo.compare(agent, rollout)
-    assert float(capsys.readouterr().out.split()[-1]) > 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"a rollout of 40 x 8 steps, in which {rollout.resets.sum()} episodes begin"
+    for line, way in zip(lines, ppo.WAYS[1:], strict=True):
+        words, ratio = line.removesuffix(" times the time by resets=").rsplit(" ", 1)
+        assert words == f"{way}: the same losses and gradients, an update in"
+        assert float(ratio) > 0
 
     class Wrong(ppo.Agent):
         def forward(self, x: Tensor, state: Any, resets: Tensor) -> Any:
-            return super().forward(x, state, resets & (not self.loop))
+            return super().forward(x, state, resets & (self.way != wrong_way))
 
     wrong = Wrong(2, 2)
     wrong.load_state_dict(agent.state_dict())
@@ -199,7 +223,34 @@ def test_it_learns_what_cannot_be_learned_without_memory(agent: Any) -> None:
     )
     for _ in range(30):
         ppo.update(agent, optimizer, player.rollout(128))
-    assert sum(player.finished[-50:]) / 50 > 80
+    assert sum(mean for _, mean in player.finished[-50:]) / 50 > 80
+
+
+def test_an_evaluation_counts_the_first_episode_of_each_environment(agent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 3 and after 5 steps: 1 + 2 + 3 once and 1 + 2 + 3 + 4 + 5 thrice, though the short one ends again meanwhile."""
+    monkeypatch.setattr(ppo, "make_envs", lambda name, count: clocks())
+    monkeypatch.setattr(ppo, "EPISODES", 4)
+    assert ppo.evaluate(agent, "Clock", 0) == (6 + 3 * 15) / 4
+
+
+@pytest.mark.parametrize(
+    ("means", "ends", "last"),
+    [
+        ([500, 500, 500], 3, 500),
+        ([500, 500, 474, 500, 475, 500, 9], 6, 500),  # neither one that is lucky nor two
+    ],
+)
+def test_it_ends_where_three_evaluations_in_a_row_reach_the_goal(
+    agent: Any, means: list[float], ends: int, last: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coming = iter(means)
+    monkeypatch.setattr(ppo, "EVERY", 1)
+    monkeypatch.setattr(ppo, "STEPS", 4)
+    monkeypatch.setattr(ppo, "evaluate", lambda *_: next(coming))
+    evaluations: list = []
+    args = SimpleNamespace(env="CartPole-v1", minutes=5)
+    assert ppo.train(agent, args, itertools.count(), [], evaluations) == last
+    assert [mean for _, mean in evaluations] == means[:ends]
 
 
 def start(folder: Path, *args: str) -> subprocess.Popen[str]:
@@ -209,31 +260,75 @@ def start(folder: Path, *args: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("args", [["--seed", "4"], ["--seed", "4", "--loop"]], ids=["resets", "loop"])
-def test_a_short_run_draws_the_curve(tmp_path: Path, args: list[str]) -> None:
-    process = start(tmp_path, "--minutes", "0.01", *args)
+@pytest.mark.parametrize(("args", "mode"), [([], ""), (["--loop"], "-loop")], ids=["resets", "loop"])
+def test_a_short_run_draws_the_curve_beside_that_of_a_solved_one(tmp_path: Path, args: list[str], mode: str) -> None:
+    process = start(tmp_path, "--minutes", "0.01", "--seed", "4", "--out", "here/pictures", *args)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     assert "steps, return" in err
-    mean, picture = out.splitlines()
-    assert 8 <= float(mean.removeprefix("mean return of 20 fresh episodes: ")) <= 500
-    assert picture == "learning curve: runs/recurrent_ppo-CartPole-v1-4.png"
-    assert (tmp_path / "runs" / "recurrent_ppo-CartPole-v1-4.png").read_bytes().startswith(b"\x89PNG")
+    verdict, picture = out.splitlines()
+    mean = verdict.removeprefix("not solved: mean return ").removesuffix(" over 20 fresh episodes (goal 475)")
+    assert 8 <= float(mean) < 475
+    path = f"here/pictures/recurrent_ppo-CartPole-v1-4{mode}-unsolved.png"
+    assert picture == f"learning curve: {path}"
+    assert (tmp_path / path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_solved_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def train(agent: Any, args: Any, seeds: Any, curve: list, evaluations: list) -> float:
+        curve += [(2048, 20.0), (4096, 30.0)]
+        evaluations += [(4096, 475.0)]
+        return 475.0
+
+    monkeypatch.setattr(ppo, "train", train)
+    monkeypatch.setattr(sys, "argv", ["recurrent_ppo.py", "--device", "cpu", "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    ppo.main()
+    torch.set_num_threads(threads)
+    path = tmp_path / "recurrent_ppo-CartPole-v1-0.png"
+    assert path.exists()
+    expected = ["solved: mean return 475.0 over 20 fresh episodes (goal 475)", f"learning curve: {path}"]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def interrupt(process: subprocess.Popen[str], at: str) -> tuple[str, str]:
+    """Sends SIGINT where stderr has come to a text; returns the output. The exit status is that of a shell's Ctrl-C."""
+    assert process.stderr is not None
+    seen = ""
+    while at not in seen:
+        assert process.poll() is None
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.split().count("interrupted") == 1
+    return out, err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process")
 def test_an_interrupted_run_keeps_the_curve(tmp_path: Path) -> None:
-    process = start(tmp_path, "--env", "Acrobot-v1")
-    assert process.stderr is not None
-    while "return" not in process.stderr.read(1 << 6):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "Traceback" not in err
-    assert out == "learning curve: runs/recurrent_ppo-Acrobot-v1-0.png\n"
-    assert (tmp_path / "runs" / "recurrent_ppo-Acrobot-v1-0.png").read_bytes().startswith(b"\x89PNG")
+    out, _ = interrupt(start(tmp_path, "--env", "Acrobot-v1"), at=f"{11 * 16 * 128:,} steps")
+    assert out == "learning curve: runs/recurrent_ppo-Acrobot-v1-0-unsolved.png\n"
+    assert (tmp_path / "runs" / "recurrent_ppo-Acrobot-v1-0-unsolved.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process")
+def test_interrupted_at_once_draws_nothing(tmp_path: Path) -> None:
+    out, _ = interrupt(start(tmp_path), at=" steps, return")
+    assert out == ""
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT to a process")
+@pytest.mark.parametrize("seconds", [0.5, 1.5])
+def test_interrupted_imports_and_comparisons_end_in_a_line(tmp_path: Path, seconds: float) -> None:
+    process = start(tmp_path, "--compare")
+    time.sleep(seconds)  # it imports, and later compares, for seconds
+    out, err = interrupt(process, at="")
+    assert out == ""
+    assert err == "\ninterrupted\n"
 
 
 @pytest.mark.parametrize(
@@ -243,14 +338,16 @@ def test_an_interrupted_run_keeps_the_curve(tmp_path: Path) -> None:
         (["--seed", "-1"], "expected --seed from 0"),
         (["--minutes", "0"], "--minutes above 0"),
         (["--minutes", "nan"], "--minutes above 0"),
-        (["--device", "nonsense"], "--device: expected one that works here, got nonsense"),
+        (["--device", "nonsense"], "expected --device and --out that work, got nonsense, runs: "),
+        (["--device", "cpu", "--out", __file__], f"expected --device and --out that work, got cpu, {__file__}: "),
         (["--loop", "--compare"], "not allowed with argument --loop"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 def test_bad_options_are_refused(
-    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["recurrent_ppo.py", *args])
     with pytest.raises(SystemExit) as exit:
         ppo.main()
