@@ -168,12 +168,13 @@ def evaluate(agent: Agent, name: str, seed: int) -> float:
 def train(agent: Agent, args: argparse.Namespace, seeds: itertools.count, curve: list, evaluations: list) -> float:
     """Until three evaluations in a row reach the goal, or the time is up. Fills the lists, returns the last evaluation."""
     player, optimizer = Player(agent, make_envs(args.env, ENVS), next(seeds)), torch.optim.Adam(agent.parameters(), LR)
-    bar = tqdm(itertools.count(ENVS * STEPS, ENVS * STEPS), bar_format=f"{{elapsed}} of {args.minutes:g} minutes{{postfix}}")
-    for steps in bar:
+    bar = tqdm(total=60 * args.minutes, bar_format=f"|{{bar:20}}| {{elapsed}} of {args.minutes:g} minutes{{postfix}}")
+    for steps in itertools.count(ENVS * STEPS, ENVS * STEPS):
         update(agent, optimizer, player.rollout(STEPS))
         curve.append((steps, np.mean([mean for _, mean in player.finished[-50:]] or [np.nan])))
-        bar.set_postfix_str(f"{steps:,} steps, return {curve[-1][1]:.1f}", refresh=False)
-        late = bar.format_dict["elapsed"] > 60 * args.minutes
+        bar.n = min(bar.format_dict["elapsed"], bar.total)
+        bar.set_postfix_str(f"{steps:,} steps, return {curve[-1][1]:.1f}")
+        late = bar.n == bar.total
         if late or steps % (EVERY * ENVS * STEPS) == 0:
             evaluations.append((steps, evaluate(agent, args.env, next(seeds))))
             if late or [mean >= GOAL[args.env] for _, mean in evaluations[-3:]] == [True] * 3:
