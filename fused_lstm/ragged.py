@@ -40,7 +40,8 @@ class Unfolding:
         t = torch.arange(T, device=device)[:, None]
         lengths = torch.full((B,), T, device=device) if lengths is None else lengths
         valid = t < lengths
-        self.past = Rest(~valid.flatten())
+        over = ~valid
+        self.past = Rest(over.flatten())
         # Rows whose hx is not to be seen, since an episode begins at their first step; (B, 1), None if there are none.
         self.begins = None if resets is None or backwards else (resets[0] & valid[0])[:, None]
         self.empty = (lengths == 0)[:, None]
@@ -67,10 +68,13 @@ class Unfolding:
         marks = [0, self.steps] if H is None or device.type != "cpu" else cuts(ends, self.steps, H)
         # Rows in the order of their ends, the longest first; None where they stay in theirs.
         self.order = ends.argsort(descending=True, stable=True) if marks != [0, self.steps] else None
-        self._lay_out(marks, position, ends, flags)
+        if position is None and self.order is None:  # all stays where it is
+            self.blocks, self.inverse = [Block((T, B), None, self.past, [over])], None
+        else:
+            self._lay_out(marks, position, ends, flags)
 
     def _lay_out(self, marks: list[int], position: Tensor | None, ends: Tensor, flags: Tensor | None) -> None:
-        """The blocks between marks, and where in them, one behind the other, the step of each time and row is."""
+        """The blocks between marks, and in ``inverse`` where in them, one behind the other, each t*B + b is."""
         T, B, steps = self.T, self.B, self.steps
         order = rows = self.rows
         if self.order is not None:
@@ -79,28 +83,22 @@ class Unfolding:
         step = torch.arange(steps, device=ends.device)[:, None]
         padding = step >= ends
         blank = padding if flags is None else padding | flags
-        # Whose data a step of the layout holds, as t*B + b, whatever where it is blank; and where it is itself.
-        times = cells = None
-        if position is not None:
+        # Whose data a step of the layout holds, as t*B + b, whatever where it is blank.
+        if position is None:
+            times = step * B + order
+        else:
             times = torch.zeros(steps, B, dtype=torch.long, device=ends.device)
             times[position, rows] = torch.arange(T * B, device=ends.device).view(T, B)
-        elif self.order is not None:
-            times = step * B + order
-        if times is not None:
-            cells = torch.zeros_like(times)
+        cells = torch.zeros_like(times)
         self.blocks, taken = [], 0
         for first, end in pairwise(marks):
             n = B if first == 0 else int((ends > first).sum())  # without blocks the host is asked for nothing
             part = slice(first, end), slice(n)
             columns = [mask[part] for mask in (padding, flags) if mask is not None]
-            source = None if times is None else times[part].flatten()
-            self.blocks.append(Block((end - first, n), source, Rest(blank[part].flatten()), columns))
-            if cells is not None:
-                cells[part] = torch.arange(taken, taken + (end - first) * n, device=ends.device).view(end - first, n)
+            self.blocks.append(Block((end - first, n), times[part].flatten(), Rest(blank[part].flatten()), columns))
+            cells[part] = torch.arange(taken, taken + (end - first) * n, device=ends.device).view(end - first, n)
             taken += (end - first) * n
-        self.inverse = None  # where the step of each time and row is
-        if cells is not None:
-            self.inverse = (cells[:, rows] if position is None else cells[position, rows]).flatten()
+        self.inverse = (cells[:, rows] if position is None else cells[position, rows]).flatten()
 
     def lay_out(self, x: Tensor) -> list[Tensor]:
         """x (T, B, I) with its control columns, of each block; what x holds past a row's length does not matter."""
@@ -128,16 +126,20 @@ class Unfolding:
 def cuts(ends: Tensor, steps: int, H: int) -> list[int]:
     """The steps at which to go on with the longer rows only, from 0 to the last, so that all takes the least time."""
     B, call, once = len(ends), CALL_COST + CALL_COST_TIMES_H // H, CUT_COST_TIMES_H // H
-    if steps * (B + STEP_COST) - int(ends.sum()) < once:  # more cannot be saved
+    enough = 0.95 * (call + steps * (B + STEP_COST)) - once
+    last = int(ends.max()) if B else 0
+    # In one call up to the last end, or in two or more: less they cannot cost.
+    if last == 0 or min(call + last * (B + STEP_COST), 2 * call + int(ends.sum()) + last * STEP_COST) > enough:
         return [0, steps]
     ordered = ends.sort().values
-    marks = sorted({0, *ordered[(torch.arange(1, 17) * B + 15) // 16 - 1].tolist()})  # few of many, the last among them
+    n = min(16, max(9, B // 8))  # ends of so many rows, the last among them: more would take longer to choose from
+    marks = sorted({0, *ordered[(torch.arange(1, n + 1) * B + n - 1) // n - 1].tolist()})
     ordered = ordered.tolist()
-    longer = [B - bisect_right(ordered, mark) for mark in marks]
+    longer = [B, *(B - bisect_right(ordered, mark) for mark in marks[1:])]  # at first all, also those without a step
     best = [(0, 0)]  # the least cost up to each mark, and the mark before it
     for j in range(1, len(marks)):
         best.append(min((best[i][0] + call + (marks[j] - marks[i]) * (longer[i] + STEP_COST), i) for i in range(j)))
-    if len(marks) == 1 or best[-1][0] + once > 0.95 * (call + steps * (B + STEP_COST)):
+    if best[-1][0] > enough:
         return [0, steps]
     path = [len(marks) - 1]
     while path[-1]:

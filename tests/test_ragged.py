@@ -154,7 +154,9 @@ def test_cuts_take_the_least_time() -> None:
         call, once = ragged.CALL_COST + ragged.CALL_COST_TIMES_H // H, ragged.CUT_COST_TIMES_H // H
 
         def cost(way: tuple[int, ...], call: int = call, ends: list[int] = ends) -> int:
-            return sum(call + (b - a) * (sum(e > a for e in ends) + ragged.STEP_COST) for a, b in pairwise((0, *way)))
+            return sum(
+                call + (b - a) * (sum(e > a or a == 0 for e in ends) + ragged.STEP_COST) for a, b in pairwise((0, *way))
+            )
 
         marks = sorted({*ends} - {0})
         ways = [(*some, marks[-1]) for n in range(len(marks)) for some in combinations(marks[:-1], n)]
