@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 
 from .gemm import linear, uses_onednn
-from .ragged import LayOut, TakeBack, Unfolding, control_weights
+from .ragged import LayOut, Unfolding, control_weights
 from .reference import cell, lstm_cell
 from .spec import PLAIN, Result, Sequences, Stack, in_fp32, weight_groups
 
@@ -92,18 +92,9 @@ def controlled(layout: Unfolding, x: Tensor, h0: Tensor, c0: Tensor, weights: Se
         held.append(c[0, n:])
         y, h, c = fused(laid_out, h[:, :n], c[:, :n], weights, one, PLAIN)
         parts.append(y)
-    y, last = taken_back(layout, parts, c)
+    y, last = layout.take_back(parts, c)
     h_n = torch.where(layout.empty, h0, last)
     return y, h_n, torch.where(layout.empty, c0, layout.unsorted(torch.cat([c[0], *reversed(held)])))
-
-
-def taken_back(layout: Unfolding, parts: Sequence[Tensor], c: Tensor) -> tuple[Tensor, Tensor]:
-    """The output of each step and of each row's last one, from those of the blocks, the last of which ended with c."""
-    (y, *more) = parts
-    if more or layout.inverse is not None or y.requires_grad or y.device.type != "cpu" or c.isnan().any():
-        return TakeBack.apply(layout, *parts)
-    # Zero past a row's length as it is, since the output gate is shut; unless a NaN got in, which the cell then holds.
-    return y, y[layout.last, layout.rows]
 
 
 def by_direction(

@@ -56,8 +56,8 @@ class Direction:
         if self.layout is None:
             return y, h, c, workspace
         # What is held to the end is c_n of every row, also of one without steps.
-        y = self.layout.gather([y])
-        return y, torch.where(self.layout.empty, h0, y[self.layout.last, self.layout.rows]), c, workspace
+        y, last = self.layout.take_back([y], c)
+        return y, torch.where(self.layout.empty, h0, last), c, workspace
 
     def backward(self, y: Tensor, c_n: Tensor, dy: Tensor, dh: Tensor, dc: Tensor, workspace: Tensor) -> tuple[Tensor, ...]:
         """Gradients by x, h0, c0, w_ih, w_hh and bias, from those by y (T, B, H), h_n and c_n (B, H)."""

@@ -66,8 +66,11 @@ class Unfolding:
             ends = ends + total
         self.resets = flags is not None
         marks = [0, self.steps] if H is None or device.type != "cpu" else cuts(ends, self.steps, H)
-        # Rows in the order of their ends, the longest first; None where they stay in theirs.
-        self.order = ends.argsort(descending=True, stable=True) if marks != [0, self.steps] else None
+        # Rows in the order of their ends, the longest first, and the place of each in it; None where they stay in theirs.
+        self.order = self.ranks = None
+        if marks != [0, self.steps]:
+            self.order = ends.argsort(descending=True, stable=True)
+            self.ranks = self.order.argsort()
         if position is None and self.order is None:  # all stays where it is
             self.blocks, self.inverse = [Block((T, B), None, self.past, [over])], None
         else:
@@ -78,7 +81,7 @@ class Unfolding:
         T, B, steps = self.T, self.B, self.steps
         order = rows = self.rows
         if self.order is not None:
-            order, rows = self.order, self.order.argsort()
+            order, rows = self.order, self.ranks
             ends, flags = ends[order], None if flags is None else flags[:, order]
         step = torch.arange(steps, device=ends.device)[:, None]
         padding = step >= ends
@@ -120,11 +123,20 @@ class Unfolding:
         return state if self.order is None else state.index_select(0, self.order)
 
     def unsorted(self, state: Tensor) -> Tensor:
-        return state if self.order is None else state.index_select(0, self.order.argsort())
+        return state if self.ranks is None else state.index_select(0, self.ranks)
+
+    def take_back(self, parts: Sequence[Tensor], c: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of each step (T, B, H) and of each row's last (B, H), from the blocks' outputs and the last block's c."""
+        (y, *more) = parts
+        if more or self.inverse is not None or y.requires_grad or y.device.type != "cpu" or c.isnan().any():
+            return TakeBack.apply(self, *parts)
+        # Zero past a row's length as it is, since the output gate is shut; unless a NaN got in, which the cell then holds.
+        return y, y[self.last, self.rows]
 
 
 def cuts(ends: Tensor, steps: int, H: int) -> list[int]:
-    """The steps at which to go on with the longer rows only, from 0 to the last, so that all takes the least time."""
+    """The steps at which to go on with the longer rows only, from 0 to the last, so that rows that end at ``ends`` (B,) take
+    the least time; [0, steps] if cutting does not pay."""
     B, call, once = len(ends), CALL_COST + CALL_COST_TIMES_H // H, CUT_COST_TIMES_H // H
     enough = 0.95 * (call + steps * (B + STEP_COST)) - once
     last = int(ends.max()) if B else 0
