@@ -45,8 +45,8 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """a^T @ b for a (N, M), b (N, K): the sum over rows of outer products.
 
-    On a CPU in the order that oneDNN is quickest at. Rows with gaps between them, as one direction of two has them, are copied
-    first: with these it is a thousand times slower.
+    On a CPU in the order that oneDNN is quickest at. Rows with gaps between them, as one direction of two has them, are
+    copied first: with these it is a thousand times slower.
     """
     return linear(b.contiguous().t(), a.contiguous().t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
 

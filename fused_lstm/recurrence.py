@@ -131,7 +131,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _activated(call: LayerCall, rows: Rows, y: Tensor, h_prev: Tensor, start: Tensor | None) -> Tensor:
-    """The activated gates (N, R, 4, H) of all steps at once, now that the state before each is known: it fills ``h_prev``."""
+    """The activated gates (N, R, 4, H) of all steps at once, and in ``h_prev`` (N, R, H) the states before each."""
     R, H = call.R, call.H
     bias = None if call.b_ih is None or call.b_hh is None else call.b_ih + call.b_hh
     gates = _pre_activations(call, rows, bias).view(-1, R, 4, H)
