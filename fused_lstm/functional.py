@@ -31,7 +31,7 @@ from .call import (
     traced,
 )
 from .cpu import aten, segments
-from .plan import Way, choose, choose_compiled, unknown_sizes
+from .plan import HALVES, Way, choose, choose_compiled, unknown_sizes
 
 
 def lstm(
@@ -159,26 +159,28 @@ def run(
             return run(input, hx, weights, stack, sequences, backend, keep)
     if torch.compiler.is_compiling():  # without a look at T and B, which are to stay dynamic
         levels = (active(), differentiates() or forward_mode())
-        way, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
-        if way is Way.ONEDNN and not unknown_sizes():
+        word, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
+        if word == "onednn" and not unknown_sizes():
             stack = dataclasses.replace(stack, recompute=True)
+        runner = None
     else:
         plan = choose(problem_of(input, hx, weights, stack, sequences), backend)
-        way, fp32, transformed = plan.way, plan.in_fp32, plan.transformed
-    if keep is not None and way is not Way.TRITON:
-        way, fp32 = Way.REFERENCE, input.dtype in (torch.float16, torch.bfloat16)
+        word, fp32, transformed = plan.way.value, plan.in_fp32, plan.transformed
+        runner = RUNNERS.get(plan.way)
     dtype = input.dtype
+    if keep is not None and word != "triton":
+        word, fp32, runner = "reference", dtype in HALVES, None
     if fp32:
         input, weights = input.float(), [w.float() for w in weights]
         hx = None if hx is None else (hx[0].float(), hx[1].float())
-    if way in RUNNERS:
-        y, h_n, c_n = RUNNERS[way](input, hx, weights, stack, sequences)
+    if runner is None:
+        y, h_n, c_n = run_layers(input, hx, weights, stack, sequences, word, transformed, keep)
     else:
-        y, h_n, c_n = run_layers(input, hx, weights, stack, sequences, way.value, transformed, keep)
+        y, h_n, c_n = runner(input, hx, weights, stack, sequences)
     return (y.to(dtype), h_n.to(dtype), c_n.to(dtype)) if fp32 else (y, h_n, c_n)
 
 
-RUNNERS: dict[Way, Callable[..., Result]] = {
+RUNNERS: dict[Way, Callable[..., Result]] = {  # of the other ways the op runs each layer
     Way.FUSED: aten.fused,
     Way.CELL: aten.single_step,
     Way.PREFIX: aten.prefix,

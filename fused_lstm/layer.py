@@ -251,6 +251,11 @@ class LSTM(nn.RNNBase):
             x, batch_sizes = input.data, input.batch_sizes
             if hx is not None:
                 hx = self.permute_hidden(hx, input.sorted_indices)
+            elif torch.compiler.is_compiling():  # which does not know the numbers that tell B
+                order, K = input.sorted_indices, self.num_layers * (2 if self.bidirectional else 1)
+                B = int(batch_sizes[0]) if order is None else order.shape[0]
+                c0 = x.new_zeros(K, B, self.hidden_size)
+                hx = (x.new_zeros(K, B, self.proj_size) if self.proj_size else c0, c0)
         else:
             dims = input.dim()
             if dims not in (2, 3):

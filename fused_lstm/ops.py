@@ -98,7 +98,7 @@ def layer(call: LayerCall) -> Kept:
         if call.save and torch.is_grad_enabled():
             return Kept(*LayerFunction.apply(*call), None, None)  # gates and cell states are the gradient's own
         return recurrence.forward(call)
-    if call.save and active():
+    if call.save and active() and not torch.compiler.is_compiling():
         return Kept(*MappedLayerFunction.apply(*call))
     return Kept(*layer_forward(*call))
 

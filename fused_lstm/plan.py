@@ -244,9 +244,9 @@ def _choose(p: Problem, backend: str) -> Plan:
 
 def choose_compiled(
     device: str, dtype: torch.dtype, projected: bool, transformed: bool, differentiated: bool, backend: str
-) -> tuple[Way, bool, bool]:
-    """How a call runs in a graph of torch.compile or torch.export, and a Plan's two flags: as one op per layer, whatever T
-    and B will be.
+) -> tuple[str, bool, bool]:
+    """The way of a call in a graph of torch.compile or torch.export, in a word, and a Plan's two flags: as one op per layer,
+    whatever T and B will be.
 
     A derivative taken by torch.func inside the graph is the exception: torch differentiates an op only outside of it, and
     the readable loop is compiled, step after step.
@@ -257,10 +257,10 @@ def choose_compiled(
     p = Problem(device, dtype, T=2, B=2, hidden_size=2, proj_size=int(projected), transformed=transformed)
     plan = choose(p, backend)
     if differentiated:
-        return Way.LOOP, dtype in HALVES, False
+        return Way.LOOP.value, dtype in HALVES, False
     if plan.backend != "aten":
-        return plan.way, plan.in_fp32, plan.transformed
-    return Way.ONEDNN if supports_onednn(p) else Way.REFERENCE, dtype in HALVES, False
+        return plan.way.value, plan.in_fp32, plan.transformed
+    return (Way.ONEDNN if supports_onednn(p) else Way.REFERENCE).value, dtype in HALVES, False
 
 
 def unknown_sizes() -> bool:
