@@ -108,7 +108,8 @@ def _gradient(*args: Any) -> Sequence[Tensor | None]:
     if active():
         return MappedLayerGradient.apply(*args)
     dy, dh_n, dc_n, *call, y, gates, c, needs = args
-    if not plain((dy, dh_n, dc_n, *call[:11])):
+    mapped = map(torch._C._functorch.is_functorch_wrapped_tensor, (g for g in (dy, dh_n, dc_n) if g is not None))
+    if any(mapped) or not plain((dy, dh_n, dc_n, *call[:11])):  # is_grads_batched maps without being a transform
         return layer_backward(dy, dh_n, dc_n, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
     if torch.is_grad_enabled():
         return LayerGradient.apply(*args)
@@ -368,7 +369,10 @@ def _by_w_hh(fold: Fold, dgates: Tensor, call: LayerCall, y: Tensor) -> Tensor:
 
 
 def _one_by_one(call: Call, E: int, args: Sequence, dims: Sequence) -> Mapped:
-    members = [call(*(t if d is None else t.select(d, e) for t, d in zip(args, dims, strict=True))) for e in range(E)]
+    def member(e: int) -> tuple[Tensor, ...]:
+        return call(*(t.select(d, e) if isinstance(d, int) else t for t, d in zip(args, dims, strict=True)))
+
+    members = [member(e) for e in range(E)]
     return _transposed([(torch.stack(ts), 0) for ts in zip(*members, strict=True)])
 
 

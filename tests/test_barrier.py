@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 from forked import Program, fork_launches, late_store, random_delays, run_forked
+from fused_lstm.choose import Choice
+from fused_lstm.config import Device, LaunchConfig, Recurrence
 from pairs import IN_INTERPRETER, all_equal
 from test_kernels import Problem, check, force
 from torch import Tensor
-
-from fused_lstm.choose import Choice
-from fused_lstm.config import Device, LaunchConfig, Recurrence
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("nan_memory"), IN_INTERPRETER]
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from forked import fork_launches
+from fused_lstm.config import LaunchConfig
 from pairs import IN_INTERPRETER
 from test_kernels import Problem, force
-
-from fused_lstm.config import LaunchConfig
 
 pytestmark = [pytest.mark.kernels, IN_INTERPRETER]
 

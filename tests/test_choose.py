@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from fused_lstm.choose import (
     Table,
     choose,

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from checks import DEVICE, Rule, skip_unless_it_compiles
+from fused_lstm.autograd import FusedLSTMFunction
 from torch import Tensor
 
 from fused_lstm import ops, reference
-from fused_lstm.autograd import FusedLSTMFunction
 
 pytestmark = [
     pytest.mark.kernels,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fused_lstm.config import Device, LaunchConfig, Recurrence
 from pairs import IN_INTERPRETER
 
 import fused_lstm
 from fused_lstm import tune
-from fused_lstm.config import Device, LaunchConfig, Recurrence
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 * 1024, wgmma=True)
 LOCAL = LaunchConfig(16, 16, 16, persistent=True, resident=1)
