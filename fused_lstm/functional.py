@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -152,7 +151,7 @@ def run(
     that do not show it give way to the explicit one."""
     if autocast(input):
         h0, c0 = hx or (None, None)
-        input, h0, c0, *weights = (None if t is None else t.to(_cast_dtype(t)) for t in (input, h0, c0, *weights))
+        input, h0, c0, *weights = (None if t is None else t.to(cast_dtype(t)) for t in (input, h0, c0, *weights))
         hx = None if hx is None else (h0, c0)
         with torch.autocast(input.device.type, enabled=False):
             check_like(input, hx, weights)
@@ -161,10 +160,10 @@ def run(
         levels = (active(), differentiates() or forward_mode())
         word, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
         if word == "onednn" and not unknown_sizes():
-            stack = dataclasses.replace(stack, recompute=True)
+            stack = stack._replace(recompute=True)
         runner = None
     else:
-        plan = choose(problem_of(input, hx, weights, stack, sequences), backend)
+        plan = choose(problem_of(input, input.dtype, hx, weights, stack, sequences), backend)
         word, fp32, transformed = plan.way.value, plan.in_fp32, plan.transformed
         runner = RUNNERS.get(plan.way)
     dtype = input.dtype
@@ -289,13 +288,15 @@ def autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _cast_dtype(x: Tensor) -> torch.dtype:
+def cast_dtype(x: Tensor) -> torch.dtype:
     """The dtype x is computed in: as torch's own autocast does, which leaves fp64 alone."""
     return torch.get_autocast_dtype(x.device.type) if autocast(x) and x.dtype != torch.float64 else x.dtype
 
 
-def problem_of(input: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Problem:
-    """What a plan needs to know of a call. Raises RuntimeError for T = 0, as torch does."""
+def problem_of(
+    input: Tensor, dtype: torch.dtype, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences
+) -> Problem:
+    """What a plan needs to know of a call that is computed in ``dtype``. Raises RuntimeError for T = 0, as torch does."""
     shape, sizes = input.shape, sequences.batch_sizes
     if sizes is not None:
         T, B = sizes.shape[0], int(sizes[0])
@@ -306,7 +307,7 @@ def problem_of(input: Tensor, hx: States, weights: Sequence[Tensor], stack: Stac
     functions = active()
     return Problem(
         input.device.type,
-        _cast_dtype(input),
+        dtype,
         T,
         B,
         weights[0].shape[0] // 4,

@@ -78,7 +78,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return tuple(y.new_empty(t.shape if need and t is not None else 0) for t, need in zip(inputs, needs, strict=True))
 
 
-PLAIN_TENSORS = (Tensor, nn.Parameter, type(None))
+PLAIN_TENSORS = {Tensor, nn.Parameter, type(None)}
 
 
 def plain(tensors: Sequence[Tensor | None]) -> bool:
@@ -89,7 +89,7 @@ def plain(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
-    ) and all([type(t) in PLAIN_TENSORS for t in tensors])
+    ) and PLAIN_TENSORS.issuperset(map(type, tensors))
 
 
 def layer(call: LayerCall) -> Kept:
@@ -108,7 +108,7 @@ def _gradient(*args: Any) -> Sequence[Tensor | None]:
     if active():
         return MappedLayerGradient.apply(*args)
     dy, dh_n, dc_n, *call, y, gates, c, needs = args
-    mapped = map(torch._C._functorch.is_functorch_wrapped_tensor, (g for g in (dy, dh_n, dc_n) if g is not None))
+    mapped = map(torch._C._functorch.is_legacy_batchedtensor, (g for g in (dy, dh_n, dc_n) if g is not None))
     if any(mapped) or not plain((dy, dh_n, dc_n, *call[:11])):  # is_grads_batched maps without being a transform
         return layer_backward(dy, dh_n, dc_n, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
     if torch.is_grad_enabled():
