@@ -259,7 +259,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def forward_mode() -> bool:
     """Whether a level of forward-mode AD is open: torch.func.jvp, jacfwd or hessian, or torch.autograd.forward_ad."""
-    return getattr(forward_ad, "_current_level", -1) >= 0
+    return forward_ad._current_level >= 0
 
 
 def active() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -163,9 +164,7 @@ def run(
             stack = stack._replace(recompute=True)
         runner = None
     else:
-        plan = choose(problem_of(input, input.dtype, hx, weights, stack, sequences), backend)
-        word, fp32, transformed = plan.way.value, plan.in_fp32, plan.transformed
-        runner = RUNNERS.get(plan.way)
+        word, fp32, transformed, runner = _chosen(problem_of(input, input.dtype, hx, weights, stack, sequences), backend)
     dtype = input.dtype
     if keep is not None and word != "triton":
         word, fp32, runner = "reference", dtype in HALVES, None
@@ -189,6 +188,13 @@ RUNNERS: dict[Way, Callable[..., Result]] = {  # of the other ways the op runs e
 }
 
 Keep = Callable[[Kept], None]
+
+
+@lru_cache(maxsize=4096)
+def _chosen(problem: Problem, backend: str) -> tuple[str, bool, bool, Callable[..., Result] | None]:
+    """The way of a call in a word, a Plan's two flags, and what runs it unless the op does."""
+    plan = choose(problem, backend)
+    return plan.way.value, plan.in_fp32, plan.transformed, RUNNERS.get(plan.way)
 
 
 def run_layers(

@@ -330,7 +330,6 @@ def explain(
         raise TypeError(f"explain expects a fused_lstm.LSTM, got: {type(lstm).__module__}.{type(lstm).__name__}")
     problem = lstm.problem(input, hx, lengths=lengths, resets=resets)
     plan = choose(problem, lstm.backend)
-    plan = dataclasses.replace(plan, rejected=dict(plan.rejected))  # the caller's own
     if plan.backend == "triton":
         from . import launch
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
@@ -183,7 +183,6 @@ def prefers_reference(p: Problem) -> str | None:
     return None
 
 
-@lru_cache(maxsize=4096)
 def choose(p: Problem, backend: str = "auto") -> Plan:
     """The plan for a problem.
 

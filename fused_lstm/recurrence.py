@@ -7,6 +7,7 @@ third engine, oneDNN's fused LSTM, does the whole layer by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -18,6 +19,7 @@ from .cpu import onednn
 from .gemm import linear, outer, tf32_as_cudnn
 
 
+@cache
 def _engine(name: str) -> ModuleType:
     if name == "reference":
         return reference
@@ -54,17 +56,17 @@ def forward(call: LayerCall) -> Kept:
         check_range(call.lengths, rows.T)
     if call.engine == "onednn":
         return onednn.forward(call, rows)
-    x, R, H = call.x, call.R, call.H
+    x, w_hh, h0 = call.x, call.w_hh.contiguous(), call.h0
+    if h0 is not None:
+        h0 = h0.contiguous() if call.w_h0 is None else None
     with tf32_as_cudnn(x):
         gates = _pre_activations(call, rows, call.b_ih)
-        y = gates.new_empty((*x.shape[:-1], R * H))
-        c_all = gates.new_empty((y.numel() // (R * H), R, H)) if call.save else None
-        h_n, c_n = _engine(call.engine).recurrence_forward(
-            gates, call.w_hh.contiguous(), call.b_hh, _contiguous(call.h0 if call.w_h0 is None else None),
-            _contiguous(call.c0), rows, y, c_all,
-        )  # fmt: skip
-    keep_gates = call.save and not call.recompute
-    return Kept(y, h_n, c_n, gates.view(-1, R, 4, H) if keep_gates else None, c_all)
+        R, H = call.R, call.H
+        y, c_all = gates.new_empty((*x.shape[:-1], R * H)), None
+        if call.save:
+            c_all = gates.new_empty((y.numel() // (R * H), R, H))
+        h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, call.b_hh, h0, _contiguous(call.c0), rows, y, c_all)
+    return Kept(y, h_n, c_n, gates.view(-1, R, 4, H) if call.save and not call.recompute else None, c_all)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

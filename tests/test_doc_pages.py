@@ -159,7 +159,7 @@ def asked(backend: str, device: str = "cuda", dtype: torch.dtype = torch.float32
             resets = known.pop("resets", False)
             for name, value in known.items():
                 patch.setattr(plan, name, lambda value=value: value)
-            plan.choose.__wrapped__(Problem(device, dtype, T=4, B=3, hidden_size=3, resets=resets), backend)
+            plan.choose(Problem(device, dtype, T=4, B=3, hidden_size=3, resets=resets), backend)
 
     return choose_so
 
