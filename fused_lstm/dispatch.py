@@ -129,26 +129,40 @@ SUPPORTS: dict[str, Callable[[Problem], tuple[bool, str]]] = {
 }
 
 
+@cache
+def onednn_has_bf16() -> bool:
+    """Whether oneDNN computes bf16 on this CPU, as it does with AVX-512; where not, torch's LSTM is a loop over steps."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def better_in_fp32(p: Problem) -> bool:
+    """Whether a CPU that computes in fp32 and rounds is many times faster, next to the copies of the weights."""
+    if p.dtype == torch.bfloat16:
+        return p.device == "cpu" and p.T > 1 and not onednn_has_bf16()
+    return p.device == "cpu" and p.dtype == torch.float16
+
+
 def how_aten(p: Problem) -> tuple[str, str]:
     """The form in which the aten backend serves a problem, and the reason for that form."""
     if p.recompute and p.needs_grad and p.T > 1:
         n = segment_steps(p.T)
         why = f"torch's own fused LSTM, gates recomputed in the backward pass, in segments of {n} step{'s' * (n > 1)}"
-        if p.device == "cpu" and p.dtype == torch.float16:
+        if better_in_fp32(p):
             return "segments fp32", why + ", computed in fp32"
         return "segments", why
     if p.lengths or p.resets:
         why = "lengths and resets as control columns of torch's own fused LSTM"
         if p.resets and not p.lengths and not p.bidirectional and p.device == "cpu":
             why += ", or, where the steps between resets have many rows, a call for each run of them"
-        if p.device == "cpu" and p.dtype == torch.float16:
+        if better_in_fp32(p):
             return "ragged fp32", why + ", computed in fp32"
         return "ragged", why
     few = (16 if p.needs_grad else max(16, p.hidden_size // 8)) >= p.B  # rows, next to the weights' size
     if p.device == "cpu" and p.T == 1 and few and not p.packed and p.dtype != torch.bfloat16:
         return "cell", "T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call"
-    if p.device == "cpu" and p.dtype == torch.float16:
-        return "fp32", "fp16 on a CPU: computed in fp32, which is many times faster, and rounded at the end"
+    if better_in_fp32(p):
+        what = "fp16 on a CPU" if p.dtype == torch.float16 else "bf16 on a CPU without AVX-512"
+        return "fp32", f"{what}: computed in fp32, which is many times faster, and rounded at the end"
     return "fused", "torch's own fused LSTM"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import failure, flat, randn, states
+from pairs import all_equal, failure, flat, randn, states
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_lstm
@@ -71,7 +71,6 @@ def test_cuda_without_triton(state: bool | None, reason: str, T: int, triton: Ca
         ({}, "aten", "fused"),
         ({"needs_grad": True}, "aten", "fused"),
         ({"packed": True}, "aten", "fused"),
-        ({"dtype": torch.bfloat16}, "aten", "fused"),
         ({"dtype": torch.float16}, "aten", "fp32"),
         ({"dtype": torch.float16, "packed": True, "T": 1}, "aten", "fp32"),
         ({"dtype": torch.float64}, "aten", "fused"),
@@ -82,7 +81,6 @@ def test_cuda_without_triton(state: bool | None, reason: str, T: int, triton: Ca
         ({"T": 1, "needs_grad": True, "proj_size": 2}, "aten", "cell"),
         ({"T": 1, "packed": True}, "aten", "fused"),
         ({"T": 1, "dtype": torch.float16}, "aten", "cell"),
-        ({"T": 1, "dtype": torch.bfloat16}, "aten", "fused"),
         ({"T": 1, "B": 16}, "aten", "cell"),
         ({"T": 1, "B": 17}, "aten", "fused"),
         ({"T": 1, "B": 64, "hidden_size": 512}, "aten", "cell"),
@@ -95,6 +93,29 @@ def test_cpu(options: dict, backend: str, how: str, state: bool | None, triton: 
     plan = choose_backend(problem(**options))
     assert (plan.backend, plan.how) == (backend, how)
     assert plan.rejected["triton"]
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize(
+    ("options", "how", "without"),
+    [
+        ({}, "fused", "fp32"),
+        ({"packed": True}, "fused", "fp32"),
+        ({"T": 1}, "fused", "fused"),
+        ({"lengths": True}, "ragged", "ragged fp32"),
+        ({"recompute": True, "needs_grad": True}, "segments", "segments fp32"),
+        ({"device": "cuda"}, "fused", "fused"),
+    ],
+)
+def test_bf16(
+    options: dict, how: str, without: str, avx512: bool, triton: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN computes it on a CPU with AVX-512; without, torch's LSTM is a slow loop."""
+    triton(None)
+    monkeypatch.setattr(dispatch, "onednn_has_bf16", lambda: avx512)
+    plan = choose_backend(problem(**{"dtype": torch.bfloat16, **options}))
+    assert plan.how == (how if avx512 else without)
+    assert ("computed in fp32" in plan.reason) == ("fp32" in plan.how)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +286,22 @@ def test_explain_knows_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert flat(layer(X))[0].dtype == torch.bfloat16
         assert layer.problem(X).dtype == torch.bfloat16
+        assert fused_lstm.explain(layer, X).how == ("fused" if dispatch.onednn_has_bf16() else "fp32")
         assert fused_lstm.explain(layer, X[:1]).how == "fused"
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}])
+@pytest.mark.parametrize("given", [{}, {"lengths": [2, 5]}])
+def test_bf16_without_avx512_is_fp32_rounded(given: dict, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "onednn_has_bf16", lambda: False)
+    layer, x = layer_for(dtype=torch.bfloat16, **options), X.bfloat16()
+    plan = fused_lstm.explain(layer, x, **given)
+    assert "computed in fp32" in plan.reason
+    rounded = [*flat(layer(x, **given)), *torch.autograd.grad(layer(x, **given)[0].sum(), list(layer.parameters()))]
+    layer.float()
+    y = layer(x.float(), **given)[0]
+    wide = [*flat(layer(x.float(), **given)), *torch.autograd.grad(y.sum(), list(layer.parameters()))]
+    assert all_equal(rounded, [t.bfloat16() for t in wide])
 
 
 def test_the_problem_of_a_call() -> None:
