@@ -239,10 +239,8 @@ def test_late_programs_without_a_fault(
 def test_a_deadlock_is_an_error(kernel: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wait = WAIT[kernel]
     fault = Fault(kernel, {ARRIVE: "pass"} if name == "no arrival" else {wait: wait[:-1] + " + 1)"})
-    begin = time.monotonic()
     with pytest.raises(TimeoutError, match=rf"{kernel}: after 1.5 s, these of \(2, 1, 1\) programs still run"):
         fault.shows(tmp_path, monkeypatch, seconds=0.0, timeout=1.5)
-    assert time.monotonic() - begin < 30
     assert not multiprocessing.active_children()
 
 
@@ -280,10 +278,8 @@ def test_a_dead_program_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def die(program: Program) -> None:
         if program == (1, 0, 0):
             os._exit(3)
-        time.sleep(30)
+        time.sleep(1000)  # beyond pytest's limit: who waits for it fails
 
-    begin = time.monotonic()
     with pytest.raises(RuntimeError, match=r"program \(1, 0, 0\) of \(2, 1, 1\) ended with exit code 3"):
         run_function(die, (2, 1, 1), (), monkeypatch)
-    assert time.monotonic() - begin < 20
     assert not multiprocessing.active_children()

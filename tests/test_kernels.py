@@ -90,12 +90,15 @@ def check(problems: Sequence[Problem]) -> None:
 @pytest.mark.parametrize("mode", ["padded", "lengths", "packed"])
 @pytest.mark.parametrize("resets", [False, True])
 def test_directions_layouts_and_projections(dtype: torch.dtype, mode: str, resets: bool) -> None:
+    """All combinations in fp32, in other types every second one, so that every pair is there."""
+    layouts = (False,) if mode == "packed" else (False, True)
     check(
         [
             Problem(dtype, mode=mode, directions=directions, batch_first=batch_first, K=K, B=5, resets=resets)
-            for directions in (1, -1, 2)
-            for batch_first in ((False,) if mode == "packed" else (False, True))
+            for n, directions in enumerate((1, -1, 2))
+            for batch_first in layouts
             for K in (None, 3)
+            if dtype == torch.float32 or (n + batch_first + bool(K) + resets) % 2 == 0
         ]
     )
 
