@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,11 +11,20 @@ from pairs import all_equal, failure, flat, randn, states
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_lstm
+from fused_lstm import functional
 from fused_lstm import plan as plans
 from fused_lstm.plan import FLOATS, Plan, Problem, Way, choose
 
 UNSUPPORTED = (torch.complex64, torch.int32, torch.float8_e4m3fn)
 X = randn(5, 2, 3, dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_remembered() -> Iterator[None]:
+    """Calls remember their plans, and these tests change what plans are made of."""
+    functional._chosen.cache_clear()
+    yield
+    functional._chosen.cache_clear()
 
 
 @pytest.fixture
@@ -249,14 +258,11 @@ def layer_for(**options: Any) -> fused_lstm.LSTM:
 )
 def test_explain(options: dict, x: Any, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan says what the call then does."""
-    from fused_lstm import functional
-
     ran = []
     for way, runner in functional.RUNNERS.items():
         monkeypatch.setitem(functional.RUNNERS, way, lambda *a, way=way, runner=runner: ran.append(way) or runner(*a))
     by_op = functional.run_layers
     monkeypatch.setattr(functional, "run_layers", lambda *a: ran.append(Way(a[5])) or by_op(*a))
-    monkeypatch.setattr(functional, "_chosen", functional._chosen.__wrapped__)
     layer = layer_for(**options)
     plan = fused_lstm.explain(layer, x)
     assert (plan.backend, plan.how) == expected
