@@ -286,6 +286,15 @@ def describe_persistent(config: LaunchConfig, problem: Recurrence, device: Devic
     return words + (", no barrier" if config.local(problem.H) else f", a barrier among {x} programs in each step")
 
 
+def check_waiting(programs: int) -> None:
+    """Raise RuntimeError where programs that wait for one another would wait forever."""
+    if compiled.INTERPRETED and programs > 1:
+        raise RuntimeError(
+            f"the interpreter runs programs one after another, and these {programs} would wait for one another: "
+            "expected a configuration with one hidden tile, or a launch for each step"
+        )
+
+
 COUNTER = 16  # int64 elements from one barrier's counter to the next: a cache line
 
 
@@ -310,11 +319,8 @@ def launch_persistent(launch: Launch, buffers: Any, rows: Rows) -> None:
         # Where a program waits for others, the driver must let all of them run at once, or refuse.
         launch_cooperative_grid=waits, **options_of(config),
     )  # fmt: skip
-    if compiled.INTERPRETED and waits and x > 1:
-        raise RuntimeError(
-            f"the interpreter runs programs one after another, and these {x} would wait for one another: "
-            "expected a configuration with one hidden tile, or a launch for each step"
-        )
+    if waits:
+        check_waiting(x)
     per_launch = y if launch.device is None else ceil_div(y, rounds(config, problem, launch.device))
     for tile in range(0, y, per_launch):
         now = min(per_launch, y - tile)
