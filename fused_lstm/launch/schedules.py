@@ -50,7 +50,7 @@ class Schedule(NamedTuple):
 
     name: str  # as LaunchConfig.schedule has it
     kernels: dict[str, Any]  # forward and backward
-    candidates: Callable[[Recurrence, Device], list[LaunchConfig]]  # that the device can run
+    candidates: Callable[[Recurrence, Device], list[LaunchConfig] | str]  # that the device can run, or why there are none
     refusal: Callable[[LaunchConfig, Recurrence, Device], str | None]  # why a device cannot run one
     estimate: Callable[[LaunchConfig, Recurrence, Device], float]  # microseconds of the whole recurrence, roughly
     describe: Callable[[LaunchConfig, Recurrence, Device | None], str]
@@ -68,7 +68,7 @@ class Tiles(NamedTuple):
     max_registers: int | None = None
 
 
-STEPWISE = {
+STEPWISE_TILES = {
     "half": Tiles(SMALLEST, 64, (32, 16), 64),
     "tf32": Tiles(64, 64, (32, 16), 32),
     "fp32": Tiles(SMALLEST, 64, (16,), 16, max_registers=255),
@@ -89,7 +89,7 @@ class Tile(NamedTuple):
 
 # For tensor cores that multiply from shared memory (sm_90 and sm_100), which want 64 rows: the gates of 16 units forwards,
 # 64 units or 64 batch rows backwards. None of them spills on sm_90 at the sizes that tests/test_compile.py compiles.
-PERSISTENT = {
+PERSISTENT_TILES = {
     ("forward", "half"): (
         Tile(16, 16, 128, 4, 2, True), Tile(16, 32, 128, 4, 2, True), Tile(32, 16, 128, 4, 2, True),
         Tile(32, 32, 128, 8, 2, True), Tile(64, 16, 64, 4, 2, True), Tile(64, 32, 64, 8, 2, True),
@@ -135,7 +135,7 @@ LOCAL = {
 
 def stepwise_candidates(problem: Recurrence, device: Device | None = None) -> list[LaunchConfig]:
     """Every configuration with a launch for each time step."""
-    tiles = STEPWISE[problem.arithmetic]
+    tiles = STEPWISE_TILES[problem.arithmetic]
     block_b = min(max(power_of_two(problem.B), tiles.min_block_b), tiles.max_block_b)
     return [
         LaunchConfig(block_b, block_h, tiles.block_k, tiles.num_warps, max_registers=tiles.max_registers)
@@ -173,9 +173,13 @@ def pointers(rows: Rows) -> row_map.Sequences:
     return row_map.Sequences(rows.lengths, rows.starts(), resets)
 
 
-def persistent_candidates(problem: Recurrence, device: Device) -> list[LaunchConfig]:
+def persistent_candidates(problem: Recurrence, device: Device) -> list[LaunchConfig] | str:
     """Those that the device can run; weights are streamed only if they must be."""
-    found = [c for c in persistent(problem, device) if refusal(c, problem, device) is None]
+    refusals = {config: refusal(config, problem, device) for config in persistent(problem, device)}
+    found = [config for config, why in refusals.items() if why is None]
+    if not found:
+        reasons = sorted({why for why in refusals.values() if why})
+        return f"no persistent schedule fits: {reasons[0] if reasons else f'H = {problem.H} is one tile'}"
     return [c for c in found if c.resident == c.tiles(problem.H)] or found
 
 
@@ -190,7 +194,7 @@ def persistent(problem: Recurrence, device: Device) -> Iterator[LaunchConfig]:
                 for block_b, num_warps in options:
                     yield LaunchConfig(block_b, block, block, num_warps, schedule="persistent", resident=1, swap=True)
                 break
-        for tile in PERSISTENT.get(key, ()):
+        for tile in PERSISTENT_TILES.get(key, ()):
             if tile.block_h < H <= LARGEST_RESIDENT[problem.arithmetic]:
                 yield from _resident(tile, problem, device)
     block_k, num_stages, tiles = STREAMED[problem.arithmetic]
@@ -277,6 +281,15 @@ def describe_persistent(config: LaunchConfig, problem: Recurrence, device: Devic
     return words + (", no barrier" if config.local(problem.H) else f", a barrier among {x} programs in each step")
 
 
+def check_waiting(programs: int) -> None:
+    """Raise RuntimeError where programs that wait for one another would wait forever."""
+    if compiled.INTERPRETED and programs > 1:
+        raise RuntimeError(
+            f"the interpreter runs programs one after another, and these {programs} would wait for one another: "
+            "expected a configuration with one hidden tile, or a launch for each step"
+        )
+
+
 COUNTER = 16  # int64 elements from one barrier's counter to the next: a cache line
 
 
@@ -301,11 +314,8 @@ def launch_persistent(launch: Launch, buffers: Any, rows: Rows) -> None:
         # Where a program waits for others, the driver must let all of them run at once, or refuse.
         launch_cooperative_grid=waits, **options_of(config),
     )  # fmt: skip
-    if compiled.INTERPRETED and waits and x > 1:
-        raise RuntimeError(
-            f"the interpreter runs programs one after another, and these {x} would wait for one another: "
-            "expected a configuration with one hidden tile, or a launch for each step"
-        )
+    if waits:
+        check_waiting(x)
     per_launch = y if launch.device is None else ceil_div(y, rounds(config, problem, launch.device))
     for tile in range(0, y, per_launch):
         now = min(per_launch, y - tile)
