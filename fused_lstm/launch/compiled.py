@@ -31,22 +31,24 @@ class Compiled(NamedTuple):
 
 
 class Kernel:
-    """A Triton kernel with its constants and options, to be launched again and again.
+    """One of a schedule's kernels with its constants and options, to be launched again and again.
 
     What it is compiled for depends on its arguments' layout: which tensors there are, dtypes (of one kernel always the same
     ones here), alignment, the width of integers; not on T, B or strides. The first launch of a layout goes through Triton's
     front door, which takes a hundred microseconds to find that out. Those that follow go to what it compiled.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, int, int], constants: tuple, options: dict[str, Any]) -> None:
-        self.kernel, self.grid, self.constants, self.options = kernel, grid, constants, options
+    def __init__(
+        self, kernels: dict[str, Any], name: str, grid: tuple[int, int, int], constants: tuple, options: dict[str, Any]
+    ) -> None:
+        self.kernels, self.name, self.grid, self.constants, self.options = kernels, name, grid, constants, options
         self.known: dict[tuple, Compiled] = {}
 
     def run(self, steps: Iterable[int], buffers: tuple, sequences: tuple, size: tuple[int, int, int, int]) -> None:
         """Launch it once for each of ``steps``; T, B and the row strides are the ``size``."""
         if INTERPRETED:
             for s in steps:
-                self.kernel[self.grid](buffers, sequences, s, *size, *self.constants, **self.options)
+                self.kernels[self.name][self.grid](buffers, sequences, s, *size, *self.constants, **self.options)
             return
         grid, constants = self.grid, self.constants
         device = driver.active.get_current_device()
@@ -59,7 +61,7 @@ class Kernel:
         for s in steps:
             args = (buffers, sequences, s, *size, *constants)
             if found is None:
-                found = self.remember(key, self.kernel[grid](*args, **self.options))
+                found = self.remember(key, self.kernels[self.name][grid](*args, **self.options))
             elif hooked:
                 told = found.kernel.launch_metadata(grid, stream, *args)
                 found.run(*grid, stream, found.function, found.metadata, told, enter, leave, *args)

@@ -42,7 +42,7 @@ class Launch:
         blocks = c.block_b, c.block_h, c.block_k
         constants = step_kernels.Config(p.R, p.H, self.directions, self.precision, self.interpret_bf16, *blocks)
         grid = c.grid(p.H, p.B, p.R)
-        return compiled.Kernel(STEPWISE.kernels[p.kernel], grid, (CELL[p.kernel], constants), options_of(c))
+        return compiled.Kernel(STEPWISE.kernels, p.kernel, grid, (CELL[p.kernel], constants), options_of(c))
 
 
 class Schedule(NamedTuple):
