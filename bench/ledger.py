@@ -117,7 +117,8 @@ def compile_kernel(
     problem = Recurrence(kind, arithmetic(dtype, tf32), 1, H, 1, R)
     driver.set_active(Absent(target))
     try:
-        with patch.dict(schedule.kernels, {kind: compiler}):
+        rocm = "7" if TARGETS[target].backend == "hip" else None
+        with patch.dict(schedule.kernels, {kind: compiler}), patch.object(torch.version, "hip", rocm):
             schedule.launch(Launch(problem, config, None, directions, False), buffers, sequences)
     finally:
         driver._active = None  # whichever there is, found when it is asked for
