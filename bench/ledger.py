@@ -119,7 +119,7 @@ def compile_kernel(
     try:
         rocm = "7" if TARGETS[target].backend == "hip" else None
         with patch.dict(schedule.kernels, {kind: compiler}), patch.object(torch.version, "hip", rocm):
-            schedule.launch(Launch(problem, config, None, directions, False), buffers, sequences)
+            schedule.launch(Launch(problem, config, None, directions, dtype), buffers, sequences)
     finally:
         driver._active = None  # whichever there is, found when it is asked for
     compiled = compiler.compiled

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from forked import run_forked
-from pairs import IN_INTERPRETER
-
 from fused_lstm.config import LaunchConfig
+from pairs import IN_INTERPRETER
 
 
 def climb(rung: int, config: LaunchConfig, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Any:

@@ -16,16 +16,19 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from fused_lstm.kernels import stepwise
+from fused_lstm.kernels.rows import Sequences
 from triton import knobs
 from triton.runtime import driver
 
+from fused_lstm import launch
 from fused_lstm.call import Rows
 from fused_lstm.launch import compiled
-from fused_lstm.launch.config import LaunchConfig, Recurrence
-from fused_lstm.launch.schedules import SCHEDULES, Launch
+from fused_lstm.launch.config import LaunchConfig, Recurrence, arithmetic
+from fused_lstm.launch.schedules import Launch
 
 pytestmark = pytest.mark.compile
 
+CONFIG = LaunchConfig(16, 16, 16)
 DEVICES = count(100)  # each test has one of its own, for which Triton knows no kernels yet
 
 
@@ -84,8 +87,7 @@ class Recorder:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
-    monkeypatch.setattr(compiled, "_known", {})
+def gpu() -> Iterator[Recorder]:
     recorder, before = Recorder(), driver._active
     driver.set_active(recorder)
     yield recorder
@@ -93,50 +95,32 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
 
 
 class Call(NamedTuple):
-    """What :func:`fused_lstm.launch.compiled.run` is given."""
+    """A kernel, and what it is launched with."""
 
-    kernel: Any
-    grid: tuple[int, int, int]
-    calls: list[tuple]
-    options: dict[str, Any]
+    kernel: compiled.Kernel
+    steps: range
+    buffers: stepwise.Forward
+    sequences: Sequences
+    size: tuple[int, int, int, int]  # T, B and the row strides
 
     def run(self) -> None:
-        compiled.run(*self)
+        self.kernel.run(*self[1:])
 
     def by_the_front_door(self) -> None:
-        for args in self.calls:
-            self.kernel[self.grid](*args, **self.options)
+        for s in self.steps:
+            args = (self.buffers, self.sequences, s, *self.size, *self.kernel.constants)
+            self.kernel.kernel[self.kernel.grid](*args, **self.kernel.options)
+
+    def without(self, *names: str) -> Call:
+        return self._replace(buffers=self.buffers._replace(**dict.fromkeys(names)))
 
 
-def call(
-    dtype: torch.dtype = torch.float32, T: int = 3, B: int = 2, batch_first: bool = False, absent: tuple[str, ...] = (),
-    config: LaunchConfig = LaunchConfig(16, 16, 16),  # noqa: B008
-) -> Call:  # fmt: skip
-    """A forward recurrence's launches."""
-    buffers = stepwise.Forward(*(None if f in absent else torch.zeros(32, dtype=dtype) for f in stepwise.Forward._fields))
+def call(dtype: torch.dtype = torch.float32, config: LaunchConfig = CONFIG) -> Call:
+    """A forward recurrence of three steps of two rows that have lengths."""
+    buffers = stepwise.Forward(*(torch.zeros(32, dtype=dtype) for _ in stepwise.Forward._fields))
     buffers = buffers._replace(running_ptr=torch.zeros(32))
-    rows = Rows(T, B, batch_first, 1, torch.full((B,), T))
-    found: list[Call] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            compiled, "run", lambda kernel, grid, calls, options: found.append(Call(kernel, grid, [*calls], options))
-        )
-        launch = Launch(Recurrence("forward", "fp32", T, 16, B, 1), config, None, 1, False)
-        SCHEDULES["stepwise"].launch(launch, buffers, rows)
-    assert len(found[0].calls) == T
-    return found[0]
-
-
-def replaced(one: Call, **fields: Any) -> Call:
-    """With other buffers, or other numbers for T, B and the strides."""
-    names = ("buffers", "sequences", "s", "T", "B", "stride_t", "stride_b", "CELL", "config")
-    calls = []
-    for args in one.calls:
-        given = dict(zip(names, args, strict=True))
-        given |= {k: v for k, v in fields.items() if k in names}
-        buffers = {k: v for k, v in fields.items() if k not in names}
-        calls.append((given.pop("buffers")._replace(**buffers), *given.values()))
-    return one._replace(calls=calls)
+    kernel = Launch(Recurrence("forward", arithmetic(dtype, False), 3, 16, 2, 1), config, None, 1, dtype).kernel
+    return Call(kernel, range(3), buffers, Sequences(torch.full((2,), 3), None, None), (3, 2, 2, 1))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -153,61 +137,85 @@ def test_what_is_launched_is_what_the_front_door_launches(gpu: Recorder) -> None
     ours, public = given[:3], given[3:]
     assert [launched.args[2] for launched in ours] == [0, 1, 2]
     assert same(tuple(ours), tuple(public))
-    assert len(compiled._known) == 1
+    assert len(one.kernel.known) == 1
     one.run()
     silent = [launched[4:7] == (None, None, None) for launched in gpu.launches]
     assert silent == [False, True, True, *[False] * 3, *[True] * 3], "the front door is for the first launch of a layout"
 
 
-UNALIGNED = torch.zeros(33)[1:]
-ONE_LAYOUT = {
-    "another T": lambda: call(T=7),
-    "one step": lambda: call(T=1),
-    "another B": lambda: call(B=1),
-    "a B that 16 divides": lambda: call(B=32),
-    "other strides": lambda: call(batch_first=True),
+UNALIGNED, LARGE = torch.zeros(33)[1:], 2**31
+ONE_LAYOUT: dict[str, Callable[[Call], Call]] = {
+    "another T": lambda c: c._replace(steps=range(7), size=(7, 2, 2, 1)),
+    "one step": lambda c: c._replace(steps=range(1), size=(1, 2, 2, 1)),
+    "another B": lambda c: c._replace(size=(3, 1, 1, 1)),
+    "a B that 16 divides": lambda c: c._replace(size=(3, 32, 32, 1)),
+    "other strides": lambda c: c._replace(size=(3, 2, 1, 3)),
 }
-OTHER_LAYOUTS = {
-    "another dtype": lambda: call(torch.bfloat16),
-    "an unaligned pointer": lambda: replaced(call(), w_hh_ptr=UNALIGNED),
-    "a stride beyond 2^31": lambda: replaced(call(), stride_t=2**31),
-    "a T beyond 2^31": lambda: replaced(call(), T=2**31),
-    "another configuration": lambda: call(config=LaunchConfig(16, 16, 32)),
-    "other warps": lambda: call(config=LaunchConfig(16, 16, 16, num_warps=8)),
-    "no bias": lambda: call(absent=("b_hh_ptr",)),
-    "nothing saved": lambda: call(absent=("c_ptr",)),
+OTHER_LAYOUTS: dict[str, Callable[[Call], Call]] = {
+    "an unaligned pointer": lambda c: c._replace(buffers=c.buffers._replace(w_hh_ptr=UNALIGNED)),
+    "T beyond 2^31": lambda c: c._replace(size=(LARGE, 2, 2, 1)),
+    "B beyond 2^31": lambda c: c._replace(size=(3, LARGE, LARGE, 1)),
+    "no bias": lambda c: c.without("b_hh_ptr"),
+    "nothing saved": lambda c: c.without("c_ptr"),
+    "no lengths": lambda c: c._replace(sequences=Sequences(None, None, None)),
+    "resets": lambda c: c._replace(sequences=c.sequences._replace(resets_ptr=torch.zeros(6, dtype=torch.uint8))),
+    "packed": lambda c: c._replace(sequences=c.sequences._replace(starts_ptr=torch.zeros(3, dtype=torch.int64))),
 }
 
 
 @pytest.mark.parametrize("name", [*ONE_LAYOUT, *OTHER_LAYOUTS])
 def test_layouts(name: str, gpu: Recorder) -> None:
-    """A kept kernel serves the calls for which Triton itself would take it, and no others."""
-    call().run()
-    (ONE_LAYOUT | OTHER_LAYOUTS)[name]().run()
-    other = (ONE_LAYOUT | OTHER_LAYOUTS)[name]()
+    """A kept kernel serves the launches for which Triton itself would take it, and no others."""
+    one = call()
+    one.run()
+    other = (ONE_LAYOUT | OTHER_LAYOUTS)[name](one)
+    other.run()
     n = len(gpu.launches)
     other.run()
     other.by_the_front_door()
     assert gpu.launches[n].told is None, "known by now"
     assert len({launched.function for launched in gpu.launches[n:]}) == 1
     assert (gpu.launches[-1].function == gpu.launches[0].function) == (name in ONE_LAYOUT)
-    assert len(compiled._known) == (1 if name in ONE_LAYOUT else 2)
+    assert len(one.kernel.known) == (1 if name in ONE_LAYOUT else 2)
 
 
-def test_on_rocm_a_layout_tells_which_tensors_32_bits_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    small, large = (torch.empty(n, dtype=torch.uint8, device="meta") for n in (compiled.INT32, compiled.INT32 + 1))
-    assert compiled.layout((small,)) == compiled.layout((large,))
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert compiled.layout((small,)) != compiled.layout((large,))
+def test_what_a_kernel_is_made_for() -> None:
+    """One for each dtype, size and configuration; T and the strides are arguments."""
+    rows, like = Rows(3, 2, False, 1), torch.zeros(1)
+    kernel = launch.prepare("forward", like, rows, 1, 16).kernel
+    assert launch.prepare("forward", like, Rows(5, 2, True, 1), 1, 16).kernel is kernel
+    others = [
+        launch.prepare(*arguments).kernel
+        for arguments in (
+            ("backward", like, rows, 1, 16), ("forward", like.half(), rows, 1, 16), ("forward", like, rows, 2, 16),
+            ("forward", like, rows._replace(directions=-1), 1, 16), ("forward", like, rows, 1, 32),
+        )
+    ]  # fmt: skip
+    with launch.forced(LaunchConfig(16, 16, 32)):
+        others.append(launch.prepare("forward", like, rows, 1, 16).kernel)
+    made = [(k.kernel, k.constants, k.options) for k in (kernel, *others)]
+    assert all(k is not kernel for k in others)
+    assert made[2] == made[0], "but for the dtype, of which Triton makes kernels of their own"
+    assert sum(a == b for a in made for b in made) == len(made) + 2
+
+
+def test_on_rocm_a_layout_tells_which_tensors_32_bits_reach(gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "HIP", True)
+    monkeypatch.setattr(compiled, "INT32", 100)  # the buffers have 128 bytes
+    small = call()
+    large = small._replace(buffers=small.buffers._replace(c0_ptr=torch.zeros(16)))
+    for one in (small, large, small):
+        one.run()
+    assert len(small.kernel.known) == 2
 
 
 def test_each_device_has_kernels_of_its_own(gpu: Recorder) -> None:
     one = call()
     one.run()
-    gpu.device = next(DEVICES)
+    first, gpu.device = gpu.device, next(DEVICES)
     one.run()
-    assert [launched.stream - 1000 for launched in gpu.launches] == [gpu.device - 1] * 3 + [gpu.device] * 3
-    assert len({launched.function for launched in gpu.launches}) == len(compiled._known) == 2
+    assert [launched.stream - 1000 for launched in gpu.launches] == [first] * 3 + [gpu.device] * 3
+    assert len({launched.function for launched in gpu.launches}) == len(one.kernel.known) == 2
 
 
 @pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])
@@ -236,20 +244,20 @@ def test_a_launcher_that_is_not_as_expected_is_left_to_triton(gpu: Recorder, mon
     one = call()
     one.run()
     one.by_the_front_door()
-    assert compiled._known == {}
-    assert len(launched) == 6
-    assert same(tuple(args[-len(one.calls[0]) :] for args in launched), (*one.calls, *one.calls))
+    assert one.kernel.known == {}
+    assert [args[-7] for args in launched] == [0, 1, 2] * 2, "the steps"
 
 
 def test_a_limit_on_what_is_kept(gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "LIMIT", 2)
-    for name in ("no bias", "nothing saved", "other warps", "no bias"):
-        OTHER_LAYOUTS[name]().run()
-        assert 1 <= len(compiled._known) <= 2
+    one = call()
+    for name in ("no bias", "nothing saved", "no lengths", "no bias"):
+        OTHER_LAYOUTS[name](one).run()
+        assert 1 <= len(one.kernel.known) <= 2
     assert gpu.launches[0].function == gpu.launches[-1].function
 
 
-def test_another_thread_may_forget_all(gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_thread_may_forget_all(gpu: Recorder) -> None:
     """At the worst moment: right after a kernel was kept."""
 
     class Forgetful(dict):
@@ -257,19 +265,21 @@ def test_another_thread_may_forget_all(gpu: Recorder, monkeypatch: pytest.Monkey
             super().__setitem__(key, value)
             self.clear()
 
-    monkeypatch.setattr(compiled, "_known", Forgetful())
-    call().run()
+    one = call()
+    one.kernel.known = Forgetful()
+    one.run()
     assert [launched.args[2] for launched in gpu.launches] == [0, 1, 2]
 
 
 def test_threads(gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "LIMIT", 1)
-    different = [call(), *(OTHER_LAYOUTS[name]() for name in ("no bias", "nothing saved"))]
-    for one in different:
-        one.run()
-    right = {id(one.calls[0][0]): gpu.launches[3 * k].function for k, one in enumerate(different)}
+    one = call()
+    different = [one, *(OTHER_LAYOUTS[name](one) for name in ("no bias", "nothing saved"))]
+    for c in different:
+        c.run()
+    right = {id(c.buffers): gpu.launches[3 * k].function for k, c in enumerate(different)}
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(one.run) for one in different * 20]:
+        for done in [pool.submit(c.run) for c in different * 20]:
             done.result()
     assert len(gpu.launches) == 9 + 3 * 60
     assert all(launched.function == right[id(launched.args[0])] for launched in gpu.launches)
