@@ -25,11 +25,11 @@ from unittest.mock import patch
 
 import torch
 import triton
+from fused_lstm.kernels import stepwise
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fused_lstm.call import Rows, accumulator_dtype
-from fused_lstm.kernels import stepwise
 from fused_lstm.launch import FP64
 from fused_lstm.launch.choose import choose
 from fused_lstm.launch.config import KERNELS, Device, LaunchConfig, Recurrence, arithmetic
@@ -117,13 +117,15 @@ def compile_kernel(
     problem = Recurrence(kind, arithmetic(dtype, tf32), 1, H, 1, R)
     driver.set_active(Absent(target))
     try:
-        with patch.dict(schedule.kernels, {kind: compiler}):
-            schedule.launch(Launch(problem, config, None, directions, False), buffers, sequences)
+        rocm = "7" if TARGETS[target].backend == "hip" else None
+        with patch.dict(schedule.kernels, {kind: compiler}), patch.object(torch.version, "hip", rocm):
+            schedule.launch(Launch(problem, config, None, directions, dtype), buffers, sequences)
     finally:
         driver._active = None  # whichever there is, found when it is asked for
     compiled = compiler.compiled
     built = {"shared": compiled.metadata.shared, "ttir": compiled.asm["ttir"]}
-    built |= zip(("w_loads_in_loop", "w_loads_before"), w_hh_loads(compiled.asm["ttgir"]), strict=True)
+    place = [name for name in fields._fields if name not in absent].index("w_hh_ptr")
+    built |= zip(("w_loads_in_loop", "w_loads_before"), loads(compiled.asm["ttgir"], place), strict=True)
     if "cubin" not in compiled.asm:
         return Built(**built)
     usage, sass = _disassemble(compiled.asm["cubin"])
@@ -131,9 +133,10 @@ def compile_kernel(
     return Built(**built, registers=registers, spills=spills, instructions=count(sass), loop=count(time_loop(sass)))
 
 
-def w_hh_loads(ttgir: str) -> tuple[int, int]:
-    """How many loads of W_hh stand in the loop over time, the first one in the code, and how many outside it."""
-    pointers, depth, loop, inside, outside = {"%buffers.w_hh_ptr"}, 0, None, 0, 0
+def loads(ttgir: str, place: int) -> tuple[int, int]:
+    """How many loads of a kernel's parameter stand in the loop over time, the first in the code, and how many outside it."""
+    parameters = re.findall(r"(%[\w.]+): ", ttgir[ttgir.index("tt.func") :].splitlines()[0])
+    pointers, depth, loop, inside, outside = {parameters[place]}, 0, None, 0, 0
     for line in ttgir.splitlines():
         results, _, operation = line.strip().partition(" = ")
         operands = NAME.findall(operation)

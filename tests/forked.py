@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
@@ -169,8 +170,10 @@ class Redirected:
 
 def redirect_launches(monkeypatch: pytest.MonkeyPatch, schedule: str, run: Callable[..., None]) -> None:
     """Have :class:`Redirected` launch the kernels of a schedule from now on."""
+    from fused_lstm import launch
     from fused_lstm.launch.schedules import SCHEDULES
 
+    monkeypatch.setattr(launch, "_prepare", lru_cache(launch._prepare.__wrapped__))  # what it kept has kernels in it
     kernels = SCHEDULES[schedule].kernels
     for name, kernel in list(kernels.items()):
         monkeypatch.setitem(kernels, name, Redirected(kernel, run))

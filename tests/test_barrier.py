@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fused_lstm import launch
 from fused_lstm.launch.config import Device, LaunchConfig
-from fused_lstm.launch.schedules import SCHEDULES
+from fused_lstm.launch.schedules import SCHEDULES, Launch
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("nan_memory"), IN_INTERPRETER]
 
@@ -101,12 +101,17 @@ def test_error_rule(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three batch tiles on a GPU that runs two at once."""
-    config, prepare = persistent(16, 16, 16, 1, rows=2), launch.prepare
+
+    def on_small_device(found: Launch, *args: Any) -> None:
+        found.device = Device("small", 8)
+        found.schedule.launch(found, *args)
+
+    config = persistent(16, 16, 16, 1, rows=2)
     problem = Problem(torch.float64, T=3, B=5, H=32, directions=2)
     with launch.forced(stepwise(config)):
         expected = problem.run("triton", torch.float64)
-    monkeypatch.setattr(launch, "prepare", lambda *args: prepare(*args)._replace(device=Device("small", 8)))
     grids = fork_launches(monkeypatch, random_delays(0))
+    monkeypatch.setattr(launch, "_run", on_small_device)
     with launch.forced(config):
         assert all_equal(problem.run("triton", torch.float64), expected)
     assert grids == [(2, 2, 2), (2, 1, 2)] * 2

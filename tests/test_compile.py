@@ -6,22 +6,26 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import skip_unless_it_compiles
-from fused_lstm.choose import choose, persistent, stepwise
-from fused_lstm.config import LaunchConfig, Recurrence, refusal
+
+pytest.importorskip("triton")
+from fused_lstm.launch.choose import choose
+from fused_lstm.launch.config import LaunchConfig, Recurrence
+from fused_lstm.launch.schedules import persistent, refusal, stepwise_candidates
 
 pytestmark = pytest.mark.compile
 
 NAMES = ("bf16", "tf32", "fp32", "fp64")
+STATES = ("h0_ptr", "c0_ptr")
 FLAGS = {
     "forward": [
-        {"SAVE": True, "LENGTHS": False, "PACKED": False, "RESETS": False, "DIRECTIONS": 1},
-        {"SAVE": True, "LENGTHS": True, "PACKED": True, "RESETS": False, "DIRECTIONS": 2, "R": 2},
-        {"SAVE": False, "LENGTHS": True, "PACKED": False, "RESETS": True, "DIRECTIONS": -1, "HAS_H0": False},
+        {},
+        {"rows": ("packed",), "directions": 2, "R": 2, "absent": ("b_hh_ptr",)},
+        {"rows": ("lengths", "resets"), "directions": -1, "absent": (*STATES, "c_ptr")},
     ],
     "backward": [
-        {"LENGTHS": True, "PACKED": False, "RESETS": True, "DIRECTIONS": -1, "HAS_H0": False},
-        {"LENGTHS": False, "PACKED": False, "RESETS": False, "DIRECTIONS": 1},
-        {"LENGTHS": True, "PACKED": True, "RESETS": False, "DIRECTIONS": 2, "R": 2, "HAS_H0": False},
+        {"rows": ("lengths", "resets"), "directions": -1, "absent": (*STATES, "dhn_ptr")},
+        {},
+        {"rows": ("packed",), "directions": 2, "R": 2, "absent": (*STATES, "dy_ptr", "dcn_ptr")},
     ],
 }
 SIZES = {  # those of real workloads, as padded
@@ -38,7 +42,7 @@ def check(name: str, problem: Recurrence, config: LaunchConfig, target: str, fla
     built = ledger.compile_kernel(problem.kernel, config, target, dtype, tf32, H=problem.H, **flags)
     what = f"{name} {problem} {config} {flags} on {target}"
     assert built.shared <= ledger.SHARED_LIMIT[target], f"{what}: {built.shared} bytes of shared memory"
-    if config.persistent:
+    if config.schedule == "persistent":
         bound = config.shared_memory(problem)
         assert built.shared <= bound, f"{what}: {built.shared} bytes of shared memory, expected at most {bound}"
         segments = 4 if problem.kernel == "backward" else 1
@@ -54,7 +58,7 @@ def check(name: str, problem: Recurrence, config: LaunchConfig, target: str, fla
         assert (built.tensor_core > 0) == (name != "fp32"), f"{what}: {built.tensor_core} tensor-core instructions"
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 @pytest.mark.parametrize("name", NAMES)
 def test_stepwise_configurations(name: str, target: str) -> None:
     import ledger
@@ -62,8 +66,8 @@ def test_stepwise_configurations(name: str, target: str) -> None:
     skip_unless_it_compiles(ledger.ARITHMETIC[name][0])
     for kernel, variants in FLAGS.items():
         problems = [Recurrence(kernel, ledger.kind_of(name), 100, 512, B, 1) for B in (16, 32, 64)]
-        for config, problem in {c: p for p in problems for c in stepwise(p)}.items():
-            for flags in variants if target == "sm_90" else [ledger.TRAINING[kernel]]:
+        for config, problem in {c: p for p in problems for c in stepwise_candidates(p)}.items():
+            for flags in variants if target == "sm_90" else [ledger.TRAINING]:
                 check(name, problem, config, target, flags)
 
 
@@ -76,7 +80,7 @@ def test_what_an_h100_runs(name: str, H: int) -> None:
     largest = {"bf16": 1152, "tf32": 528, "fp32": 512}[name]
     for n, (problem, config) in enumerate(ledger.chosen(name, device, [H], (16, 64, 2048))):
         if largest >= H and problem.B <= 64:
-            assert config.persistent
+            assert config.schedule == "persistent"
             assert config.resident == config.tiles(H)
         check(name, problem, config, "sm_90", FLAGS[problem.kernel][n % 3])
 
@@ -100,7 +104,7 @@ def test_persistent_configurations_of_other_devices(name: str, target: str) -> N
             problem = Recurrence(kernel, ledger.kind_of(name), 100, H, 64, 1)
             runnable = [c for c in persistent(problem, device) if refusal(c, problem, device) is None]
             for config in {choose(problem, device).config, *runnable[:1]}:
-                check(name, problem, config, target, ledger.TRAINING[kernel])
+                check(name, problem, config, target, ledger.TRAINING)
 
 
 def test_a_spilling_configuration_is_seen() -> None:
@@ -115,7 +119,7 @@ def test_loads_within_the_loop_over_time_are_seen() -> None:
     import ledger
 
     for resident, expected in ((8, (0, 8)), (3, (None, 3)), (0, (None, 0))):
-        config = LaunchConfig(64, 16, 64, persistent=True, resident=resident)
+        config = LaunchConfig(64, 16, 64, schedule="persistent", resident=resident)
         built = ledger.compile_kernel("forward", config, "sm_90", torch.float16, False, H=512, **FLAGS["forward"][0])
         assert built.w_loads_before == expected[1]
         assert (built.w_loads_in_loop == 0) == (expected[0] == 0)

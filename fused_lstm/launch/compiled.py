@@ -76,5 +76,5 @@ class Kernel:
             return None
         if len(self.known) >= LIMIT:
             self.known.clear()
-        self.known[key] = Compiled(kernel, launcher, kernel.function, kernel.packed_metadata)
-        return self.known[key]
+        found = self.known[key] = Compiled(kernel, launcher, kernel.function, kernel.packed_metadata)
+        return found  # which another thread may have forgotten by now
