@@ -1,0 +1,318 @@
+"""What a call costs the host, and how many operations it gives the device, beside torch.nn.LSTM.
+
+    python bench/host.py [--base REV] [--rounds N] [--device cpu] [--json FILE]
+
+On a GPU: microseconds until a call returns, the device idle before, and what the profiler saw the device do. Without one
+the same road is walked on CPU tensors: what launches a kernel and what multiplies matrices is replaced by functions that
+return tensors made beforehand, and of nn.LSTM the C++ function that its module calls; nn.LSTM then has no backward pass.
+Operations are the launches, the products (nn.LSTM's C++ call counts as one) and what else computes or moves data.
+
+With --base, the package of a git revision is measured beside this checkout's, each in processes of its own, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from about import about
+from compare import copy_of_checkout, unpack
+from isolate import isolated
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+MODES = ("inference", "forward", "backward")
+B, I, H = 4, 48, 32  # noqa: E741  # of no weight: the time of the host does not depend on them
+BLOCKS, CALLS = 12, 20  # the quickest of so many blocks counts, each the mean of so many calls
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    T: int = 16
+    layers: int = 1
+    bidirectional: bool = False
+    lengths: bool = False
+    state: bool = False  # h0 and c0 are given
+
+
+CASES = (
+    Case("plain"), Case("T = 1", T=1, state=True), Case("lengths", lengths=True),
+    Case("two layers", layers=2), Case("both directions", bidirectional=True),
+)  # fmt: skip
+
+
+class Run(NamedTuple):
+    """A call to be timed; ``prepare`` makes what it is given, and is not timed."""
+
+    prepare: Callable[[], Any]
+    call: Callable[[Any], Any]
+
+
+def runs(case: Case, module: nn.Module, device: str, dtype: torch.dtype, backward: bool) -> dict[str, Run]:
+    """The calls of a layer of ours or of torch's, by mode."""
+    x = torch.randn(case.T, B, I, device=device, dtype=dtype)
+    lengths = torch.arange(B, device=device) * 4 + 1
+    groups = case.layers * (1 + case.bidirectional)
+    hx = tuple(torch.randn(2, groups, B, H, device=device, dtype=dtype)) if case.state else None
+    leaf, dy = x.clone().requires_grad_(), torch.randn(case.T, B, H * (1 + case.bidirectional), device=device, dtype=dtype)
+    wanted = [leaf, *module.parameters()]
+
+    def call(x: Tensor) -> Tensor:
+        if not case.lengths:
+            return module(x, hx)[0]
+        if type(module) is not nn.LSTM:
+            return module(x, hx, lengths=lengths)[0]
+        packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
+        return pad_packed_sequence(module(packed, hx)[0], total_length=case.T)[0]
+
+    def inference(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return call(x)
+
+    found = {"inference": Run(lambda: x, inference), "forward": Run(lambda: leaf, call)}
+    if backward:
+        found["backward"] = Run(lambda: call(leaf), lambda y: torch.autograd.grad(y, wanted, dy))
+    return found
+
+
+# --- in place of a GPU
+
+
+class Stub:
+    """Takes the place of launches and products, and counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.made: dict[tuple, itertools.cycle] = {}  # several for each shape: what a call returns shares no memory
+
+    def like(self, x: Tensor, *shape: int) -> Tensor:
+        key = (shape, x.dtype)
+        if key not in self.made:
+            self.made[key] = itertools.cycle([x.new_zeros(shape) for _ in range(8)])
+        return next(self.made[key])
+
+    def product(self, out: Tensor | None, x: Tensor, *shape: int) -> Tensor:
+        self.count += 1
+        return self.like(x, *shape) if out is None else out
+
+    def launch(self, *_: Any, **__: Any) -> None:
+        self.count += 1
+
+    def lstm(self, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """torch._VF.lstm: (x, hx, weights, ...) or, packed, (x, batch_sizes, hx, weights, ...)."""
+        self.count += 1
+        h0, c0 = args[1] if isinstance(args[0], Tensor) else args[0]
+        bidirectional = args[6]
+        return self.like(x, *x.shape[:-1], H * (1 + bidirectional)), self.like(x, *h0.shape), self.like(x, *c0.shape)
+
+
+def stub_products(stub: Stub) -> None:
+    """Whatever torch multiplies matrices by, called by these names."""
+
+    def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return stub.product(None, x, *x.shape[:-1], w.shape[0])
+
+    def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return stub.product(out, a, *a.shape[:-1], b.shape[-1])
+
+    def sum_of_products(c: Tensor, a: Tensor, b: Tensor, *, out: Tensor | None = None, **_: float) -> Tensor:
+        return stub.product(out, a, *a.shape[:-1], b.shape[-1])
+
+    def add_product(c: Tensor, a: Tensor, b: Tensor, **_: float) -> Tensor:
+        return stub.product(c, a)
+
+    torch.nn.functional.linear = linear
+    torch.mm = torch.bmm = torch.matmul = Tensor.mm = Tensor.bmm = Tensor.matmul = Tensor.__matmul__ = product
+    torch.addmm = torch.baddbmm = Tensor.addmm = Tensor.baddbmm = sum_of_products
+    Tensor.addmm_ = Tensor.baddbmm_ = add_product
+
+
+def stub_package(stub: Stub) -> None:
+    """Let fused_lstm take CPU tensors for those of an H100, and launch nothing."""
+    (stub_old if importlib.util.find_spec("fused_lstm.engine") else stub_new)(stub)
+
+
+def stub_old(stub: Stub) -> None:
+    from fused_lstm import dispatch, launch, ops, spec
+    from fused_lstm.config import Device
+
+    h100, choose = Device("H100", 132, 232_448, wgmma=True), launch.choose
+    launch.choose = lambda problem, _: choose(problem, h100)
+    launch.launch = stub.launch
+    dispatch.SUPPORTS["triton"] = lambda p: (True, "stubbed")
+    ops._products = lambda a, b: a.t() @ b  # as on a GPU
+    spec.check_range = ops.check_range = lambda lengths, T: None  # as on a GPU, where it would wait for the device
+
+
+def stub_new(stub: Stub) -> None:
+    from fused_lstm.launch.config import Device
+
+    from fused_lstm import call, launch, plan, recurrence
+    from fused_lstm.launch import kernel
+
+    h100, choose = Device("H100", 132, 232_448, wgmma=True), launch.choose
+    launch.choose = lambda problem, _: choose(problem, h100)
+    kernel.run_kernel = stub.launch
+    plan.SUPPORTS["triton"] = lambda p: (True, "stubbed")
+    recurrence.products = lambda a, b: a.t() @ b
+    call.check_range = recurrence.check_range = lambda lengths, T: None
+
+
+# --- measuring
+
+
+def microseconds(run: Run, device: str, calls: int = CALLS) -> float:
+    """Of one call, the mean of a block."""
+    spent, kept = 0, []  # results are kept, so that no time is taken of tearing them down
+    for _ in range(calls):
+        given = run.prepare()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        kept.append(run.call(given))
+        spent += time.perf_counter_ns() - start
+    return spent / calls / 1000
+
+
+def computes(name: str) -> bool:
+    """Whether an operator that a CPU's trace names gives a GPU work: not a view, not an allocation, not made of others."""
+    namespace, _, name = name.partition("::")
+    if namespace != "aten" or "empty" in name or name in ("set_", "resize_", "resolve_conj", "resolve_neg"):
+        return False
+    packet = getattr(torch.ops.aten, name)
+    overloads = [op for op in (getattr(packet, o) for o in packet.overloads()) if torch._C._dispatch_has_kernel(op.name())]
+    composite = any(op.has_kernel_for_dispatch_key("CompositeImplicitAutograd") for op in overloads)
+    returns = [r.alias_info for op in overloads for r in op._schema.returns]
+    return not composite and not any(alias is not None and not alias.is_write for alias in returns)
+
+
+def operations(run: Run, device: str, stub: Stub | None) -> int:
+    """What the device is given to do in one call."""
+    given = run.prepare()
+    activity = torch.profiler.ProfilerActivity
+    if stub is None:
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as trace:
+            run.call(given)
+            torch.cuda.synchronize()
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events())
+    before = stub.count
+    with torch.profiler.profile(activities=[activity.CPU]) as trace:
+        run.call(given)
+
+    def outermost(event: Any) -> bool:
+        while event.cpu_parent is not None:
+            event = event.cpu_parent
+            if computes(event.name):
+                return False
+        return True
+
+    return stub.count - before + sum(computes(event.name) and outermost(event) for event in trace.events())
+
+
+def host(device: str, dtype: str, blocks: int = BLOCKS) -> dict[str, dict[str, float]]:
+    """Of each case and mode: microseconds and operations of ours and of torch's."""
+    import fused_lstm
+
+    torch.set_num_threads(1)
+    stub = Stub() if device == "cpu" else None
+    if stub is not None:
+        stub_products(stub)
+        stub_package(stub)
+        torch._VF.lstm = stub.lstm
+    found: dict[str, dict[str, float]] = {}
+    kind = getattr(torch, dtype)
+    for case in CASES:
+        options = dict(num_layers=case.layers, bidirectional=case.bidirectional, device=device, dtype=kind)
+        torchs = nn.LSTM(I, H, **options)
+        ours = fused_lstm.LSTM(I, H, backend="triton", **options)
+        sides = {"ours": runs(case, ours, device, kind, True), "torch": runs(case, torchs, device, kind, stub is None)}
+        for mode in MODES:
+            row = found[f"{case.name}, {mode}"] = {}
+            those = {name: side[mode] for name, side in sides.items() if mode in side}
+            for run in those.values():
+                microseconds(run, device)
+            for name, run in those.items():
+                row[f"{name} operations"] = operations(run, device, stub)
+            gc.collect()
+            gc.disable()
+            times = [{name: microseconds(run, device) for name, run in those.items()} for _ in range(blocks)]
+            gc.enable()
+            row |= {f"{name} us": min(block[name] for block in times) for name in those}
+    return found
+
+
+def merged(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """The quickest over processes: what else the machine does only ever adds time."""
+    return {what: {k: min(r[what][k] for r in rounds) for k in row} for what, row in rounds[0].items()}
+
+
+def table(sides: dict[str, list[dict[str, dict[str, float]]]]) -> list[str]:
+    """Lines for a reader: this checkout's rows, and beside each the base's, if there is one."""
+    here, base = merged(sides["here"]), merged(sides["base"]) if "base" in sides else None
+    head = ["", "us", "nn.LSTM us", "x nn.LSTM", "operations", "nn.LSTM's"]
+    lines = [head + (["base us", "here/base", "(rounds)", "base operations"] if base else [])]
+    for what, row in here.items():
+        theirs = row.get("torch us")
+        cells = [what, f"{row['ours us']:.1f}", *([f"{theirs:.1f}", f"{row['ours us'] / theirs:.2f}"] if theirs else "--")]
+        cells += [f"{row['ours operations']:.0f}", f"{row['torch operations']:.0f}" if theirs else "-"]
+        if base:
+            ratios = [a[what]["ours us"] / b[what]["ours us"] for a, b in zip(sides["here"], sides["base"], strict=True)]
+            cells += [f"{base[what]['ours us']:.1f}", f"{row['ours us'] / base[what]['ours us']:.2f}"]
+            cells += [f"({min(ratios):.2f}-{max(ratios):.2f})", f"{base[what]['ours operations']:.0f}"]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in lines
+    ]
+
+
+def measured(base: str | None, rounds: int, limit: float, **arguments: Any) -> dict[str, list[dict[str, dict[str, float]]]]:
+    """Results of each process, of this checkout and of a revision if one is given. Raises RuntimeError if one fails."""
+    with tempfile.TemporaryDirectory() as old, tempfile.TemporaryDirectory() as new:
+        folders = {"here": copy_of_checkout(Path(new))} | ({"base": unpack(base, Path(old))} if base else {})
+        sides: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in folders}
+        for n in range(rounds):
+            for name in sorted(folders, reverse=n % 2 == 0):
+                answer = isolated("host:host", limit, folders[name], **arguments)
+                if "failed" in answer:
+                    raise RuntimeError(f"{name}: {answer['failed']}\n{answer['output']}")
+                sides[name].append(answer["result"])
+    return sides
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", metavar="REV", help="a git revision to measure beside this checkout")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each side (default: 3)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for a process (default: 300)")
+    parser.add_argument("--json", type=Path, help="write the results of each process there")
+    args = parser.parse_args(arguments)
+    try:
+        sides = measured(args.base, args.rounds, args.limit, device=args.device, dtype=args.dtype)
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(*table(sides), sep="\n")
+    if args.json:
+        args.json.write_text(json.dumps({"about": about(args.device, 1), **sides}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
