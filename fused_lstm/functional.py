@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import aten, engine, segments, transforms
-from .dispatch import Problem, choose_backend, how_compiled, unknown_sizes
-from .spec import PLAIN, Result, Runner, Sequences, Stack, as_lengths, as_resets, check_batch_sizes
+from . import ops, reference
+from .call import (
+    ALIGNMENT,
+    PLAIN,
+    Kept,
+    LayerCall,
+    Problem,
+    Result,
+    Sequences,
+    Stack,
+    States,
+    active,
+    as_lengths,
+    as_resets,
+    check_batch_sizes,
+    differentiates,
+    each_layer,
+    forward_mode,
+    mapped,
+    traced,
+)
+from .cpu import aten, segments
+from .plan import Way, choose, choose_compiled, unknown_sizes
 
 
 def lstm(
@@ -76,12 +97,12 @@ def lstm(
 
 def settle(
     input: Tensor,
-    hx: tuple[Tensor, Tensor],
+    hx: States,
     stack: Stack,
     batch_sizes: Tensor | None,
     lengths: Tensor | Sequence[int] | None,
     resets: Tensor | None,
-) -> tuple[tuple[Tensor, Tensor], Sequences]:
+) -> tuple[States, Sequences]:
     """Check what a call says of its sequences, for batched or packed input; returns the states to start from as well."""
     if lengths is None and resets is None and batch_sizes is None:
         return hx, PLAIN
@@ -95,87 +116,216 @@ def settle(
             "(torch.nn.utils.rnn.pad_packed_sequence gives both)"
         )
     B, T = input.shape[:2] if stack.batch_first else (input.shape[1], input.shape[0])
+    same, starts = 0, ()
     if lengths is not None:
-        lengths = as_lengths(lengths, T, B, input.device)
+        lengths, same = as_lengths(lengths, T, B, input.device)
     if resets is not None:
         resets = as_resets(resets, tuple(input.shape[:2]), input.device)
         if T == 1 and lengths is None:  # then a reset is no more than a state of zero
-            return _cleared(*hx, resets, stack), PLAIN
-    return hx, PLAIN if lengths is None and resets is None else Sequences(None, lengths, resets)
+            return _cleared(hx, resets, stack), PLAIN
+        same = 0
+        if lengths is None and resets.device.type == "cpu" and not traced():
+            begins = resets.any(0 if stack.batch_first else 1).nonzero().flatten().tolist()
+            starts = (0, *(t for t in begins if t > 0))
+    return hx, PLAIN if lengths is None and resets is None else Sequences(None, lengths, resets, same, starts)
 
 
-def _cleared(h0: Tensor, c0: Tensor, resets: Tensor, stack: Stack) -> tuple[Tensor, Tensor]:
+def _cleared(hx: States, resets: Tensor, stack: Stack) -> States:
     """States of a single step with the rows cleared that begin an episode; backwards in time none begins there."""
-    backwards = torch.arange(h0.shape[0], device=h0.device)[:, None, None] % stack.directions == 1
+    if hx is None:
+        return None
+    backwards = torch.arange(hx[0].shape[0], device=hx[0].device)[:, None, None] % stack.directions == 1
     keep = ~resets.reshape(-1, 1) | backwards
-    return torch.where(keep, h0, 0), torch.where(keep, c0, 0)
+    return torch.where(keep, hx[0], 0), torch.where(keep, hx[1], 0)
 
 
 def run(
     input: Tensor,
-    hx: tuple[Tensor, Tensor],
+    hx: States,
     weights: Sequence[Tensor],
     stack: Stack,
     sequences: Sequences,
     backend: str,
-    runners: Mapping[str, Runner] | None = None,
+    keep: Keep | None = None,
 ) -> Result:
-    """:func:`lstm` for arguments that were checked; ``runners`` take the place of the usual ones."""
-    h0, c0 = hx
-    if _autocast(input):
-        input, h0, c0, *weights = (t.to(_cast_dtype(t)) for t in (input, h0, c0, *weights))
+    """:func:`lstm` for arguments that were checked. ``keep`` is given what each layer computed, one after the other; ways
+    that do not show it give way to the explicit one."""
+    if autocast(input):
+        h0, c0 = hx or (None, None)
+        input, h0, c0, *weights = (None if t is None else t.to(_cast_dtype(t)) for t in (input, h0, c0, *weights))
+        hx = None if hx is None else (h0, c0)
         with torch.autocast(input.device.type, enabled=False):
-            check_like(input, (h0, c0), weights)
-            return run(input, (h0, c0), weights, stack, sequences, backend, runners)
+            check_like(input, hx, weights)
+            return run(input, hx, weights, stack, sequences, backend, keep)
     if torch.compiler.is_compiling():  # without a look at T and B, which are to stay dynamic
-        levels = (transforms.active(), transforms.differentiates() or transforms.forward_mode())
-        projected = len(weights) // (stack.num_layers * stack.directions) > (4 if stack.has_biases else 2)
-        how = how_compiled(input.device.type, input.dtype, projected, *levels, backend)
-        if how == "onednn" and not unknown_sizes():
+        levels = (active(), differentiates() or forward_mode())
+        way, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
+        if way is Way.ONEDNN and not unknown_sizes():
             stack = dataclasses.replace(stack, recompute=True)
     else:
-        how = choose_backend(problem_of(input, h0, c0, weights, stack, sequences), backend).how
-    return (runners or RUNNERS)[how](input, h0, c0, weights, stack, sequences)
+        plan = choose(problem_of(input, hx, weights, stack, sequences), backend)
+        way, fp32, transformed = plan.way, plan.in_fp32, plan.transformed
+    if keep is not None and way is not Way.TRITON:
+        way, fp32 = Way.REFERENCE, input.dtype in (torch.float16, torch.bfloat16)
+    dtype = input.dtype
+    if fp32:
+        input, weights = input.float(), [w.float() for w in weights]
+        hx = None if hx is None else (hx[0].float(), hx[1].float())
+    if way in RUNNERS:
+        y, h_n, c_n = RUNNERS[way](input, hx, weights, stack, sequences)
+    else:
+        y, h_n, c_n = run_layers(input, hx, weights, stack, sequences, way.value, transformed, keep)
+    return (y.to(dtype), h_n.to(dtype), c_n.to(dtype)) if fp32 else (y, h_n, c_n)
 
 
-def _autocast(x: Tensor) -> bool:
+RUNNERS: dict[Way, Callable[..., Result]] = {
+    Way.FUSED: aten.fused,
+    Way.CELL: aten.single_step,
+    Way.PREFIX: aten.prefix,
+    Way.STRETCHES: aten.stretches,
+    Way.RAGGED: aten.ragged,
+    Way.SEGMENTS: segments.segmented,
+}
+
+Keep = Callable[[Kept], None]
+
+
+def run_layers(
+    x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences, engine: str,
+    transformed: bool = False, keep: Keep | None = None,
+) -> Result:  # fmt: skip
+    """The stack layer by layer through the op, or through the readable loop that torch follows op by op: engine ``"loop"``.
+
+    ``transformed``: by torch.func. The input products are then left to torch, which maps them and their gradients well.
+    """
+    if sequences.lengths is not None:  # whatever padding holds, it must not meet a zero gradient in a product
+        x = torch.where(_valid(x, stack, sequences.lengths), x, 0)
+    return each_layer(_layer, x, hx, weights, stack, stack, sequences, engine, transformed, keep)
+
+
+def _valid(x: Tensor, stack: Stack, lengths: Tensor) -> Tensor:
+    """(T, B, 1), or (B, T, 1) if batch_first: where x is not padding."""
+    t = torch.arange(x.shape[1 if stack.batch_first else 0], device=x.device)
+    return (t < lengths[:, None] if stack.batch_first else t[:, None] < lengths)[..., None]
+
+
+def _layer(
+    x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]], stack: Stack, sequences: Sequences, engine: str,
+    transformed: bool, keep: Keep | None,
+) -> Result:  # fmt: skip
+    """One layer, both directions at once. hx (D, B, Hout) and (D, B, H)."""
+    h0, c0 = (None, None) if hx is None else hx
+    w_ih, w_hh, *rest = groups[0] if len(groups) == 1 else [torch.cat(each) for each in zip(*groups, strict=True)]
+    b_ih, b_hh = rest[:2] if stack.has_biases else (None, None)
+    w_hr = w_h0 = None
+    if len(rest) % 2:
+        # With h = W_hr m, W_hh h = (W_hh W_hr) m: a plain recurrence over m, which h0 enters through the first step.
+        w_hr = torch.stack([group[-1] for group in groups])
+        w_h0, w_hh = w_hh, (w_hh.unflatten(0, (len(groups), -1)) @ w_hr).flatten(0, 1)
+        w_h0 = None if h0 is None else w_h0
+    R, H = len(groups), w_hh.shape[1]
+    pad = -H % ALIGNMENT if engine == "triton" else 0
+    if pad:  # units of zero weight stay at zero: the results are the same, and every row is aligned
+        w_ih, w_hh, b_ih, b_hh, w_h0 = (None if w is None else _pad_gates(w, H, pad) for w in (w_ih, w_hh, b_ih, b_hh, w_h0))
+        w_hh = F.pad(w_hh, (0, pad))
+        c0 = None if c0 is None else F.pad(c0, (0, pad))
+        h0 = F.pad(h0, (0, pad)) if h0 is not None and w_h0 is None else h0
+    more = (sequences.lengths, sequences.batch_sizes, sequences.resets, stack.directions, stack.batch_first)
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0)
+    if transformed:
+        x = F.linear(x, w_ih, None if b_ih is None else b_ih + b_hh)
+        if w_h0 is not None:
+            x = _with_first(x, h0, w_h0, LayerCall(*tensors, *more, False, engine, False))
+        tensors = (x, h0 if w_hr is None else None, c0, None, w_hh, None, None, None)
+    if engine == "loop":
+        kept = Kept(*reference.layer(LayerCall(*tensors, *more, False, engine, False)), None, None)
+    else:
+        # Under vmap a tensor does not tell whether a gradient is asked for outside.
+        save = torch.is_grad_enabled() and (active() or any([t is not None and t.requires_grad for t in tensors]))
+        recompute = stack.recompute and keep is None
+        kept = ops.layer(LayerCall(*tensors, *more, save or keep is not None, engine, recompute))
+    y, h_n, c_n = kept[:3]
+    if pad:
+        y, h_n, c_n = y.unflatten(-1, (R, H + pad))[..., :H].flatten(-2), h_n[..., :H], c_n[..., :H]
+    if w_hr is not None:
+        y = torch.einsum("...rh,rph->...rp", y.unflatten(-1, (R, H)), w_hr)
+        h_n = h_n @ w_hr.mT
+        if sequences.lengths is not None:
+            # A row without steps keeps h0, which m knows nothing of; and a NaN for padding must not reach w_hr.
+            first = h_n.new_zeros(()) if h0 is None else h0
+            h_n = torch.where((sequences.lengths == 0)[:, None], first, h_n)
+            y = torch.where(_valid(y, stack, sequences.lengths)[..., None], y, 0)
+        y = y.flatten(-2)
+    if keep is not None:
+        keep(kept._replace(y=y, gates=kept.gates[..., :H], c=kept.c[..., :H]))
+    return y, h_n, c_n
+
+
+def _with_first(x: Tensor, h0: Tensor, w_h0: Tensor, call: LayerCall) -> Tensor:
+    """The pre-activations x (..., R*4H) with what h0 (R, B, K) adds to each recurrence's first step, out of place."""
+    rows, R = call.rows, h0.shape[0]
+    gates = x.reshape(-1, R, x.shape[-1] // R)
+    for r, w in enumerate(w_h0.chunk(R)):
+        first = torch.arange(gates.shape[0], device=x.device)[rows.at(0, r)]
+        keep = rows.kept(0, r)
+        h = h0[r] if keep is None else torch.where(keep, h0[r], 0)
+        gates = gates.index_put((first, torch.full_like(first, r)), h @ w.t(), accumulate=True)
+    return gates.view(x.shape)
+
+
+def _pad_gates(w: Tensor, H: int, pad: int) -> Tensor:
+    """(R*4H, ...) to (R*4(H+pad), ...), each gate padded with zeros."""
+    w = w.unflatten(0, (-1, H))
+    return F.pad(w, (0, 0) * (w.dim() - 2) + (0, pad)).flatten(0, 1)
+
+
+def autocast(x: Tensor) -> bool:
     """Whether autocast acts on x's device; the meta device, for one, does not know it."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return False
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _cast_dtype(x: Tensor) -> torch.dtype:
     """The dtype x is computed in: as torch's own autocast does, which leaves fp64 alone."""
-    return torch.get_autocast_dtype(x.device.type) if _autocast(x) and x.dtype != torch.float64 else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocast(x) and x.dtype != torch.float64 else x.dtype
 
 
-def problem_of(
-    input: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences
-) -> Problem:
-    """What dispatch needs to know of a call. Raises RuntimeError for T = 0, as torch does."""
-    time_dim = 1 if stack.batch_first else 0
-    T = input.shape[time_dim] if sequences.batch_sizes is None else sequences.batch_sizes.shape[0]
+def problem_of(input: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Problem:
+    """What a plan needs to know of a call. Raises RuntimeError for T = 0, as torch does."""
+    shape, sizes = input.shape, sequences.batch_sizes
+    if sizes is not None:
+        T, B = sizes.shape[0], int(sizes[0])
+    else:
+        B, T = shape[:2] if stack.batch_first else (shape[1], shape[0])
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    H = c0.shape[2]
+    functions = active()
     return Problem(
-        device=input.device.type,
-        dtype=_cast_dtype(input),
-        T=T,
-        B=c0.shape[1],
-        hidden_size=H,
-        proj_size=h0.shape[2] if h0.shape[2] != H else 0,
-        num_layers=stack.num_layers,
-        bidirectional=stack.bidirectional,
-        packed=sequences.batch_sizes is not None,
-        lengths=sequences.lengths is not None,
-        resets=sequences.resets is not None,
-        recompute=stack.recompute,
-        transformed=transforms.active(),
-        ensemble=transforms.active() and transforms.mapped(weights),
-        forward_mode=transforms.forward_mode(),
-        needs_grad=torch.is_grad_enabled()
-        and (input.requires_grad or h0.requires_grad or c0.requires_grad or any([w.requires_grad for w in weights])),
+        input.device.type,
+        _cast_dtype(input),
+        T,
+        B,
+        weights[0].shape[0] // 4,
+        weights[1].shape[1] if stack.projects(weights) else 0,
+        stack.num_layers,
+        stack.bidirectional,
+        sizes is not None,
+        sequences.lengths is not None,
+        sequences.resets is not None,
+        sequences.same_length > 0,
+        len(sequences.starts),
+        torch.is_grad_enabled()
+        and (
+            input.requires_grad
+            or any([w.requires_grad for w in weights])
+            or (hx is not None and (hx[0].requires_grad or hx[1].requires_grad))
+        ),
+        stack.recompute,
+        functions,
+        functions and mapped(weights),
+        forward_mode(),
     )
 
 
@@ -223,7 +373,7 @@ def check(
     check_like(input, hx, weights)
 
 
-def check_like(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor]) -> None:
+def check_like(input: Tensor, hx: States, weights: Sequence[Tensor]) -> None:
     """Devices and dtypes of states and weights against the input's."""
     w, dtype, device = weights[0], input.dtype, input.device
     if w.device != device:
@@ -231,22 +381,19 @@ def check_like(input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tenso
             f"Input and parameter tensors are not at the same device, found input tensor at {input.device} and "
             f"parameter tensor at {w.device}"
         )
-    if w.dtype != dtype and not _autocast(input):
+    if w.dtype != dtype and not autocast(input):
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({w.dtype}). Convert input: "
             f"input.to({w.dtype}), or convert model: model.to({input.dtype})"
         )
-    for k, state in enumerate(hx):
+    for k, state in enumerate(hx or ()):
         if state.device != device:
             raise RuntimeError(
                 f"Input and hidden tensors are not at the same device, found input tensor at {input.device} and "
                 f"hidden tensor at {state.device}"
             )
-        if state.dtype != dtype and not _autocast(input):
+        if state.dtype != dtype and not autocast(input):
             raise ValueError(
                 f"hidden[{k}] dtype ({state.dtype}) does not match input dtype ({input.dtype}). Convert it: "
                 f"hidden.to({input.dtype})"
             )
-
-
-RUNNERS: dict[str, Runner] = {**engine.RUNNERS, **aten.RUNNERS, **segments.RUNNERS}

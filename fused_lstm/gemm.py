@@ -1,6 +1,9 @@
-"""Matrix products of the explicit path, by the fastest library that torch carries for them."""
+"""Matrix products: by the fastest library that torch carries; on CUDA in TF32 exactly where cuDNN's LSTM uses it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +25,50 @@ _ONEDNN_LINEAR = _onednn_linear()
 
 
 def uses_onednn(x: Tensor, w: Tensor) -> bool:
-    """Whether :func:`linear` gives x (M, K), w (N, K) to oneDNN."""
+    """Whether :func:`linear` gives x (..., K), w (N, K) to oneDNN."""
     return (
-        _ONEDNN_LINEAR is not None
+        not x.is_cuda
         and x.dtype == torch.float32
+        and x.numel() * w.shape[0] >= ONEDNN_FROM
+        and _ONEDNN_LINEAR is not None
         and x.device.type == "cpu"
-        and x.shape[0] * w.numel() >= ONEDNN_FROM
     )
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ w^T + bias for x (M, K), w (N, K), bias (N,); not differentiable."""
+    """x @ w^T + bias for x (..., K), w (N, K), bias (N,); not differentiable."""
     if uses_onednn(x, w):
         return _ONEDNN_LINEAR(x, w, bias, "none", [], "")
     return F.linear(x, w, bias)
+
+
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """a^T @ b for a (N, M), b (N, K): the sum over rows of outer products.
+
+    On a CPU in the order that oneDNN is quickest at. Rows with gaps between them, as one direction of two has them, are
+    copied first: with these it is a thousand times slower.
+    """
+    return linear(b.contiguous().t(), a.contiguous().t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
+
+
+def tf32_allowed() -> bool:
+    """Whether torch lets cuDNN's fp32 recurrent layers use TF32 (``torch.backends.cudnn``)."""
+    rnn = getattr(torch.backends.cudnn, "rnn", None)
+    precision = getattr(rnn, "fp32_precision", None)  # torch >= 2.9; "none" defers to the switch for all of cuDNN
+    if precision in ("tf32", "ieee"):
+        return precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
+
+
+@contextmanager
+def tf32_as_cudnn(x: Tensor) -> Iterator[None]:
+    """Let the GEMMs inside use TF32 exactly when cuDNN's LSTM would; does nothing off CUDA or in another dtype."""
+    if not x.is_cuda or x.dtype != torch.float32:
+        yield
+        return
+    before = torch._C._get_cublas_allow_tf32()
+    torch._C._set_cublas_allow_tf32(tf32_allowed())
+    try:
+        yield
+    finally:
+        torch._C._set_cublas_allow_tf32(before)

@@ -1,7 +1,8 @@
-"""The modules: a drop-in for torch.nn.LSTM, and one for torch.nn.LSTMCell."""
+"""The modules: a drop-in for torch.nn.LSTM, and one for torch.nn.LSTMCell; to and from torch's, and what would run."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from .dispatch import BACKENDS, Problem
+from .call import Problem, Sequences, Stack, States, as_resets
 from .functional import check_like, problem_of, run, settle
-from .spec import Sequences, Stack, as_resets
+from .plan import BACKENDS, Plan, choose
 
 L = TypeVar("L", bound=nn.RNNBase)
+M = TypeVar("M", bound=nn.Module)
 TorchLSTM = nn.LSTM  # the class, for users may let the name stand for the one below while a model is built
 
 
@@ -143,14 +145,14 @@ class LSTM(nn.RNNBase):
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         weights, stack = self._weights(), self._stack()
-        x, hx, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
-        output, h_n, c_n = run(x, hx, weights, stack, sequences, self.backend)
+        x, states, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
+        output, h_n, c_n = run(x, states, weights, stack, sequences, self.backend)
+        if x is input:
+            return output, (h_n, c_n)
         if isinstance(input, PackedSequence):
             packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
             return packed, self.permute_hidden((h_n, c_n), input.unsorted_indices)
-        if input.dim() == 2:
-            return output.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
-        return output, (h_n, c_n)
+        return output.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
 
     def step(
         self, input: Tensor, state: tuple[Tensor, Tensor] | None = None, *, inplace: bool = False
@@ -220,8 +222,8 @@ class LSTM(nn.RNNBase):
     ) -> Problem:
         """What a call with these arguments would ask of a backend; raises what the call would raise."""
         weights, stack = self._weights(), self._stack()
-        x, hx, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
-        return problem_of(x, *hx, weights, stack, sequences)
+        x, states, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
+        return problem_of(x, states, weights, stack, sequences)
 
     def _stack(self) -> Stack:
         dropout = self.dropout if self.training else 0.0
@@ -240,43 +242,35 @@ class LSTM(nn.RNNBase):
         stack: Stack,
         lengths: Tensor | Sequence[int] | None,
         resets: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Sequences]:
-        """Check the arguments; returns batched data, batched states and how the sequences lie in time."""
+    ) -> tuple[Tensor, States, Sequences]:
+        """Check the arguments; returns batched data, batched states (None: zero) and how the sequences lie in time."""
         if hx is not None and len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
         batch_sizes = None
         if isinstance(input, PackedSequence):
             x, batch_sizes = input.data, input.batch_sizes
-            order = input.sorted_indices
-            batch = int(batch_sizes[0]) if order is None else order.shape[0]
             if hx is not None:
                 hx = self.permute_hidden(hx, input.sorted_indices)
         else:
-            if input.dim() not in (2, 3):
-                raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-            batched = input.dim() == 3
-            x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
-            batch = x.shape[0 if self.batch_first else 1]
+            dims = input.dim()
+            if dims not in (2, 3):
+                raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dims}D instead")
+            x = input if dims == 3 else input.unsqueeze(0 if self.batch_first else 1)
             if hx is not None:
-                dims = 3 if batched else 2
                 if hx[0].dim() != dims or hx[1].dim() != dims:
                     raise RuntimeError(
-                        f"For {'batched' if batched else 'unbatched'} {dims}-D input, hx and cx should "
+                        f"For {'batched' if dims == 3 else 'unbatched'} {dims}-D input, hx and cx should "
                         f"also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
                     )
-                if not batched:
-                    hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        if hx is None:
-            layers = self.num_layers * (2 if self.bidirectional else 1)
-            c0 = x.new_zeros(layers, batch, self.hidden_size)
-            hx = (x.new_zeros(layers, batch, self.proj_size) if self.proj_size else c0, c0)
+                hx = (hx[0], hx[1]) if dims == 3 else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         if batch_sizes is None or not torch.compiler.is_compiling():  # else they depend on numbers that no compiler knows
-            self.check_forward_args(x, hx, batch_sizes)
+            self.check_input(x, batch_sizes)
+            if hx is not None:
+                self.check_forward_args(x, hx, batch_sizes)
         check_like(x, hx, weights)
-        if resets is not None and batch_sizes is None and input.dim() == 2:
+        if resets is not None and x is not input and batch_sizes is None:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
-        hx, sequences = settle(x, (hx[0], hx[1]), stack, batch_sizes, lengths, resets)
-        return x, hx, sequences
+        return x, *settle(x, hx, stack, batch_sizes, lengths, resets)
 
 
 def _checked(backend: str, recompute: bool) -> dict[str, Any]:
@@ -305,3 +299,55 @@ def _share(module: nn.RNNBase, cls: type[L], **own: Any) -> L:
 
 class LSTMCell(nn.LSTMCell):
     """A drop-in for :class:`torch.nn.LSTMCell`; h and c of one step, (B, H) or (H,)."""
+
+
+def explain(
+    lstm: LSTM,
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    resets: Tensor | None = None,
+) -> Plan:
+    """What would run for this call, without running it: the backend, how, why, why not the others; and of the kernels, how
+    they are launched and whether that was measured on this device.
+
+    Takes what ``lstm(...)`` takes and raises what it would raise. ``print`` the result to read it.
+    """
+    if not isinstance(lstm, LSTM):
+        raise TypeError(f"explain expects a fused_lstm.LSTM, got: {type(lstm).__module__}.{type(lstm).__name__}")
+    problem = lstm.problem(input, hx, lengths=lengths, resets=resets)
+    plan = choose(problem, lstm.backend)
+    plan = dataclasses.replace(plan, rejected=dict(plan.rejected))  # the caller's own
+    if plan.backend == "triton":
+        from . import launch
+
+        device = (input.data if isinstance(input, PackedSequence) else input).device
+        plan = dataclasses.replace(plan, kernels=launch.explain(problem, device))
+    return plan
+
+
+def replace_lstm(model: M, backend: str = "auto", recompute: bool = False) -> M:
+    """Swap every :class:`torch.nn.LSTM` inside a model for a :class:`fused_lstm.LSTM` that shares its parameters.
+
+    The model is changed in place and returned; a model that itself is an nn.LSTM is returned converted. Parameters stay
+    the same objects, so that optimizers and ties keep working, and a module that occurs twice is replaced by one.
+    Subclasses of nn.LSTM, which may compute something else, are left alone; ``LSTM.from_torch`` takes those that keep its
+    forward. ``backend`` and ``recompute`` are those of :class:`fused_lstm.LSTM`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace_lstm expects a torch.nn.Module, got: {type(model).__name__}")
+    done: dict[nn.Module, LSTM] = {}
+
+    def convert(module: nn.Module) -> nn.Module:
+        if type(module) is not TorchLSTM:
+            return module
+        if module not in done:
+            done[module] = LSTM.from_torch(module, backend=backend, recompute=recompute)
+        return done[module]
+
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None:
+                parent._modules[name] = convert(child)
+    return convert(model)

@@ -83,36 +83,25 @@ class Inexpressible(NotImplementedError):
 
 # Tensors have no annotations here: torch.onnx tells inputs from attributes by them.
 def layer(
-    x,
-    h0,
-    c0,
-    w_ih,
-    w_hh,
-    bias,
-    w_h0,
-    lengths,
-    batch_sizes,
-    resets,
-    directions: int,
-    batch_first: bool,
-    save: bool,
-    engine: str,
-    recompute: bool = False,
-):
-    """:func:`fused_lstm.ops.layer_forward`, which tells what the arguments are, in ONNX's operators."""
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, lengths, batch_sizes, resets,
+    directions: int, batch_first: bool, save: bool, engine: str, recompute: bool,
+):  # fmt: skip
+    """A :class:`fused_lstm.call.LayerCall`, field by field, in ONNX's operators."""
     if resets is not None:
         raise Inexpressible("resets cannot be exported: ONNX's LSTM has no means to clear its state between two steps")
     if batch_sizes is not None:
         raise Inexpressible("packed sequences cannot be exported: call the layer with padded input and lengths= instead")
-    R, H = w_hh.shape[0], w_hh.shape[2]
+    H = w_hh.shape[1]
+    R = w_hh.shape[0] // (4 * H)
     if w_ih is None or abs(directions) != R:
         raise Inexpressible("vmap over a layer's weights cannot be exported: ONNX's LSTM has one set of weights")
     if batch_first:  # onnxruntime's LSTM knows time-major data only
         x = op.Transpose(x, perm=[1, 0, 2])
     start = h0
+    w_ih, w_hh, w_h0 = (None if w is None else _by_direction(w, R) for w in (w_ih, w_hh, w_h0))
     if w_h0 is not None:
         x, w_ih, start = _with_first(x, h0, w_ih, w_h0, lengths, directions), _beside(w_ih, w_h0), None
-    bias = None if bias is None else op.Concat(_gates(bias, H), _zero(bias, [R, 4 * H]), axis=1)  # W's and R's
+    bias = None if b_ih is None else op.Concat(*(_gates(_by_direction(b, R), H) for b in (b_ih, b_hh)), axis=1)
     ends = None if lengths is None else op.Cast(lengths, to=INT32)
     y, h_n, c_n = op.LSTM(
         x, _gates(w_ih, H), _gates(w_hh, H), bias, ends, start, c0, hidden_size=H, direction=DIRECTIONS[directions]
@@ -122,9 +111,14 @@ def layer(
     if lengths is not None:  # of a row without steps the operator makes zeros, we hand through what it began with
         empty = op.Reshape(op.Equal(lengths, op.Constant(value_int=0)), op.Constant(value_ints=[1, -1, 1]))
         h_n = h_n if start is None else op.Where(empty, start, h_n)
-        c_n = op.Where(empty, c0, c_n)
+        c_n = c_n if c0 is None else op.Where(empty, c0, c_n)
     # Nothing reads the gates and cell states, which are for a backward pass; what stands for them is dropped.
-    return y, h_n, c_n, op.Identity(c0), op.Identity(c0)
+    return y, h_n, c_n, op.Identity(c_n), op.Identity(c_n)
+
+
+def _by_direction(w, R: int):
+    """(R*n, ...) to (R, n, ...)."""
+    return op.Reshape(w, op.Constant(value_ints=[R, w.shape[0] // R, *w.shape[1:]]))
 
 
 def _gates(w, H: int):

@@ -1,231 +1,385 @@
-"""One LSTM layer as two torch.library custom ops, forward and backward.
+"""The layer's place in torch: custom ops for compilers and torch.func, autograd for eager calls, vmap.
 
-The ops make the large GEMMs (input, weight and bias gradients) and hand the recurrence to an *engine*: the Triton kernels
-or the explicit PyTorch reference. Both fill the same buffers, so that everything around them is shared. A third engine,
-oneDNN's fused LSTM, does the whole layer by itself.
-
-Shapes: x is (T, B, I), (B, T, I) if ``batch_first``, or (N, I) when packed, which ``batch_sizes`` tells. There are R
-recurrences (directions, and under vmap members), K is the size of h0: H, or the projection's size when ``w_h0`` is given.
-Without ``w_ih``, x has R*4H features and is what that product would have made: the pre-activations, biases included.
+All of it wraps :mod:`fused_lstm.recurrence`. First derivatives go through its explicit backward pass, higher ones through
+the readable loop. vmap's mapped dimension becomes more batch rows, or more recurrences: E members that share the recurrent
+weights are one batch of E times as many rows; members with weights of their own (an ensemble) are E times as many
+recurrences of one call. What fits neither way is run member by member.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import onednn, reference
-from .gemm import linear
-from .rows import Rows
-from .spec import check_range, no_autocast
-from .tf32 import tf32_as_cudnn
+from . import recurrence, reference
+from .call import Kept, LayerCall, active, no_autocast
 
+N_INPUTS = 8  # the differentiable inputs of a LayerCall come first: x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0
 
-def _engine(name: str):
-    if name == "reference":
-        return reference
-    if name == "triton":
-        from . import launch
-
-        return launch
-    raise ValueError(f"engine must be 'triton' or 'reference', got {name!r}")
-
-
-def _kept(t: Tensor, rows: Rows, r: int) -> Tensor:
-    """t (B, ...) at the first step, cleared in the rows that begin with a reset."""
-    keep = rows.kept(0, r)
-    return t if keep is None else torch.where(keep, t, 0)
+_CALL = (
+    "Tensor x, Tensor? h0, Tensor? c0, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_h0, "
+    "Tensor? lengths, Tensor? batch_sizes, Tensor? resets, int directions, bool batch_first, bool save, str engine, "
+    "bool recompute"
+)
+_LIBRARY = torch.library.Library("fused_lstm", "DEF")
+_LIBRARY.define(f"layer_forward({_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    f"layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_CALL}, Tensor y, Tensor gates, Tensor c, bool[] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """a^T @ b for a (N, M), b (N, K): the sum over rows of outer products; in the order that oneDNN is quickest at.
-
-    Rows with gaps between them, as one direction of two has, are copied first: oneDNN is a thousand times slower with them.
-    """
-    return linear(b.contiguous().t(), a.contiguous().t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
+def _forward_op(*call: Any) -> tuple[Tensor, ...]:
+    """What was not kept is empty: an op cannot return None."""
+    kept = recurrence.forward(LayerCall(*call))
+    return tuple(kept.y.new_empty(0) if t is None else t for t in kept)
 
 
-def _input_gates(
-    x: Tensor, h0: Tensor, w_ih: Tensor | None, w_hh: Tensor, bias: Tensor | None, w_h0: Tensor | None, rows: Rows
-) -> Tensor:
-    """(N, R, 4, H), fresh: the pre-activations but for the product with the recurrence's own state."""
-    N, R, H = x.shape[:-1].numel(), w_hh.shape[0], w_hh.shape[2]
-    if w_ih is None:
-        gates = x.clone(memory_format=torch.contiguous_format).view(N, R, 4, H)
-    else:
-        flat = x.reshape(N, x.shape[-1])
-        gates = linear(flat, w_ih.flatten(0, 1), None if bias is None else bias.flatten()).view(N, R, 4, H)
-    if w_h0 is not None:
-        for r in range(R):
-            gates[rows.at(0, r), r] += linear(_kept(h0[r], rows, r), w_h0[r]).view(-1, 4, H)
-    return gates
+def _backward_op(*args: Any) -> tuple[Tensor, ...]:
+    """As above, and likewise for gradients that are not needed."""
+    dy, dh_n, dc_n, *call, y, gates, c, needs = args
+    grads = recurrence.backward(dy, dh_n, dc_n, LayerCall(*call), y, _unless_empty(gates), c, needs)
+    return tuple(y.new_empty(0) if grad is None else grad for grad in grads)
 
 
-def _activate(gates: Tensor, w_hh: Tensor, h_prev: Tensor, rows: Rows) -> None:
-    """Make :func:`_input_gates` the activated gates, of all steps at once, for each step's state before it is known."""
-    for r in range(w_hh.shape[0]):
-        gates[:, r].flatten(1).addmm_(h_prev[:, r], w_hh[r].t())
-    gates[:, :, :2].sigmoid_()  # i and f
-    gates[:, :, 2].tanh_()
-    gates[:, :, 3].sigmoid_()
-    rows.clear_padding(gates)  # where no gradients will be written over them
+def _unless_empty(gates: Tensor) -> Tensor | None:
+    return gates if gates.dim() == 4 or gates.numel() else None
 
 
-@torch.library.custom_op("fused_lstm::layer_forward", mutates_args=())
-def layer_forward(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    w_ih: Tensor | None,
-    w_hh: Tensor,
-    bias: Tensor | None,
-    w_h0: Tensor | None,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    resets: Tensor | None,
-    directions: int,
-    batch_first: bool,
-    save: bool,
-    engine: str,
-    recompute: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run one layer.
-
-    Args:
-        x: input, see the module's text.
-        h0: (R, B, K) initial hidden state.
-        c0: (R, B, H) initial cell state.
-        w_ih: (R, 4H, I) input weights, gate order i, f, g, o, or None.
-        w_hh: (R, 4H, H) recurrent weights.
-        bias: (R, 4H) sum of both biases, or None.
-        w_h0: (R, 4H, K) weights that h0 meets in the first step, where they are not ``w_hh``: with a projection folded
-            into ``w_hh``, the recurrence's own state starts at zero and h0 enters through the first pre-activations.
-        lengths: (B,) int64 on x's device, padded data only.
-        batch_sizes: (T,) int64 on the CPU, packed data only.
-        resets: bool, x's shape without the features: no state and no gradient passes from time t-1 to t, in either
-            direction, where resets is True at t; at t = 0, none from h0 and c0 of the forward direction.
-        directions: 1 forward, -1 backwards in time, 2 both (odd r backwards).
-        batch_first: whether padded data is (B, T, ...).
-        save: keep what the backward pass needs.
-        engine: ``"triton"``, ``"reference"``, or ``"onednn"``: torch's own LSTM, for fp32 on a CPU without ``w_h0``, which
-            keeps bytes of its own in place of gates and cell states.
-        recompute: of that, keep no gates, so that the backward pass computes them again.
-
-    Returns:
-        y with R*H features, zero past a row's length; h_n (R, B, H); c_n (R, B, H); activated gates (N, R, 4, H) and cell
-        states (N, R, H), both empty unless ``save``, the gates also if ``recompute``.
-    """
-    R, H = w_hh.shape[0], w_hh.shape[2]
-    rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
-    N = x.shape[:-1].numel()
-    if rows.T == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if lengths is not None:
-        check_range(lengths, rows.T)
-    if engine == "onednn":
-        y, h_n, c_n, workspace = onednn.forward(x, h0, c0, w_ih, w_hh, bias, rows, save and not recompute)
-        return y, h_n, c_n, workspace, c_n.clone() if save else x.new_empty(0)
-    with tf32_as_cudnn(x):
-        gates = _input_gates(x, h0, w_ih, w_hh, bias, w_h0, rows)
-        new = x.new_empty if lengths is None else x.new_zeros  # no one writes what lies past a row's length
-        y = new(*x.shape[:-1], R * H)
-        c_all = new(N, R, H) if save else None
-        start = h0.contiguous() if w_h0 is None else None
-        h_n, c_n = _engine(engine).recurrence_forward(
-            gates, w_hh.contiguous(), start, c0.contiguous(), rows, y.view(N, R, H), c_all
-        )
-    nothing = x.new_empty(0)
-    return y, h_n, c_n, gates if save and not recompute else nothing, x.new_empty(0) if c_all is None else c_all
+_LIBRARY.impl("layer_forward", _forward_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("layer_backward", _backward_op, "CompositeExplicitAutograd")
+layer_forward = torch.ops.fused_lstm.layer_forward.default
+layer_backward = torch.ops.fused_lstm.layer_backward.default
 
 
-@layer_forward.register_fake
-def _(
-    x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, resets, directions, batch_first, save, engine, recompute=False
-):
-    R, H = w_hh.shape[0], w_hh.shape[2]
+@torch.library.register_fake(layer_forward)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    call = LayerCall(*args)
+    x, R, H = call.x, call.R, call.H
     N = math.prod(x.shape[:-1])  # shape.numel() would fix the symbols of a dynamic shape
-    gates = x.new_empty(N, R, 4, H) if save and not recompute else x.new_empty(0)
-    c_all = x.new_empty(N, R, H) if save else x.new_empty(0)
-    if engine == "onednn":
-        size = torch.library.get_ctx().new_dynamic_size() if save and not recompute else 0
-        gates, c_all = x.new_empty(size, dtype=torch.uint8), x.new_empty(c0.shape if save else 0)
-    return x.new_empty(*x.shape[:-1], R * H), x.new_empty(c0.shape), x.new_empty(c0.shape), gates, c_all
+    B = call.c0.shape[1] if call.c0 is not None else x.shape[0 if call.batch_first else 1]
+    gates = x.new_empty((N, R, 4, H) if call.save and not call.recompute else 0)
+    c = x.new_empty((N, R, H) if call.save else 0)
+    if call.engine == "onednn":
+        size = torch.library.get_ctx().new_dynamic_size() if call.save and not call.recompute else 0
+        gates, c = x.new_empty(size, dtype=torch.uint8), x.new_empty((R, B, H) if call.save else 0)
+    return x.new_empty(*x.shape[:-1], R * H), x.new_empty(R, B, H), x.new_empty(R, B, H), gates, c
 
 
-@torch.library.custom_op("fused_lstm::layer_backward", mutates_args=())
-def layer_backward(
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    w_ih: Tensor | None,
-    w_hh: Tensor,
-    bias: Tensor | None,
-    w_h0: Tensor | None,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    resets: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    c_all: Tensor,
-    directions: int,
-    batch_first: bool,
-    engine: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`layer_forward` by x, h0, c0, w_ih, w_hh, bias and w_h0, in this order.
+@torch.library.register_fake(layer_backward)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    inputs, y, needs = args[3 : 3 + N_INPUTS], args[-4], args[-1]
+    return tuple(y.new_empty(t.shape if need and t is not None else 0) for t, need in zip(inputs, needs, strict=True))
 
-    ``dy``, ``dh_n`` and ``dc_n`` have the shapes of y, h_n and c_n. Gates that were not kept are empty, and computed again.
-    A gradient whose entry in ``needs`` is False comes back empty and costs nothing.
-    """
-    R, H = w_hh.shape[0], w_hh.shape[2]
-    rows = Rows.of(x, c0, lengths, batch_sizes, resets, directions, batch_first)
-    if engine == "onednn":
-        found = onednn.backward(dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, bias, rows, y, gates, c_all, needs[0])
-        return *(g if need else x.new_empty(0) for g, need in zip(found, needs[:6], strict=True)), x.new_empty(0)
-    N = c_all.shape[0]
-    with no_autocast(x), tf32_as_cudnn(x):
-        y, gates, c_all = y.contiguous(), gates.contiguous(), c_all.contiguous()  # vmap may hand in views
-        new = x.new_empty if lengths is None else x.new_zeros
-        h_prev = new(N, R, H)
-        start = h0.contiguous() if w_h0 is None else None
-        if gates.dim() == 4:
-            dgates = new(N, R, 4, H)
-        else:  # not kept; their gradients then overwrite them
-            for r in range(R):
-                h_prev[:, r] = rows.previous(y.view(N, R, H), None if start is None else start[r], r)
-            dgates = gates = _input_gates(x, h0, w_ih, w_hh, bias, w_h0, rows)
-            _activate(gates, w_hh, h_prev, rows)
-        dc0 = _engine(engine).recurrence_backward(
-            dy.contiguous().view(N, R, H), dh_n.contiguous(), dc_n.contiguous(), gates, c_all, y.view(N, R, H),
-            start, c0.contiguous(), w_hh.contiguous(), rows, dgates, h_prev,
+
+PLAIN_TENSORS = (Tensor, nn.Parameter, type(None))
+
+
+def plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nobody looks on: no compiler, no tracer, no transform, no mode, no subclass of Tensor."""
+    return not (
+        torch.compiler.is_compiling()
+        or active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+    ) and all([type(t) in PLAIN_TENSORS for t in tensors])
+
+
+def layer(call: LayerCall) -> Kept:
+    """Run one layer, with a gradient if it saves what that needs: eager calls at once, all others as an op."""
+    if plain(call[:11]):
+        if call.save and torch.is_grad_enabled():
+            return Kept(*LayerFunction.apply(*call), None, None)  # gates and cell states are the gradient's own
+        return recurrence.forward(call)
+    if call.save and active():
+        return Kept(*MappedLayerFunction.apply(*call))
+    return Kept(*layer_forward(*call))
+
+
+def _gradient(*args: Any) -> Sequence[Tensor | None]:
+    """:func:`fused_lstm.recurrence.backward` of flat arguments, likewise."""
+    if active():
+        return MappedLayerGradient.apply(*args)
+    dy, dh_n, dc_n, *call, y, gates, c, needs = args
+    if not plain((dy, dh_n, dc_n, *call[:11])):
+        return layer_backward(dy, dh_n, dc_n, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
+    if torch.is_grad_enabled():
+        return LayerGradient.apply(*args)
+    return recurrence.backward(dy, dh_n, dc_n, LayerCall(*call), y, gates, c, needs)
+
+
+def _keep(ctx: Any, inputs: tuple, output: Kept) -> None:
+    """Keep for the backward pass what a forward pass was given, and what it computed."""
+    *tensors, directions, batch_first, save, engine, recompute = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, output[0], output[3], output[4])
+    ctx.options = (directions, batch_first, save, engine, recompute)
+
+
+def _keep_of_op(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[3:])
+    _keep(ctx, inputs, output)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
+    """Gradients by all inputs of a forward pass."""
+    if not ctx.options[2]:
+        raise RuntimeError("fused_lstm: this layer was run with save=False, so it has nothing to differentiate by")
+    *tensors, y, gates, c = ctx.saved_tensors
+    gates = None if gates is None else _unless_empty(gates)
+    needs = list(ctx.needs_input_grad[:N_INPUTS])
+    grads: Sequence[Tensor | None] = [None] * N_INPUTS
+    if dy is not None or dh_n is not None or dc_n is not None:
+        grads = _gradient(dy, dh_n, dc_n, *tensors, *ctx.options, y, gates, c, needs)
+    others = len(ctx.needs_input_grad) - N_INPUTS  # torch leaves out what is given as its default
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * others
+
+
+class LayerFunction(torch.autograd.Function):
+    """:func:`fused_lstm.recurrence.forward` with a gradient, for eager calls: y, h_n and c_n of a LayerCall's fields."""
+
+    backward = staticmethod(_differentiate)
+
+    @staticmethod
+    def forward(
+        ctx: Any, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, lengths, batch_sizes, resets,
+        directions, batch_first, save, engine, recompute,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        call = LayerCall(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, lengths, batch_sizes, resets,
+            directions, batch_first, save, engine, recompute,
         )  # fmt: skip
-        flat = dgates.view(N, R * 4 * H)
-        dx = dw_ih = None
-        if needs[0]:
-            dx = (flat if w_ih is None else linear(flat, w_ih.flatten(0, 1).t())).view(x.shape)
-        if needs[3] and w_ih is not None:
-            dw_ih = _products(flat, x.reshape(N, x.shape[-1])).view(w_ih.shape)
-        dw_hh = torch.stack([_products(dgates[:, r].flatten(1), h_prev[:, r]) for r in range(R)]) if needs[4] else None
-        dbias = flat.sum(0).view(R, 4 * H) if needs[5] else None
-        first = [_kept(dgates[rows.at(0, r), r].flatten(1), rows, r) for r in range(R)] if needs[1] or needs[6] else []
-        w = w_hh if w_h0 is None else w_h0
-        dh0 = torch.stack([linear(da, w[r].t()) for r, da in enumerate(first)]) if needs[1] else None
-        dw_h0 = torch.stack([_products(da, h0[r]) for r, da in enumerate(first)]) if needs[6] else None
-    if dh0 is not None and w_h0 is None and lengths is not None:  # a row without steps hands h0 through
-        dh0 = torch.where((lengths == 0)[:, None], dh_n, dh0)
-    grads = (dx, dh0, dc0 if needs[2] else None, dw_ih, dw_hh, dbias, dw_h0)
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
+        kept = recurrence.forward(call)
+        _keep(ctx, call, kept)
+        return kept[:3]
 
 
-@layer_backward.register_fake
-def _(
-    dy, dh_n, dc_n, x, h0, c0, w_ih, w_hh, bias, w_h0, lengths, batch_sizes, resets, y, gates, c_all,
-    directions, batch_first, engine, needs,
-):  # fmt: skip
-    inputs = (x, h0, c0, w_ih, w_hh, bias, w_h0)
-    return tuple(x.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True))
+def _keep_inputs(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, directions, batch_first, save, engine, recompute, _, _, _, needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.options, ctx.needs = (directions, batch_first, save, engine, recompute), needs
+
+
+def _differentiate_again(ctx: Any, *grads: Tensor | None) -> tuple:
+    """Gradients by dy, dh_n, dc_n and the inputs of the forward pass, from those by its gradients.
+
+    y, gates and cell states are constants in :class:`LayerGradient`: here the loop of :func:`fused_lstm.reference.layer`
+    computes them again, as functions of the inputs. Only those who ask for a second derivative pay for it.
+    """
+    *tensors, lengths, batch_sizes, resets = ctx.saved_tensors
+    rest = (lengths, batch_sizes, resets, *ctx.options)
+    wanted = [i for i, t in enumerate(tensors) if t is not None and ctx.needs_input_grad[i]]
+    by = [3 + k for k, need in enumerate(ctx.needs) if need and tensors[3 + k] is not None]
+    seen = [k for k in range(3) if tensors[k] is not None]  # of y, h_n and c_n: the others' cotangents are zero
+
+    def first_order(*given: Tensor) -> tuple[Tensor, ...]:
+        full = _replaced(tensors, wanted, given)
+
+        def results(*inputs: Tensor) -> tuple[Tensor, ...]:
+            found = reference.layer(LayerCall(*_replaced(full, by, inputs)[3:], *rest))
+            return tuple(found[k] for k in seen)
+
+        _, pullback = torch.func.vjp(results, *[full[i] for i in by])
+        return pullback(tuple(full[k] for k in seen))
+
+    with no_autocast(tensors[3]):
+        first, pullback = torch.func.vjp(first_order, *[tensors[i] for i in wanted])
+        given = [grads[i - 3] for i in by]
+        second = pullback(tuple(torch.zeros_like(f) if g is None else g for f, g in zip(first, given, strict=True)))
+    return tuple(_replaced([None] * len(ctx.needs_input_grad), wanted, second))
+
+
+class LayerGradient(torch.autograd.Function):
+    """:func:`fused_lstm.recurrence.backward` with a gradient of its own, so that it can be differentiated again."""
+
+    backward = staticmethod(_differentiate_again)
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        _keep_inputs(ctx, args, ())
+        dy, dh_n, dc_n, *call, y, gates, c, needs = args
+        return tuple(recurrence.backward(dy, dh_n, dc_n, LayerCall(*call), y, gates, c, needs))
+
+
+def _replaced(tensors: Sequence[Tensor | None], where: Sequence[int], by: Sequence[Tensor]) -> list[Tensor | None]:
+    """The tensors with those at the indices ``where`` replaced by others."""
+    result = list(tensors)
+    for i, t in zip(where, by, strict=True):
+        result[i] = t
+    return result
+
+
+class MappedLayerFunction(torch.autograd.Function):
+    """The op under torch.func, which does not follow the gradient that is registered for it."""
+
+    setup_context = staticmethod(_keep_of_op)
+    backward = staticmethod(_differentiate)
+
+    @staticmethod
+    def forward(*call: Any) -> tuple[Tensor, ...]:
+        return layer_forward(*call)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> Mapped:
+        return map_forward(MappedLayerFunction.apply, info, in_dims, *args)
+
+
+class MappedLayerGradient(torch.autograd.Function):
+    """The backward op, likewise."""
+
+    setup_context = staticmethod(_keep_inputs)
+    backward = staticmethod(_differentiate_again)
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *rest, y, gates, c, needs = args
+        return layer_backward(*rest, y, y.new_empty(0) if gates is None else gates, c, needs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> Mapped:
+        return map_backward(MappedLayerGradient.apply, info, in_dims, *args)
+
+
+INPUTS = LayerCall._fields[:11]
+COTANGENTS = ("dy", "dh_n", "dc_n")
+SAVED = ("y", "gates", "c")
+WEIGHTS = slice(3, 8)  # of INPUTS
+
+Call = Callable[..., tuple[Tensor, ...]]
+Mapped = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A way to give tensors of E members to one call: ``at`` says which dimension of each grows E times."""
+
+    E: int
+    at: dict[str, int]
+    in_front: bool  # whether members go in front of that dimension's own index, or behind it
+
+    def fits(self, names: Sequence[str], tensors: Sequence[Tensor | None], dims: Sequence[int | None]) -> bool:
+        return all(n in self.at or d is None for n, t, d in zip(names, tensors, dims, strict=True) if t is not None)
+
+    def __call__(self, name: str, t: Tensor | None, dim: int | None) -> Tensor | None:
+        if t is None:
+            return None
+        if name == "batch_sizes":
+            return t if "w_hh" in self.at else t * self.E
+        if name not in self.at or _absent(name, t):
+            return t
+        at = self.at[name]
+        t = t.movedim(dim, 0) if dim is not None else t.expand(self.E, *t.shape)
+        return t.movedim(0, at if self.in_front else at + 1).flatten(at, at + 1)
+
+    def undo(self, name: str, t: Tensor) -> tuple[Tensor, int | None]:
+        """The result and its mapped dimension."""
+        if name not in self.at or _absent(name, t):
+            return t, None
+        at = self.at[name]
+        n = t.shape[at] // self.E
+        return (t.unflatten(at, (self.E, n)), at) if self.in_front else (t.unflatten(at, (n, self.E)), at + 1)
+
+
+def _absent(name: str, t: Tensor) -> bool:
+    """Whether a buffer was not kept, or a gradient not wanted. oneDNN's bytes, whose number no compiler knows, are there."""
+    return t.dim() == 1 and t.dtype != torch.uint8 and t.numel() == 0 and name not in ("lengths", "resets")
+
+
+STATES = ("h0", "c0", "h_n", "c_n", "dh_n", "dc_n")
+
+
+def folds(E: int, call: LayerCall, x_dim: int | None) -> list[Fold]:
+    """The ways there are for a call: into the batch rows, and into the recurrences. x is mapped over ``x_dim``."""
+    last = call.x.dim() - 1 - (x_dim is not None)
+    rows = 0 if call.batch_first or call.batch_sizes is not None else 1  # of data
+    onednn = call.engine == "onednn"
+    into_rows = dict.fromkeys(("x", "y", "dy", "resets"), rows) | dict.fromkeys(STATES, 1)
+    into_rows |= dict.fromkeys(("gates", "c", "lengths"), 0)
+    into_recurrences = dict.fromkeys(("y", "dy"), last) | dict.fromkeys(STATES, 0) | dict.fromkeys(INPUTS[WEIGHTS], 0)
+    into_recurrences |= dict.fromkeys(("gates", "c"), 0 if onednn else 1)
+    if call.w_ih is None or onednn:  # x has features for each recurrence, or for each member
+        into_recurrences["x"] = last
+    # Data rows are counted by time first, or by batch row; members are to stand next to their batch row in either.
+    in_front = rows == 0 and call.batch_sizes is None
+    ways = [Fold(E, into_rows, in_front), Fold(E, into_recurrences, in_front=True)]
+    return ways[1:] if onednn else ways  # whose saved bytes know nothing of batch rows
+
+
+def map_forward(call: Call, info: Any, in_dims: tuple, *args: Any) -> Mapped:
+    """The vmap rule of the forward op, which ``call`` is, or has its arguments."""
+    if info.batch_size == 0:
+        raise ValueError("vmap over a dimension of size 0: expected at least one member")
+    given, n = LayerCall(*args), len(INPUTS)
+    tensors, dims, options = args[:n], in_dims[:n], args[n:]
+    for fold in folds(info.batch_size, given, dims[0]):
+        if fold.fits(INPUTS, tensors, dims):
+            results = call(*map(fold, INPUTS, tensors, dims), *options)
+            return _transposed([fold.undo(name, t) for name, t in zip(Kept._fields, results, strict=True)])
+    return _one_by_one(call, info.batch_size, args, in_dims)
+
+
+def map_backward(call: Call, info: Any, in_dims: tuple, *args: Any) -> Mapped:
+    """The vmap rule of the backward op, whose gradients by weights are each member's own."""
+    E, given, needs = info.batch_size, LayerCall(*args[3:19]), args[-1]
+    names = (*COTANGENTS, *LayerCall._fields, *SAVED)
+    values, dims = args[:-1], in_dims[:-1]
+    *into_rows, into_recurrences = folds(E, given, dims[3])
+    grads = [f"d{name}" for name in INPUTS[:N_INPUTS]]
+    by_weights = any(needs[WEIGHTS])
+
+    def folded_by(fold: Fold) -> dict[str, Any]:
+        return {n: fold(n, v, d) if isinstance(v, Tensor) else v for n, v, d in zip(names, values, dims, strict=True)}
+
+    for fold in into_rows:
+        if fold.fits(names, values, dims) and (not by_weights or (given.w_ih is None and not needs[7])):
+            folded = folded_by(fold)
+            first = [needs[0] or needs[4], needs[1], needs[2], *[False] * 5]
+            results = call(*folded.values(), first)
+            found = [fold.undo(g[1:], t) for g, t in zip(grads, results, strict=True)]
+            if needs[4]:
+                found[4] = _by_w_hh(fold, results[0], LayerCall(*list(folded.values())[3:19]), folded["y"]), 0
+            if not needs[0]:
+                found[0] = results[0].new_empty(0), None
+            return _transposed(found)
+    if "x" in into_recurrences.at and into_recurrences.fits(names, values, dims):
+        results = call(*folded_by(into_recurrences).values(), needs)
+        return _transposed([into_recurrences.undo(g[1:], t) for g, t in zip(grads, results, strict=True)])
+    return _one_by_one(call, E, args, in_dims)
+
+
+def _by_w_hh(fold: Fold, dgates: Tensor, call: LayerCall, y: Tensor) -> Tensor:
+    """(E, R*4H, H): each member's gradient by the recurrent weights that all share, from those by all pre-activations."""
+    R, H, rows = call.R, call.H, call.rows
+    y, dgates = y.reshape(-1, R, H), dgates.reshape(-1, R, 4 * H)
+    result = []
+    for r in range(R):
+        pair = (dgates[:, r], rows.previous(y, None if call.h0 is None else call.h0[r], r))
+        a, h = (t.movedim(dim, 0) for t, dim in (fold.undo("gates", t) for t in pair))
+        result.append(torch.bmm(a.mT, h))
+    return torch.cat(result, 1)
+
+
+def _one_by_one(call: Call, E: int, args: Sequence, dims: Sequence) -> Mapped:
+    members = [call(*(t if d is None else t.select(d, e) for t, d in zip(args, dims, strict=True))) for e in range(E)]
+    return _transposed([(torch.stack(ts), 0) for ts in zip(*members, strict=True)])
+
+
+def _transposed(pairs: Sequence[tuple[Tensor, int | None]]) -> Mapped:
+    results, dims = zip(*pairs, strict=True)
+    return results, dims
+
+
+for _op, _keeps, _backwards, _rule in (
+    (layer_forward, _keep_of_op, _differentiate, map_forward),
+    (layer_backward, _keep_inputs, _differentiate_again, map_backward),
+):
+    torch.library.register_autograd(_op, _backwards, setup_context=_keeps)
+    torch.library.register_vmap(_op, partial(_rule, _op))

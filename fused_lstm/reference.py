@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .call import LayerCall, Rows
 from .gemm import linear
-from .rows import Rows
 
 
 def cell(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,24 +41,12 @@ def lstm_cell(
     return cell(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh), c)
 
 
-def layer(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    w_ih: Tensor | None,
-    w_hh: Tensor,
-    bias: Tensor | None,
-    w_h0: Tensor | None,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    resets: Tensor | None,
-    directions: int,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer, all directions, as a loop that autograd follows. Arguments as in :func:`fused_lstm.ops.layer_forward`."""
+def layer(call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer, all directions, as a loop that autograd follows: y, h_n and c_n."""
+    x, lengths, resets, H = call.x, call.lengths, call.resets, call.H
     place = None
-    if batch_sizes is not None:  # as padded data: by index, which torch.func can follow
-        packed = Rows.of(x, c0, None, batch_sizes, None, directions, False)
+    if call.batch_sizes is not None:  # as padded data: by index, which torch.func can follow
+        packed = call.rows
         lengths, (t, b) = packed.lengths, packed.times_and_batch_rows(x.shape[0], x.device)
         place = t * packed.B + b
         x, resets = (
@@ -66,27 +54,32 @@ def layer(
             for data in (x, resets)
         )
         x = x.view(packed.T, packed.B, -1)
-    elif batch_first:
+    elif call.batch_first:
         x = x.transpose(0, 1)
         resets = None if resets is None else resets.transpose(0, 1)
     T, B = x.shape[:2]
-    rows = Rows(T, B, False, directions, lengths, None, None if resets is None else resets.flatten())
-    if w_ih is not None:
+    rows = Rows(T, B, False, call.directions, lengths, None, None if resets is None else resets.flatten())
+    if call.w_ih is not None:
         # Of members, whose recurrences follow one another, if x has an input for each.
-        members = (x,) if x.shape[-1] == w_ih.shape[2] else x.split(w_ih.shape[2], -1)
-        w, b = (None if t is None else t.flatten(0, 1).chunk(len(members)) for t in (w_ih, bias))
+        members = (x,) if x.shape[-1] == call.w_ih.shape[1] else x.split(call.w_ih.shape[1], -1)
+        w, b = (None if t is None else t.chunk(len(members)) for t in (call.w_ih, call.b_ih))
         x = torch.cat([F.linear(m, w[k], None if b is None else b[k]) for k, m in enumerate(members)], -1)
-    gates = x.reshape(T * B, w_hh.shape[0], w_hh.shape[1])
+    gates = x.reshape(T * B, call.R, 4 * H)
     outputs, h_n, c_n = [], [], []
-    for r in range(w_hh.shape[0]):
-        h, c, w, hs = h0[r], c0[r], (w_hh if w_h0 is None else w_h0)[r], []
+    for r in range(call.R):
+        part = slice(r * 4 * H, (r + 1) * 4 * H)
+        h = x.new_zeros(B, H) if call.h0 is None else call.h0[r]
+        c, hs = x.new_zeros(B, H) if call.c0 is None else call.c0[r], []
+        bias = None if call.b_hh is None else call.b_hh[part]
+        w_first = call.w_hh if call.w_h0 is None or call.h0 is None else call.w_h0
         for s in range(T):
             h_prev, c_prev, keep = h, c, rows.kept(s, r)
             if keep is not None:  # a new episode begins with no memory
                 h_prev, c_prev = torch.where(keep, h, 0), torch.where(keep, c, 0)
-            h_new, c_new = cell(gates[rows.at(s, r), r] + h_prev @ w.t(), c_prev)
-            if s == 0 and w_h0 is not None:  # from here on the state has the recurrence's width, not h0's
-                h, w = c.new_zeros(c.shape), w_hh[r]
+            w = (w_first if s == 0 else call.w_hh)[part]
+            h_new, c_new = cell(gates[rows.at(s, r), r] + F.linear(h_prev, w, bias), c_prev)
+            if s == 0 and h.shape != c.shape:  # from here on the state has the recurrence's width, not h0's
+                h = c.new_zeros(c.shape)
             valid = rows.valid(s)
             if valid is None:
                 h, c = h_new, c_new
@@ -105,26 +98,29 @@ def layer(
     output = torch.cat(outputs, -1)
     if place is not None:
         output = output.flatten(0, 1)[place]
-    elif batch_first:
+    elif call.batch_first:
         output = output.transpose(0, 1)
     return output, torch.stack(h_n), torch.stack(c_n)
 
 
 def recurrence_forward(
-    gates: Tensor,  # (N, R, 4, H) in: x @ W_ih^T + biases; out: activated gates
-    w_hh: Tensor,  # (R, 4H, H)
+    gates: Tensor,  # (N, R, 4, H) in: x @ W_ih^T + b_ih; out: activated gates
+    w_hh: Tensor,  # (R*4H, H)
+    b_hh: Tensor | None,  # (R*4H,)
     h0: Tensor | None,  # (R, B, H); None: zero
-    c0: Tensor,  # (R, B, H)
+    c0: Tensor | None,  # (R, B, H); None: zero
     rows: Rows,
     y: Tensor,  # (N, R, H) out
     c_all: Tensor | None,  # (N, R, H) out: the cell state after each step
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, explicitly. Returns h_n and c_n, (R, B, H)."""
-    h_n = torch.zeros_like(c0) if h0 is None else h0.clone()
-    c_n = c0.clone()
-    for r in rows.in_step(w_hh.shape[0]):
+    H = w_hh.shape[1]
+    R = w_hh.shape[0] // (4 * H)
+    gates, y, w_hh = gates.view(-1, R, 4, H), y.view(-1, R, H), w_hh.view(R, 4 * H, H)
+    h_n, c_n = (y.new_zeros(R, rows.B, H) if state is None else state.clone() for state in (h0, c0))
+    for r in rows.in_step(R):
         h, c = h_n[r].transpose(0, 1), c_n[r].transpose(0, 1)  # (B, recurrences, H)
-        recurrent = products_with(w_hh[r])
+        recurrent = products_with(w_hh[r], None if b_hh is None else b_hh.view(R, 4 * H)[r])
         for s in range(rows.T):
             at, n, valid, keep = rows.at(s, r.start), rows.active(s), rows.valid(s), rows.kept(s, r.start)
             h_prev, c_prev = h[:n], c[:n]
@@ -154,33 +150,38 @@ def recurrence_forward(
     return h_n, c_n
 
 
-def products_with(w: Tensor) -> Callable[[Tensor], Tensor]:
-    """For w (R, N, K) the function of x (B, R, K) that gives (B, R, N), or (B, N) if R is 1: x w^T for each of the R."""
+def products_with(w: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """For w (R, N, K), bias (R, N) the function of x (B, R, K) that gives (B, R, N): x w^T + bias for each of the R."""
     if w.shape[0] == 1:
-        single = w[0]
-        return lambda x: linear(x.flatten(1), single)
-    return lambda x: torch.bmm(x.transpose(0, 1), w.mT).transpose(0, 1)
+        single, b = w[0], None if bias is None else bias[0]
+        return lambda x: linear(x.flatten(1), single, b)[:, None]
+    if bias is None:
+        return lambda x: torch.bmm(x.transpose(0, 1), w.mT).transpose(0, 1)
+    return lambda x: torch.baddbmm(bias[:, None], x.transpose(0, 1), w.mT).transpose(0, 1)
 
 
 def recurrence_backward(
-    dy: Tensor,  # (N, R, H)
-    dh_n: Tensor,  # (R, B, H)
-    dc_n: Tensor,  # (R, B, H)
+    dy: Tensor | None,  # (N, R, H); this and the next two None: zero
+    dh_n: Tensor | None,  # (R, B, H)
+    dc_n: Tensor | None,  # (R, B, H)
     gates: Tensor,  # (N, R, 4, H) activated; may be dgates, whose memory is then used twice
     c_all: Tensor,  # (N, R, H)
     y: Tensor,  # (N, R, H)
     h0: Tensor | None,  # (R, B, H); None: zero
-    c0: Tensor,  # (R, B, H)
-    w_hh: Tensor,  # (R, 4H, H)
+    c0: Tensor | None,  # (R, B, H); None: zero
+    w_hh: Tensor,  # (R*4H, H)
     rows: Rows,
     dgates: Tensor,  # (N, R, 4, H) out
     h_prev: Tensor,  # (N, R, H) out
 ) -> Tensor:
     """Gradients through the recurrence, by hand. Returns dc_0, (R, B, H)."""
+    R, H = c_all.shape[1:]
+    y, w_hh = y.view(-1, R, H), w_hh.view(R, 4 * H, H)
+    dy = torch.zeros_like(y) if dy is None else dy.view(-1, R, H)
     c_prev = torch.empty_like(c_all)
-    for r in range(w_hh.shape[0]):
+    for r in range(R):
         h_prev[:, r] = rows.previous(y, None if h0 is None else h0[r], r)
-        c_prev[:, r] = rows.previous(c_all, c0[r], r)
+        c_prev[:, r] = rows.previous(c_all, None if c0 is None else c0[r], r)
     # What each pre-activation does to c, or in the output gate's case to h, is known for all steps before the loop. dgates
     # may be the memory of gates: of these, a line first reads what it writes over.
     i, f, g, o = gates.unbind(2)
@@ -190,8 +191,8 @@ def recurrence_backward(
     dgates[:, :, 0], dgates[:, :, 2] = d_sigmoid(g, i), d_tanh(i, g)
     dgates[:, :, 1], dgates[:, :, 3] = d_sigmoid(c_prev, f), d_sigmoid(tanh_c, o)
     del tanh_c, c_prev
-    dc_0 = dc_n.clone()
-    for r in rows.in_step(w_hh.shape[0]):
+    dh_n, dc_0 = (y.new_zeros(R, rows.B, H) if grad is None else grad.clone() for grad in (dh_n, dc_n))
+    for r in rows.in_step(R):
         dh_next = dh_n[r].transpose(0, 1)  # gradient by h_s that comes from the steps after s, or from h_n
         dc_next = dc_0[r].transpose(0, 1)  # and by c_s
         recurrent = products_with(w_hh[r].mT)

@@ -1,4 +1,4 @@
-"""The LSTM cell as pure functions of registers: no loads, no stores. All kernels share them.
+"""The LSTM cell as a pair of pure functions of registers: no loads, no stores. Kernels are handed the pair they run.
 
 Gate order i, f, g, o, as in torch.nn.LSTM. Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000.
 """
@@ -34,27 +34,31 @@ def tanh(x):
 
 
 @triton.jit
-def cell_forward(a_i, a_f, a_g, a_o, c):
-    """One step from the pre-activations and the previous cell state; returns i, f, g, o and the new c and h."""
-    f = tl.sigmoid(a_f)
-    g = tanh(a_g)
-    i = tl.sigmoid(a_i)
+def lstm_forward(recurrent, given, c):
+    """One step from the two parts of the pre-activations, of h and of x, four each, and the cell state before.
+
+    Returns the gates (i, f, g, o), and c and h after the step.
+    """
+    f = tl.sigmoid(recurrent[1] + given[1])
+    g = tanh(recurrent[2] + given[2])
+    i = tl.sigmoid(recurrent[0] + given[0])
     c = f * c + i * g
-    o = tl.sigmoid(a_o)
+    o = tl.sigmoid(recurrent[3] + given[3])
     h = o * tanh(c)
-    return i, f, g, o, c, h
+    return (i, f, g, o), c, h
 
 
 @triton.jit
-def cell_backward(i, f, g, o, c, c_prev, dh, dc):
+def lstm_backward(gates, c, c_prev, dh, dc):
     """Gradients by the four pre-activations and by c_prev, from those by h and c (docs/math.md derives them)."""
+    i, f, g, o = gates
     tanh_c = tanh(c)
     dc += dh * o * (1.0 - tanh_c * tanh_c)
     da_o = dh * tanh_c * o * (1.0 - o)
     da_i = dc * g * i * (1.0 - i)
     da_f = dc * c_prev * f * (1.0 - f)
     da_g = dc * i * (1.0 - g * g)
-    return da_i, da_f, da_g, da_o, dc * f
+    return (da_i, da_f, da_g, da_o), dc * f
 
 
 @triton.jit

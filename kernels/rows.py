@@ -1,46 +1,74 @@
 """Where a step finds its data: the row map that serves padded, packed and time-reversed sequences alike."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 
+class Sequences(NamedTuple):
+    """What a launch is told of its sequences beyond T and B: pointers, None where there is nothing to tell."""
+
+    lengths_ptr: Any  # (B,) int64
+    starts_ptr: Any  # (T,) int64: the data is packed
+    resets_ptr: Any  # (N,) uint8
+
+
+class BatchRows(NamedTuple):
+    """The batch rows of a program, and how their steps lie in memory."""
+
+    offs_b: Any  # (BLOCK_B,)
+    mask: Any  # (BLOCK_B,) which of them the batch has
+    lengths: Any  # (BLOCK_B,) int64 steps of each; 0 outside the batch
+    backwards: Any  # whether they run from the end of time
+    row_stride_t: Any
+    row_stride_b: Any
+    starts_ptr: Any
+    resets_ptr: Any
+
+
 @triton.jit
-def runs_backwards(r, DIRECTIONS: tl.constexpr):
-    """Whether recurrence r processes time from its end."""
+def batch_rows(sequences, offs_b, mask, r, T, row_stride_t, row_stride_b, DIRECTIONS: tl.constexpr):
+    """The batch rows ``offs_b`` of recurrence r."""
     if DIRECTIONS == 2:
-        result = r % 2 == 1
+        backwards = r % 2 == 1
     else:
-        result = r * 0 != DIRECTIONS - 1  # DIRECTIONS is 1 (never) or -1 (always); a tensor, as above
-    return result
+        backwards = r * 0 != DIRECTIONS - 1  # DIRECTIONS is 1 (never) or -1 (always); a tensor, as above
+    if sequences.lengths_ptr is None:
+        lengths = tl.where(mask, T, 0).to(tl.int64)
+    else:
+        lengths = tl.load(sequences.lengths_ptr + offs_b, mask=mask, other=0)
+    return BatchRows(
+        offs_b, mask, lengths, backwards, row_stride_t, row_stride_b, sequences.starts_ptr, sequences.resets_ptr
+    )
 
 
 @triton.jit
-def row_lengths(offs_b, mask_b, T, lengths_ptr, LENGTHS: tl.constexpr):
-    """Number of steps of each batch row, int64; 0 outside the batch."""
-    if LENGTHS:
-        lengths = tl.load(lengths_ptr + offs_b, mask=mask_b, other=0)
+def data_rows(batch, s):
+    """Data row of step s of each batch row, int64. Meaningless, but in range of int64, where s is not a step of the row."""
+    t = tl.where(batch.backwards, batch.lengths - 1 - s, s)
+    if batch.starts_ptr is None:
+        rows = t * batch.row_stride_t + batch.offs_b.to(tl.int64) * batch.row_stride_b
     else:
-        lengths = tl.where(mask_b, T, 0).to(tl.int64)
-    return lengths
-
-
-@triton.jit
-def data_rows(s, offs_b, lengths, backwards, starts_ptr, row_stride_t, row_stride_b, PACKED: tl.constexpr):
-    """Data row of step s for each batch row, int64. Meaningless, but in range of int64, where s is not a step of the row."""
-    t = tl.where(backwards, lengths - 1 - s, s)
-    if PACKED:
-        rows = tl.load(starts_ptr + t, mask=(t >= 0) & (t < lengths), other=0) + offs_b
-    else:
-        rows = t * row_stride_t + offs_b.to(tl.int64) * row_stride_b
+        rows = tl.load(batch.starts_ptr + t, mask=(t >= 0) & (t < batch.lengths), other=0) + batch.offs_b
     return rows
 
 
 @triton.jit
-def kept(s, rows, prev_rows, mask, lengths, backwards, resets_ptr, RESETS: tl.constexpr):
-    """Which batch rows take over the state of the step before s, of those in mask."""
-    if RESETS:
-        # Between t-1 and t lies the reset of t: of this step forwards, of the step before it backwards in time.
-        at = tl.where(backwards, prev_rows, rows)
-        boundary = mask & (tl.where(backwards, lengths - s, s) < lengths)  # not before the first step backwards in time
-        mask = mask & (tl.load(resets_ptr + at, mask=boundary, other=0) == 0)
+def padding_rows(batch, s):
+    """Data row of time s of each batch row, of padded data."""
+    return tl.cast(s, tl.int64) * batch.row_stride_t + batch.offs_b.to(tl.int64) * batch.row_stride_b
+
+
+@triton.jit
+def carried(batch, s, rows, prev_rows):
+    """Batch rows that carry state over from step s - 1 to step s, whose data rows are ``prev_rows`` and ``rows``; at s = 0,
+    from the initial state."""
+    mask = s < batch.lengths
+    if batch.resets_ptr is not None:
+        # Between t-1 and t lies the reset of t: of step s forwards, of step s - 1 backwards in time. Backwards, no reset
+        # lies before step 0.
+        at = tl.where(batch.backwards, prev_rows, rows)
+        boundary = mask & (tl.where(batch.backwards, batch.lengths - s, s) < batch.lengths)
+        mask = mask & (tl.load(batch.resets_ptr + at, mask=boundary, other=0) == 0)
     return mask

@@ -7,7 +7,6 @@ through the segments from the last to the first, runs each again and differentia
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .aten import by_direction, controlled, fused
+from ..call import PLAIN, Result, Sequences, Stack, States, accumulator_dtype, no_autocast
+from ..plan import segment_steps
+from .aten import by_direction, controlled, fused, time_first
 from .ragged import Unfolding
-from .rows import accumulator_dtype
-from .spec import PLAIN, Result, Sequences, Stack, in_fp32, no_autocast
-
-
-def segment_steps(T: int) -> int:
-    """Steps of a segment: the root of T/2, rounded up. Fewer would take a little less memory and clearly more time."""
-    return math.isqrt((T - 1) // 2) + 1
 
 
 @dataclass(frozen=True)
-class Direction:
+class SegmentedDirection:
     """One direction of a layer, over data whose first dimension is time, (T, B, ...), or that is packed, (N, ...)."""
 
     T: int
@@ -57,7 +51,7 @@ class Direction:
         if sizes is not None:
             return self._run_packed(sizes[first:end], x, h, c, weights, one)
         if lengths is None and resets is None:
-            y, h, c = fused(x.flip(0) if self.backwards else x, h[None], c[None], weights, one, PLAIN)
+            y, h, c = fused(x.flip(0) if self.backwards else x, (h[None], c[None]), weights, one, PLAIN)
             return y.flip(0) if self.backwards else y, h[0], c[0]
         steps = None if lengths is None else (lengths - first).clamp(0, end - first)
         resets_here = None if resets is None else resets[first:end]
@@ -80,10 +74,12 @@ class Direction:
 
 
 class Recomputed(torch.autograd.Function):
-    """A :class:`Direction` from its first step to its last, with a gradient that is computed segment by segment."""
+    """A :class:`SegmentedDirection` from its first step to its last, with a gradient that is computed segment by segment."""
 
     @staticmethod
-    def forward(direction: Direction, one: Stack, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        direction: SegmentedDirection, one: Stack, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         """y, h_n and c_n, and the states between segments, which are for the backward pass only."""
         y = x.new_empty(*x.shape[:-1], h.shape[-1])
         states = []
@@ -118,7 +114,7 @@ class Recomputed(torch.autograd.Function):
 
 
 def _in_segments(
-    direction: Direction,
+    direction: SegmentedDirection,
     one: Stack,
     x: Tensor,
     states: Sequence[Tensor],
@@ -149,7 +145,7 @@ def _in_segments(
 
 
 def _gradients(
-    direction: Direction,
+    direction: SegmentedDirection,
     one: Stack,
     first: int,
     end: int,
@@ -171,16 +167,9 @@ def _gradients(
     return [next(left) if need else None for need in needs]
 
 
-def segmented(x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+@time_first
+def segmented(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
     """The stack on torch's own LSTM, to be trained segment by segment."""
-    time_second = stack.batch_first and sequences.batch_sizes is None
-    if time_second:
-        x, resets = x.transpose(0, 1), None if sequences.resets is None else sequences.resets.t()
-        sequences = Sequences(None, sequences.lengths, resets)
     T = x.shape[0] if sequences.batch_sizes is None else sequences.batch_sizes.shape[0]
-    runs = [Direction(T, d == 1, sequences) for d in range(stack.directions)]
-    x, h_n, c_n = by_direction(runs, x, h0, c0, weights, stack)
-    return x.transpose(0, 1) if time_second else x, h_n, c_n
-
-
-RUNNERS = {"segments": segmented, "segments fp32": in_fp32(segmented)}
+    runs = [SegmentedDirection(T, d == 1, sequences) for d in range(stack.directions)]
+    return by_direction(runs, x, hx, weights, stack)

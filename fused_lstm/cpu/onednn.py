@@ -6,12 +6,14 @@ so the two halves are called by themselves. Lengths and resets are served as in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from ..call import Kept, LayerCall, Rows
 from .ragged import Unfolding, control_weights
-from .rows import Rows
 
 LSTM_MODE = 2  # as torch numbers the kinds of RNN
 
@@ -26,7 +28,7 @@ class Direction:
         c0: Tensor,  # (B, H)
         w_ih: Tensor,  # (4H, I)
         w_hh: Tensor,  # (4H, H)
-        bias: Tensor | None,  # (4H,)
+        biases: Sequence[Tensor | None],  # (4H,) each
         lengths: Tensor | None,  # (B,)
         resets: Tensor | None,  # (T, B)
         backwards: bool,
@@ -37,8 +39,8 @@ class Direction:
             self.layout, self.reverse = Unfolding(T, B, lengths, resets, backwards), False
             (x,), w_ih = self.layout.lay_out(x), control_weights(w_ih, resets is not None)
             h0, c0 = self._begun(h0), self._begun(c0)
-        b = w_ih.new_zeros(w_ih.shape[0]) if bias is None else bias
-        weights = (w_ih.contiguous(), w_hh.contiguous(), b.contiguous(), torch.zeros_like(b))
+        b_ih, b_hh = (w_ih.new_zeros(w_ih.shape[0]) if b is None else b.contiguous() for b in biases)
+        weights = (w_ih.contiguous(), w_hh.contiguous(), b_ih, b_hh)
         self.inputs = (x.contiguous(), *weights, h0.contiguous(), c0.contiguous())
 
     def _begun(self, state: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class Direction:
         return y, torch.where(self.layout.empty, h0, last), c, workspace
 
     def backward(self, y: Tensor, c_n: Tensor, dy: Tensor, dh: Tensor, dc: Tensor, workspace: Tensor) -> tuple[Tensor, ...]:
-        """Gradients by x, h0, c0, w_ih, w_hh and bias, from those by y (T, B, H), h_n and c_n (B, H)."""
+        """Gradients by x, h0, c0, w_ih, w_hh and both biases, from those by y (T, B, H), h_n and c_n (B, H)."""
         layout = self.layout
         dh_n = dh
         if layout is not None:
@@ -70,67 +72,79 @@ class Direction:
         h0, c0 = self.inputs[-2:]
         h_last = y[0 if self.reverse else -1]
         # It writes into the workspace, but reads nothing there that a backward pass wrote: passes can be repeated.
-        dx, dw_ih, dw_hh, db, _, dh0, dc0 = torch.ops.aten.mkldnn_rnn_layer_backward(
+        dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0 = torch.ops.aten.mkldnn_rnn_layer_backward(
             *self.inputs, y.contiguous(), h_last.contiguous(), c_n, dy.contiguous(), dh.contiguous(), dc.contiguous(),
             self.reverse, LSTM_MODE, h0.shape[1], 1, True, True, False, [], False, workspace,
         )  # fmt: skip
         dh0, dc0 = dh0.view(h0.shape), dc0.view(c0.shape)
         if layout is not None:
             dx = layout.gather([dx[..., : self.I]])
-            dw_ih = dw_ih[:, : self.I]
+            dw_ih = dw_ih[:, : self.I].contiguous()
             dh0, dc0 = torch.where(layout.empty, dh_n, self._begun(dh0)), self._begun(dc0)
-        return dx, dh0, dc0, dw_ih, dw_hh, db
+        return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh
 
 
-def forward(
-    x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor | None, rows: Rows, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n and c_n as :func:`fused_lstm.ops.layer_forward` gives them, and, to be saved, the recurrences' workspaces one
-    behind the other; x may hold an input (..., I) for each of several members."""
-    if c0.shape[1] == 0:  # which oneDNN does not take
-        y = x.new_empty(*x.shape[:-1], w_hh.shape[0] * w_hh.shape[2])
-        return y, torch.empty_like(c0), torch.empty_like(c0), x.new_empty(0, dtype=torch.uint8)
-    runs = _directions(x, h0, c0, w_ih, w_hh, bias, rows)
-    ys, h_n, c_n, spaces = zip(*(run.forward(h0[r], save) for r, run in enumerate(runs)), strict=True)
-    y = _as_given(torch.cat(ys, -1) if len(ys) > 1 else ys[0], rows)
-    workspace = (torch.cat(spaces) if len(spaces) > 1 else spaces[0]) if save else x.new_empty(0, dtype=torch.uint8)
-    return y, torch.stack(h_n), torch.stack(c_n), workspace
+def forward(call: LayerCall, rows: Rows) -> Kept:
+    """The layer; what is kept of gates are the recurrences' workspaces one behind the other, of cell states the last.
+
+    x may hold an input (..., I) for each of several members.
+    """
+    x, save, R, H = call.x, call.save and not call.recompute, call.R, call.H
+    states = c_n = x.new_empty((R, rows.B, H))
+    workspace = None
+    if rows.B == 0:  # which oneDNN does not take
+        y, h_n = x.new_empty((*x.shape[:-1], R * H)), torch.empty_like(c_n)
+    else:
+        runs, h0 = _directions(call, rows)
+        ys, hs, cs, spaces = zip(*(run.forward(h0[r], save) for r, run in enumerate(runs)), strict=True)
+        y = _as_given(torch.cat(ys, -1) if len(ys) > 1 else ys[0], rows)
+        h_n, states = torch.stack(hs), torch.stack(cs)
+        c_n = states.clone() if call.save else states
+        workspace = torch.cat(spaces) if save else None
+    return Kept(y, h_n, c_n, workspace, states if call.save else None)
 
 
 def backward(
-    dy: Tensor, dh_n: Tensor, dc_n: Tensor, x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor,
-    bias: Tensor | None, rows: Rows, y: Tensor, workspace: Tensor, c_n: Tensor, by_x: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients by x (empty unless ``by_x``), h0, c0, w_ih, w_hh and bias. A workspace that was not kept is made again."""
-    if c0.shape[1] == 0:
-        bias = w_ih[..., 0] if bias is None else bias
-        return tuple(torch.zeros_like(t) for t in (x, h0, c0, w_ih, w_hh, bias))
-    runs = _directions(x, h0, c0, w_ih, w_hh, bias, rows)
-    H = w_hh.shape[2]
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, call: LayerCall, rows: Rows, y: Tensor,
+    workspace: Tensor | None, c_n: Tensor, needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients as :func:`fused_lstm.recurrence.backward` gives them. A workspace that was not kept is made again."""
+    inputs = call[:8]
+    if rows.B == 0:
+        return [None if t is None or not need else torch.zeros_like(t) for t, need in zip(inputs, needs, strict=True)]
+    x, H = call.x, call.H
+    runs, h0 = _directions(call, rows)
+    dy = torch.zeros_like(y) if dy is None else dy
+    dh_n, dc_n = (torch.zeros_like(c_n) if grad is None else grad for grad in (dh_n, dc_n))
     ys, dys = (_padded(t, rows).split(H, -1) for t in (y, dy))
-    spaces = workspace.view(len(runs), -1) if workspace.numel() else [run.forward(c0[0], True)[3] for run in runs]
+    spaces = workspace.view(len(runs), -1) if workspace is not None else [run.forward(h0[0], True)[3] for run in runs]
     found = [run.backward(ys[r], c_n[r], dys[r], dh_n[r], dc_n[r], spaces[r]) for r, run in enumerate(runs)]
-    dxs, *others = zip(*found, strict=True)
-    if not by_x:
-        return x.new_empty(0), *(torch.stack(g) for g in others)
-    each = len(dxs) // (x.shape[-1] // w_ih.shape[2])  # recurrences of a member
-    dx = torch.cat([sum(dxs[k + 1 : k + each], dxs[k]) for k in range(0, len(dxs), each)], -1)
-    return _as_given(dx, rows), *(torch.stack(g) for g in others)
+    dxs, dh0, dc0, *others = zip(*found, strict=True)
+    dx = None
+    if needs[0]:
+        each = len(dxs) // (x.shape[-1] // call.w_ih.shape[1])  # recurrences of a member
+        dx = torch.cat([sum(dxs[k + 1 : k + each], dxs[k]) for k in range(0, len(dxs), each)], -1)
+        dx = _as_given(dx, rows)
+    grads = (dx, torch.stack(dh0), torch.stack(dc0), *(torch.cat(g) for g in others), None)
+    return [grad if need and t is not None else None for grad, t, need in zip(grads, inputs, needs, strict=True)]
 
 
-def _directions(
-    x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor | None, rows: Rows
-) -> list[Direction]:
-    R, I = w_ih.shape[0], w_ih.shape[2]  # noqa: E741
-    resets = None if rows.resets is None else _padded(rows.resets.view(x.shape[:-1]), rows)
-    parts = _padded(x, rows).split(I, -1)
-    return [
+def _directions(call: LayerCall, rows: Rows) -> tuple[list[Direction], Tensor]:
+    """Each recurrence, and the initial hidden states (R, B, H)."""
+    R, H, I = call.R, call.H, call.w_ih.shape[1]  # noqa: E741
+    resets = None if rows.resets is None else _padded(rows.resets.view(call.x.shape[:-1]), rows)
+    parts = _padded(call.x, rows).split(I, -1)
+    w_ih, w_hh = call.w_ih.chunk(R), call.w_hh.chunk(R)
+    b_ih, b_hh = ([None] * R if b is None else b.chunk(R) for b in (call.b_ih, call.b_hh))
+    h0, c0 = (call.x.new_zeros(R, rows.B, H) if s is None else s for s in (call.h0, call.c0))
+    runs = [
         Direction(
-            parts[r * len(parts) // R], h0[r], c0[r], w_ih[r], w_hh[r], None if bias is None else bias[r],
-            rows.lengths, resets, rows.backwards(r),
+            parts[r * len(parts) // R], h0[r], c0[r], w_ih[r], w_hh[r], (b_ih[r], b_hh[r]), rows.lengths, resets,
+            rows.backwards(r),
         )
         for r in range(R)
     ]  # fmt: skip
+    return runs, h0
 
 
 def _padded(data: Tensor, rows: Rows) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a kernel is cut into programs, and what that asks of a device. Pure: needs neither Triton nor a GPU."""
+"""What a launch is chosen for, and by: a recurrence, a device and a configuration. Pure: needs no GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 SMALLEST = 16  # what Triton's dot product takes in each dimension
-ALIGNMENT = 16  # hidden units come in multiples of it: the kernels read rows in vectors
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -30,6 +29,7 @@ class Device:
 
 
 KERNELS = ("forward", "backward")
+SCHEDULES = ("stepwise", "persistent")
 ARITHMETICS = ("half", "tf32", "fp32", "fp64")
 
 
@@ -69,9 +69,9 @@ class LaunchConfig:
     """How one kernel is cut into programs and compiled.
 
     A program owns ``block_h`` hidden units of ``rows`` batch rows, in a tile of ``block_b``, and walks its reduction in
-    tiles of ``block_k``. The schedule is a launch for each time step, or, if ``persistent``, one for all of them; then the
-    first ``resident`` tiles of the weights of each gate stay on chip, and the rest is streamed. ``swap`` puts the gates
-    where the tensor cores have their 64 rows, for small batch tiles; ``ahead`` loads of states are under way at a time.
+    tiles of ``block_k``. ``schedule`` names the record in schedules.py that launches it. Of a persistent one the first
+    ``resident`` tiles of the weights of each gate stay on chip, and the rest is streamed; ``swap`` puts the gates where the
+    tensor cores have their 64 rows, for small batch tiles; ``ahead`` loads of states are under way at a time.
     """
 
     block_b: int
@@ -79,7 +79,7 @@ class LaunchConfig:
     block_k: int
     num_warps: int = 4
     num_stages: int = 2
-    persistent: bool = False
+    schedule: str = "stepwise"
     resident: int = 0
     ahead: int = 1
     swap: bool = False
@@ -99,12 +99,14 @@ class LaunchConfig:
         _check("ahead", self.ahead, 0)
         if self.max_registers is not None:
             _check("max_registers", self.max_registers, 24, 255)
-        if type(self.persistent) is not bool or type(self.swap) is not bool:
-            raise ValueError(f"persistent and swap should be bools, got {self.persistent!r} and {self.swap!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule should be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if type(self.swap) is not bool:
+            raise ValueError(f"swap should be a bool, got {self.swap!r}")
         if self.rows == 0:
             object.__setattr__(self, "rows", self.block_b)
         _check("rows", self.rows, 1, self.block_b)
-        if self.resident and not self.persistent:
+        if self.resident and self.schedule == "stepwise":
             raise ValueError("resident weights need the persistent schedule: a launch for each step keeps nothing")
 
     def tiles(self, H: int) -> int:
@@ -113,7 +115,7 @@ class LaunchConfig:
 
     def local(self, H: int) -> bool:
         """Whether one program has all hidden units, so that nothing is exchanged between programs."""
-        return self.persistent and self.block_h >= H
+        return self.schedule == "persistent" and self.block_h >= H
 
     def check(self, H: int) -> None:
         """Raises ValueError where the configuration is none for H hidden units."""
@@ -139,26 +141,6 @@ class LaunchConfig:
             staging += self.num_stages * (self.block_b + columns) * self.block_k * size
         layouts = self.block_b * (columns + 16) * (8 if problem.arithmetic == "fp64" else 4)
         return weights + max(staging, layouts) + 2048
-
-
-def rounds(config: LaunchConfig, problem: Recurrence, device: Device) -> int:
-    """Launches that a persistent configuration needs for all batch tiles, since its programs must all run at once."""
-    x, y, z = config.grid(problem.H, problem.B, problem.R)
-    if config.local(problem.H):
-        return 1  # nobody waits for anybody
-    at_once = device.multiprocessors // (x * z)
-    return ceil_div(y, at_once) if at_once else 0
-
-
-def refusal(config: LaunchConfig, problem: Recurrence, device: Device) -> str | None:
-    """Why a device cannot run a persistent configuration; None if it can."""
-    need = config.shared_memory(problem)
-    if need > device.shared_memory:
-        return f"needs {need} bytes of shared memory for each program, {device.name} has {device.shared_memory}"
-    if rounds(config, problem, device) == 0:
-        x, _, z = config.grid(problem.H, problem.B, problem.R)
-        return f"needs {x * z} programs at once for a batch tile, {device.name} runs {device.multiprocessors}"
-    return None
 
 
 def arithmetic(dtype: torch.dtype, tf32: bool) -> str:

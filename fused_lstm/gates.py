@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from . import engine, transforms
-from .functional import RUNNERS, run
+from .call import Kept, differentiates, forward_mode
+from .functional import run
 from .layer import LSTM, TorchLSTM
-from .spec import in_fp32
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,16 +87,14 @@ def inspect_gates(
         )
     if not isinstance(x, Tensor):
         raise TypeError(f"inspect_gates expects x to be a tensor, got: {type(x).__module__}.{type(x).__name__}")
-    if transforms.forward_mode() or transforms.differentiates():
+    if forward_mode() or differentiates():
         raise RuntimeError(
             "inspect_gates has no derivatives, expected a call outside of forward-mode AD and of torch.func's grad, vjp, jvp"
         )
     weights, stack = lstm._weights(), dataclasses.replace(lstm._stack(), dropout=0.0)
     data, states, sequences = lstm._prepare(x, hx, weights, stack, lengths, resets)
-    kept: list[engine.Kept] = []
-    kernels, explicit = (engine.layers(name, keep=kept.append) for name in ("triton", "reference"))
-    runners = {how: kernels if how.startswith("triton") else in_fp32(explicit) for how in RUNNERS}
-    output, h_n, c_n = run(data, states, weights, stack, sequences, lstm.backend, runners)
+    kept: list[Kept] = []
+    output, h_n, c_n = run(data, states, weights, stack, sequences, lstm.backend, keep=kept.append)
 
     valid = None
     if sequences.lengths is not None:
@@ -113,7 +110,7 @@ def inspect_gates(
 
     gates = (arrange([layer.gates[:, :, k] for layer in kept]) for k in range(4))
     c = arrange([layer.c for layer in kept])
-    h = arrange([layer.y.reshape(*layer.c.shape[:2], states[0].shape[-1]) for layer in kept])
+    h = arrange([layer.y.reshape(*layer.c.shape[:2], h_n.shape[-1]) for layer in kept])
     if x.dim() == 2:
         output, h_n, c_n = output.squeeze(0 if lstm.batch_first else 1), h_n.squeeze(1), c_n.squeeze(1)
     lengths = sequences.lengths if x.dim() == 3 or sequences.lengths is None else sequences.lengths.squeeze(0)

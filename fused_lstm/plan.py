@@ -1,52 +1,55 @@
-"""Which backend runs a call, and why: an ordered list of verifiers, each of which answers with a reason."""
+"""Which way a call runs, and why: an ordered list of verifiers, each of which answers with a reason."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import NamedTuple
+from enum import Enum
+from functools import cache, lru_cache
 
 import torch
 
-from .segments import segment_steps
+from .call import Problem
 
 BACKENDS = ("auto", "triton", "aten", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALVES = (torch.float16, torch.bfloat16)
 
 
-class Problem(NamedTuple):
-    """What one call of the layer asks for; all that a choice of backend may depend on."""
+class Way(Enum):
+    """How a stack of layers is run."""
 
-    device: str  # device type: "cpu", "cuda", ...
-    dtype: torch.dtype
-    T: int
-    B: int
-    hidden_size: int
-    proj_size: int = 0
-    num_layers: int = 1
-    bidirectional: bool = False
-    packed: bool = False
-    lengths: bool = False
-    resets: bool = False
-    needs_grad: bool = False
-    recompute: bool = False
-    transformed: bool = False  # a transform of torch.func is at work
-    ensemble: bool = False  # vmap maps over the weights
-    forward_mode: bool = False  # a level of forward-mode AD is open
+    TRITON = "triton"  # layer by layer, the recurrence by the kernels
+    REFERENCE = "reference"  # ... by plain PyTorch with the explicit backward pass
+    ONEDNN = "onednn"  # ... the layer by oneDNN's fused LSTM, as one op
+    LOOP = "loop"  # ... by the readable loop, which torch follows op by op
+    FUSED = "fused"  # torch's own LSTM
+    CELL = "cell"  # a cell per layer and direction, for a single step
+    PREFIX = "prefix"  # torch's own LSTM over the steps that all rows have
+    STRETCHES = "stretches"  # a call of it for each stretch of time without resets
+    RAGGED = "ragged"  # lengths and resets as control columns of it
+    SEGMENTS = "segments"  # segments of time, whose gates are computed again in the backward pass
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The outcome: a backend, how it will run, the reason, and why the others were not taken."""
+    """The outcome: a backend, the way it will run, the reason, and why the others were not taken."""
 
     backend: str
-    how: str
+    way: Way
     reason: str
-    rejected: dict[str, str] = field(default_factory=dict)
-    kernels: dict[str, str] = field(default_factory=dict)  # how each Triton kernel is launched, filled in by explain()
+    in_fp32: bool = False  # fp16 or bf16 computed in fp32, and rounded at the end
+    transformed: bool = False  # by torch.func, which maps the input products and their gradients well
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    kernels: Mapping[str, str] = field(default_factory=dict)  # how each kernel is launched, filled in by explain()
+
+    @property
+    def how(self) -> str:
+        """The way in a word, and what is special about it."""
+        return self.way.value + " fp32" * self.in_fp32 + ", transformed" * self.transformed
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend} ({self.how})", f"because: {self.reason}"]
@@ -129,27 +132,41 @@ SUPPORTS: dict[str, Callable[[Problem], tuple[bool, str]]] = {
 }
 
 
-def how_aten(p: Problem) -> tuple[str, str]:
-    """The form in which the aten backend serves a problem, and the reason for that form."""
+def segment_steps(T: int) -> int:
+    """Steps of a segment: the root of T/2, rounded up. Fewer would take a little less memory and clearly more time."""
+    return math.isqrt((T - 1) // 2) + 1
+
+
+def way_of_aten(p: Problem) -> tuple[Way, bool, str]:
+    """How the aten backend serves a problem, whether in fp32, and the reason."""
+    fp32 = p.device == "cpu" and p.dtype == torch.float16
+    computed = ", computed in fp32" if fp32 else ""
     if p.recompute and p.needs_grad and p.T > 1:
         n = segment_steps(p.T)
         why = f"torch's own fused LSTM, gates recomputed in the backward pass, in segments of {n} step{'s' * (n > 1)}"
-        if p.device == "cpu" and p.dtype == torch.float16:
-            return "segments fp32", why + ", computed in fp32"
-        return "segments", why
+        return Way.SEGMENTS, fp32, why + computed
+    if p.same_length:
+        return Way.PREFIX, fp32, "all rows have the same length: torch's own fused LSTM over so many steps" + computed
+    # A call for each stretch is worth more than control columns where the stretches have many rows (measured, H from 128 to
+    # 512), in one direction, on a CPU.
+    if p.stretches and not (p.lengths or p.bidirectional) and p.stretches * (128 + p.hidden_size // 2) <= p.T * p.B:
+        why = f"torch's own fused LSTM, a call for each of the {p.stretches} stretches of time without resets"
+        return Way.STRETCHES, fp32, why + computed
     if p.lengths or p.resets:
-        why = "lengths and resets as control columns of torch's own fused LSTM"
-        if p.resets and not p.lengths and not p.bidirectional and p.device == "cpu":
-            why += ", or, where the steps between resets have many rows, a call for each run of them"
-        if p.device == "cpu" and p.dtype == torch.float16:
-            return "ragged fp32", why + ", computed in fp32"
-        return "ragged", why
+        return Way.RAGGED, fp32, "lengths and resets as control columns of torch's own fused LSTM" + computed
     few = (16 if p.needs_grad else max(16, p.hidden_size // 8)) >= p.B  # rows, next to the weights' size
     if p.device == "cpu" and p.T == 1 and few and not p.packed and p.dtype != torch.bfloat16:
-        return "cell", "T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call"
-    if p.device == "cpu" and p.dtype == torch.float16:
-        return "fp32", "fp16 on a CPU: computed in fp32, which is many times faster, and rounded at the end"
-    return "fused", "torch's own fused LSTM"
+        return Way.CELL, fp32, "T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call"
+    if fp32:
+        why = "fp16 on a CPU: computed in fp32, which is many times faster, and rounded at the end"
+        return Way.FUSED, True, why
+    return Way.FUSED, False, "torch's own fused LSTM"
+
+
+def _explicit(way: Way, p: Problem, reason: str, **more: object) -> Plan:
+    """A plan of the ways that go layer by layer."""
+    backend = {Way.TRITON: "triton", Way.ONEDNN: "aten"}.get(way, "reference")
+    return Plan(backend, way, reason, in_fp32=way is not Way.TRITON and p.dtype in HALVES, **more)
 
 
 def _recomputed(p: Problem) -> str:
@@ -166,7 +183,8 @@ def prefers_reference(p: Problem) -> str | None:
     return None
 
 
-def choose_backend(p: Problem, backend: str = "auto") -> Plan:
+@lru_cache(maxsize=4096)
+def choose(p: Problem, backend: str = "auto") -> Plan:
     """The plan for a problem.
 
     torch's own LSTM knows neither vmap nor forward-mode AD, and is slow under the other transforms of torch.func; the
@@ -180,15 +198,15 @@ def choose_backend(p: Problem, backend: str = "auto") -> Plan:
         raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
     plan = _choose(p, backend)
     if p.forward_mode:
-        return Plan(
-            "reference", "loop", "forward-mode AD, which torch follows op by op through the readable loop", plan.rejected
-        )
+        why = "forward-mode AD, which torch follows op by op through the readable loop"
+        return _explicit(Way.LOOP, p, why, rejected=plan.rejected)
     if p.transformed and p.ensemble and plan.backend == "aten" and supports_onednn(p):
-        return Plan("aten", "onednn", "vmap over weights: a call of oneDNN's fused LSTM for each member", plan.rejected)
+        why = "vmap over weights: a call of oneDNN's fused LSTM for each member"
+        return _explicit(Way.ONEDNN, p, why, rejected=plan.rejected)
     if p.transformed:
-        engine = "triton" if plan.backend == "triton" else "reference"
+        way = Way.TRITON if plan.backend == "triton" else Way.REFERENCE
         why = "torch.func: vmap's members become batch rows, or recurrences of one call if each has weights of its own"
-        return Plan(engine, f"{engine}, transformed", why, plan.rejected)
+        return _explicit(way, p, why, transformed=True, rejected=plan.rejected)
     return plan
 
 
@@ -197,48 +215,52 @@ def _choose(p: Problem, backend: str) -> Plan:
         ok, reason = SUPPORTS[backend](p)
         if not ok:
             raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
-        how, why = how_aten(p) if backend == "aten" else (backend, reason + _recomputed(p))
-        return Plan(backend, how, f"asked for; {why}")
+        if backend == "aten":
+            way, fp32, why = way_of_aten(p)
+            return Plan("aten", way, f"asked for; {why}", fp32)
+        return _explicit(Way(backend), p, f"asked for; {reason}{_recomputed(p)}")
     rejected = {}
     if p.device == "cuda":
         ok, reason = supports_triton(p)
         if ok:
-            return Plan("triton", "triton", f"{reason}{_recomputed(p)}; not measured against torch's own on this device")
+            why = f"{reason}{_recomputed(p)}; not measured against torch's own on this device"
+            return _explicit(Way.TRITON, p, why)
         rejected["triton"] = reason
     else:
         rejected["triton"] = "slower than torch's LSTM in the interpreter" if triton_interpreted() else supports_triton(p)[1]
         why = prefers_reference(p)
         if why is not None:
-            return Plan("reference", "reference", why, rejected)
+            return _explicit(Way.REFERENCE, p, why, rejected=rejected)
     ok, reason = supports_aten(p)
     if ok:
-        how, why = how_aten(p)
-        return Plan("aten", how, why, rejected)
+        way, fp32, why = way_of_aten(p)
+        return Plan("aten", way, why, fp32, rejected=rejected)
     rejected["aten"] = reason
     ok, reason = supports_reference(p)
     if not ok:
         raise RuntimeError(f"no backend can serve this call: {reason}")
-    return Plan("reference", "reference", reason + _recomputed(p), rejected)
+    return _explicit(Way.REFERENCE, p, reason + _recomputed(p), rejected=rejected)
 
 
-def how_compiled(
+def choose_compiled(
     device: str, dtype: torch.dtype, projected: bool, transformed: bool, differentiated: bool, backend: str
-) -> str:
-    """How a call runs in a graph of torch.compile or torch.export: as one op per layer, whatever T and B will be.
+) -> tuple[Way, bool, bool]:
+    """How a call runs in a graph of torch.compile or torch.export, and a Plan's two flags: as one op per layer, whatever T
+    and B will be.
 
     A derivative taken by torch.func inside the graph is the exception: torch differentiates an op only outside of it, and
     the readable loop is compiled, step after step.
 
     Raises:
-        ValueError, RuntimeError: as :func:`choose_backend`.
+        ValueError, RuntimeError: as :func:`choose`.
     """
     p = Problem(device, dtype, T=2, B=2, hidden_size=2, proj_size=int(projected), transformed=transformed)
-    plan = choose_backend(p, backend)
+    plan = choose(p, backend)
     if differentiated:
-        return "loop"
+        return Way.LOOP, dtype in HALVES, False
     if plan.backend != "aten":
-        return plan.how
-    return "onednn" if supports_onednn(p) else "reference"
+        return plan.way, plan.in_fp32, plan.transformed
+    return Way.ONEDNN if supports_onednn(p) else Way.REFERENCE, dtype in HALVES, False
 
 
 def unknown_sizes() -> bool:
@@ -247,5 +269,5 @@ def unknown_sizes() -> bool:
     return torch.compiler.is_exporting() or torch._dynamo.config.capture_dynamic_output_shape_ops
 
 
-for _function in (how_compiled, unknown_sizes):  # the compiler is to call these, not to look inside
+for _function in (choose_compiled, unknown_sizes):  # the compiler is to call these, not to look inside
     _function._dynamo_marked_constant = True

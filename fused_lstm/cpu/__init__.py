@@ -1,0 +1,1 @@
+"""Ways of a CPU, and of torch's own LSTM on any device."""

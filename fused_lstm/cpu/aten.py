@@ -1,0 +1,142 @@
+"""torch's own LSTM, and what serves better than it on a CPU: a cell for a single step, control columns for ragged rows.
+
+Each way is a function (x, hx, weights, stack, sequences) to output, h_n and c_n.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+
+from ..call import PLAIN, Result, Sequences, Stack, States, each_layer
+from ..gemm import linear, uses_onednn
+from ..reference import cell, lstm_cell
+from .ragged import LayOut, Unfolding, control_weights
+
+
+def zero_states(x: Tensor, B: int, weights: Sequence[Tensor], stack: Stack) -> tuple[Tensor, Tensor]:
+    """The initial states that torch's LSTM wants to be told, where none were given."""
+    K = stack.num_layers * stack.directions
+    c0 = x.new_zeros((K, B, weights[0].shape[0] // 4))
+    return (x.new_zeros((K, B, weights[1].shape[1])) if stack.projects(weights) else c0), c0
+
+
+def fused(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+    """torch's own LSTM. Its training flag is set whenever dropout acts or a gradient is needed: cuDNN keeps what its
+    backward pass needs only then, and with dropout at 0 the flag changes nothing else."""
+    train = stack.dropout > 0 or torch.is_grad_enabled()
+    how = (stack.has_biases, stack.num_layers, stack.dropout, train, stack.bidirectional)
+    if sequences.batch_sizes is not None:
+        hx = hx or zero_states(x, int(sequences.batch_sizes[0]), weights, stack)
+        return _VF.lstm(x, sequences.batch_sizes, hx, weights, *how)
+    hx = hx or zero_states(x, x.shape[0 if stack.batch_first else 1], weights, stack)
+    return _VF.lstm(x, hx, weights, *how, stack.batch_first)
+
+
+def time_first(way: Callable[..., Result]) -> Callable[..., Result]:
+    """A way for time-major data and given states, for any."""
+
+    def run(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+        swap = stack.batch_first and sequences.batch_sizes is None
+        if swap:
+            x, resets = x.transpose(0, 1), sequences.resets
+            sequences = sequences._replace(resets=None if resets is None else resets.t())
+        B = x.shape[1] if sequences.batch_sizes is None else int(sequences.batch_sizes[0])
+        hx = hx or zero_states(x, B, weights, stack)
+        y, h_n, c_n = way(x, hx, weights, dataclasses.replace(stack, batch_first=False), sequences)
+        return y.transpose(0, 1) if swap else y, h_n, c_n
+
+    return run
+
+
+@time_first
+def prefix(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+    """torch's own LSTM over the steps that all rows have."""
+    y, h_n, c_n = fused(x[: sequences.same_length], hx, weights, stack, PLAIN)
+    return F.pad(y, (0, 0, 0, 0, 0, x.shape[0] - sequences.same_length)), h_n, c_n
+
+
+@time_first
+def stretches(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+    """torch's own LSTM, a call for each stretch of time without resets; resets clear the states between them."""
+    outputs, (h, c) = [], hx
+    for first, end in zip(sequences.starts, (*sequences.starts[1:], x.shape[0]), strict=True):
+        begins = sequences.resets[first].nonzero().flatten()
+        states = h.index_fill(1, begins, 0), c.index_fill(1, begins, 0)
+        y, h, c = fused(x[first:end], states, weights, stack, PLAIN)
+        outputs.append(y)
+    return torch.cat(outputs), h, c
+
+
+@time_first
+def ragged(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+    """lengths and resets through torch's fused LSTM, by control columns (see :mod:`fused_lstm.cpu.ragged`)."""
+    of = (*x.shape[:2], sequences.lengths, sequences.resets)
+    layouts = [Unfolding(*of, backwards=d == 1, H=hx[1].shape[-1]) for d in range(stack.directions)]
+    return by_direction([partial(controlled, layout) for layout in layouts], x, hx, weights, stack)
+
+
+def controlled(layout: Unfolding, x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], one: Stack) -> Result:
+    """One direction of one layer over x (T, B, I), in the layout given; h0 and c0 (B, ...)."""
+    w_ih, *others = weights
+    weights = [control_weights(w_ih, layout.resets), *others]
+    h, c = (layout.sorted(s if layout.begins is None else torch.where(layout.begins, 0, s))[None] for s in (h0, c0))
+    parts, held = [], []
+    for laid_out in LayOut.apply(layout, x) if torch.is_grad_enabled() else layout.lay_out(x):
+        n = laid_out.shape[1]  # the others have ended, and hold their cell state
+        held.append(c[0, n:])
+        y, h, c = fused(laid_out, (h[:, :n], c[:, :n]), weights, one, PLAIN)
+        parts.append(y)
+    y, last = layout.take_back(parts, c)
+    h_n = torch.where(layout.empty, h0, last)
+    return y, h_n, torch.where(layout.empty, c0, layout.unsorted(torch.cat([c[0], *reversed(held)])))
+
+
+def by_direction(
+    runs: Sequence[Callable[..., Result]], x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack
+) -> Result:
+    """The stack, each layer by a function for each direction: (x, h, c, weights, stack of one) to y, h_n and c_n."""
+    one = dataclasses.replace(stack, num_layers=1, dropout=0.0, bidirectional=False, batch_first=False)
+
+    def layer(x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]]) -> Result:
+        found = [run(x, hx[0][d], hx[1][d], groups[d], one) for d, run in enumerate(runs)]
+        y, h, c = zip(*found, strict=True)
+        return torch.cat(y, -1) if len(y) > 1 else y[0], torch.stack(h), torch.stack(c)
+
+    return each_layer(layer, x, hx, weights, stack)
+
+
+def single_step(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+    """A single time step: a cell per layer and direction."""
+    time = 1 if stack.batch_first else 0
+    x = x.squeeze(time)
+
+    def layer(x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]]) -> Result:
+        if len(groups) == 1:
+            h, c = _cell(x, hx[0][0], hx[1][0], groups[0], stack.has_biases)
+            return h, torch.stack((h,)), c[None]  # output and state share no memory
+        hs, cs = zip(*(_cell(x, hx[0][d], hx[1][d], g, stack.has_biases) for d, g in enumerate(groups)), strict=True)
+        return torch.cat(hs, -1), torch.stack(hs), torch.stack(cs)
+
+    y, h_n, c_n = each_layer(layer, x, hx or zero_states(x, x.shape[0], weights, stack), weights, stack)
+    return y.unsqueeze(time), h_n, c_n
+
+
+def _cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor, Tensor]:
+    w_ih, w_hh, *rest = weights
+    b_ih, b_hh = rest[:2] if has_biases else (None, None)
+    projected = len(rest) % 2 == 1
+    if torch.is_grad_enabled():
+        if not projected:
+            return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+        h, c = lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    elif projected or uses_onednn(h, w_hh):
+        h, c = cell(linear(x, w_ih, b_ih).add_(linear(h, w_hh, b_hh)), c)
+    else:
+        return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+    return (linear(h, rest[-1]) if not torch.is_grad_enabled() else h @ rest[-1].t()) if projected else h, c

@@ -1,0 +1,142 @@
+"""From a recurrence to its launches: which schedule, by which configuration, with which buffers. Needs Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from ..call import ALIGNMENT, Problem, Rows, accumulator_dtype
+from ..gemm import tf32_allowed
+from ..kernels import stepwise
+from .choose import choose, describe, tables
+from .compiled import INTERPRETED
+from .config import KERNELS, Device, LaunchConfig, Recurrence, arithmetic, ceil_div
+from .schedules import SCHEDULES, Launch
+
+# Triton 3.6's compiler stops at some fp64 products ("fp64 don't support largeK MMA"); 3.9's takes them all.
+FP64 = INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+
+@lru_cache
+def device(index: int) -> Device:
+    """The GPU of an index."""
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        properties.name,
+        properties.multi_processor_count,
+        getattr(properties, "shared_memory_per_block_optin", 0),
+        wgmma=torch.version.hip is None and properties.major in (9, 10),
+    )
+
+
+_forced: dict[str, LaunchConfig] = {}
+
+
+@contextmanager
+def forced(forward: LaunchConfig, backward: LaunchConfig | None = None) -> Iterator[None]:
+    """Launch every recurrence by these configurations, in all threads; ``backward`` is ``forward`` unless given."""
+    before = dict(_forced)
+    _forced.update(forward=forward, backward=backward or forward)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def explain(call: Problem, where: torch.device) -> dict[str, str]:
+    """How the kernels would run a call, in words, for each kernel."""
+    gpu = device(where.index) if where.type == "cuda" else None
+    kind = arithmetic(call.dtype, where.type == "cuda" and tf32_allowed())
+    H = ceil_div(call.hidden_size, ALIGNMENT) * ALIGNMENT
+    words = {}
+    for kernel in KERNELS if call.needs_grad and call.B else ("forward",) * bool(call.B):
+        problem = Recurrence(kernel, kind, call.T, H, call.B, 2 if call.bidirectional else 1)
+        words[kernel] = describe(choose(problem, gpu, tables(gpu.name) if gpu else ()), problem, gpu)
+    return words
+
+
+def prepare(kernel: str, like: Tensor, rows: Rows, R: int, H: int) -> Launch:
+    """What the launches of a recurrence of ``like``'s dtype on its device have in common."""
+    fp32 = like.dtype == torch.float32
+    index = like.device.index if like.is_cuda else None
+    bf16 = INTERPRETED and like.dtype == torch.bfloat16
+    kind = arithmetic(like.dtype, fp32 and index is not None and tf32_allowed())
+    return _prepare(kernel, kind, rows.T == 1, H, rows.B, R, index, rows.directions, bf16, _forced.get(kernel))
+
+
+@lru_cache(maxsize=4096)
+def _prepare(
+    kernel: str, kind: str, single: bool, H: int, B: int, R: int, index: int | None, directions: int, bf16: bool,
+    config: LaunchConfig | None,
+) -> Launch:  # fmt: skip
+    problem = Recurrence(kernel, kind, 1 if single else 2, H, B, R)  # a choice is the same for all T > 1
+    gpu = None if index is None else device(index)
+    config = config or choose(problem, gpu, tables(gpu.name) if gpu else ()).config
+    return Launch(problem, config, gpu, directions, bf16)
+
+
+def _guard(like: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda._DeviceGuard(like.device.index) if like.is_cuda else nullcontext()
+
+
+def recurrence_forward(
+    gates: Tensor,  # (N, R, 4, H) in: pre-activations but for the recurrence's own part; out, if c_all: activated gates
+    w_hh: Tensor,  # (R*4H, H)
+    b_hh: Tensor | None,  # (R*4H,)
+    h0: Tensor | None,  # (R, B, H); None: zero
+    c0: Tensor | None,  # (R, B, H); None: zero
+    rows: Rows,
+    y: Tensor,  # (N, R, H) out
+    c_all: Tensor | None,  # (N, R, H) out
+) -> tuple[Tensor, Tensor]:
+    """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
+    H = w_hh.shape[1]
+    R = w_hh.shape[0] // (4 * H)
+    h_n, c_n = gates.new_empty((R, rows.B, H)), gates.new_empty((R, rows.B, H))
+    if rows.B:
+        launch = prepare("forward", gates, rows, R, H)
+        buffers = stepwise.Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n, _running(c_n))
+        with _guard(gates):
+            SCHEDULES[launch.config.schedule].launch(launch, buffers, rows)
+    return h_n, c_n
+
+
+def recurrence_backward(
+    dy: Tensor | None,  # (N, R, H); this and the next two None: zero
+    dh_n: Tensor | None,  # (R, B, H)
+    dc_n: Tensor | None,  # (R, B, H)
+    gates: Tensor,  # (N, R, 4, H) activated; may be dgates
+    c_all: Tensor,  # (N, R, H)
+    y: Tensor,  # (N, R, H)
+    h0: Tensor | None,  # (R, B, H); None: zero
+    c0: Tensor | None,  # (R, B, H); None: zero
+    w_hh: Tensor,  # (R*4H, H)
+    rows: Rows,
+    dgates: Tensor,  # (N, R, 4, H) out
+    h_prev: Tensor,  # (N, R, H) out
+) -> Tensor:
+    """The backward recurrence. Returns dc_0, (R, B, H)."""
+    H = w_hh.shape[1]
+    R = w_hh.shape[0] // (4 * H)
+    dc0 = gates.new_empty((R, rows.B, H))
+    if rows.B:
+        launch = prepare("backward", gates, rows, R, H)
+        buffers = stepwise.Backward(
+            dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0, _running(dc0)
+        )  # fmt: skip
+        with _guard(gates):
+            SCHEDULES[launch.config.schedule].launch(launch, buffers, rows)
+    return dc0
+
+
+def _running(like: Tensor) -> Tensor:
+    """Where the kernels keep the running (gradient by the) cell state: in ``like`` itself if that is wide enough."""
+    dtype = accumulator_dtype(like.dtype)
+    return like if like.dtype == dtype else like.new_empty(like.shape, dtype=dtype)

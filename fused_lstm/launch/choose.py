@@ -1,0 +1,149 @@
+"""Which configuration runs a recurrence on a device: measured ones first, else the one that a model of its time prefers.
+
+Everything here but the reading of tables is pure and needs no GPU, so that a choice can be tested, and explained, anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .config import SMALLEST, Device, LaunchConfig, Recurrence, power_of_two
+from .schedules import SCHEDULES
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A configuration and where it comes from."""
+
+    config: LaunchConfig
+    reason: str
+    measured: bool = False
+
+
+def choose(problem: Recurrence, device: Device | None, tables: Sequence[Table] = ()) -> Choice:
+    """The configuration for a problem; pure, so that it can be tested without a GPU.
+
+    Args:
+        problem: the recurrence.
+        device: the GPU, or None for Triton's interpreter.
+        tables: what was measured on the device; the first that knows the problem decides.
+    """
+    if device is None:
+        return _interpreted(problem)
+    for table in tables:
+        config = table.configs.get(key_of(problem))
+        if config is not None and SCHEDULES[config.schedule].refusal(config, problem, device) is None:
+            return Choice(config, f"measured on {device.name}, {table.source}", measured=True)
+    best: dict[str, LaunchConfig] = {}
+    for schedule in SCHEDULES.values():
+        candidates = schedule.candidates(problem, device)
+        if candidates:
+            best[schedule.name] = min(candidates, key=lambda config: schedule.estimate(config, problem, device))
+    if problem.T == 1:
+        return Choice(best["stepwise"], "one step, one launch")
+    if len(best) == 1:
+        return Choice(best["stepwise"], "a launch for each step, since no other schedule fits")
+    name = min(best, key=lambda name: SCHEDULES[name].estimate(best[name], problem, device))
+    return Choice(best[name], f"of the schedules, {name} is what the model of their times prefers at this size")
+
+
+def _interpreted(problem: Recurrence) -> Choice:
+    """For Triton's interpreter, whose time goes by the number of operations, not by their size."""
+    if problem.H <= 64:
+        block = max(power_of_two(problem.H), SMALLEST)
+        config = LaunchConfig(16, block, block, schedule="persistent", resident=1)
+        return Choice(config, "Triton's interpreter: one program has all hidden units")
+    return Choice(LaunchConfig(16, 64, 256), "Triton's interpreter runs programs one by one, so that none may wait")
+
+
+def describe(choice: Choice, problem: Recurrence, device: Device | None) -> str:
+    """A choice in words."""
+    config = choice.config
+    x, y, z = config.grid(problem.H, problem.B, problem.R)
+    schedule = SCHEDULES[config.schedule].describe(config, problem, device)
+    text = f"{schedule}; {x} x {y} x {z} programs of {config.block_h} units x {config.rows} rows ({choice.reason}"
+    return text + (")" if choice.measured or device is None else f"; not measured on {device.name})")
+
+
+Key = tuple[str, str, int, int, int]
+KEYS = ("kernel", "arithmetic", "H", "B", "R")
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Measured configurations of one device, and the file they come from."""
+
+    source: str
+    configs: dict[Key, LaunchConfig]
+
+
+def key_of(problem: Recurrence) -> Key:
+    """What a measured configuration is for: a batch size stands for all with the same next power of two."""
+    return problem.kernel, problem.arithmetic, problem.H, power_of_two(problem.B), problem.R
+
+
+def user_folder() -> Path:
+    """Where ``python -m fused_lstm.tune`` keeps tables: $FUSED_LSTM_CONFIGS, else fused_lstm in the user's cache.
+
+    Raises ValueError where the variable names something else than a folder; one that is not there yet is no error.
+    """
+    given = os.environ.get("FUSED_LSTM_CONFIGS")
+    if not given:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_lstm"
+    folder = Path(given).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"FUSED_LSTM_CONFIGS should name a folder, got {given}, which is none")
+    return folder
+
+
+def file_name(device_name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in device_name) + ".json"
+
+
+@lru_cache
+def tables(device_name: str) -> tuple[Table, ...]:
+    """What is known of a device: the user's table, then the one that comes with the package."""
+    shipped = Path(__file__).parents[1] / "kernels" / "configs"
+    if not shipped.is_dir():  # an editable install
+        shipped = Path(__file__).parents[2] / "kernels" / "configs"
+    paths = (folder / file_name(device_name) for folder in (user_folder(), shipped))
+    return tuple(read_table(path) for path in paths if path.is_file())
+
+
+def read_table(path: Path) -> Table:
+    """Raises ValueError for a file that is no table: what it says is not to be lost in silence."""
+    try:
+        entries = json.loads(path.read_text())["configs"]
+        if not isinstance(entries, list):
+            raise TypeError(f"configs should be a list, got {type(entries).__name__}")
+        configs = {}
+        for entry in entries:
+            problem = Recurrence(T=1, **{k: entry[k] for k in KEYS})
+            configs[key_of(problem)] = LaunchConfig(**entry["config"])
+            configs[key_of(problem)].check(problem.H)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a table of launch configurations ({type(error).__name__}: {error}); "
+            "remove it, and measure anew with python -m fused_lstm.tune"
+        ) from error
+    return Table(str(path), configs)
+
+
+def write_table(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Add measured entries to a table, in place of those for the same problems. Raises what :func:`read_table` raises."""
+    old = json.loads(path.read_text())["configs"] if path.is_file() and read_table(path) else []
+    new = {key_of(Recurrence(T=1, **{k: e[k] for k in KEYS})): e for e in (*old, *entries)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"configs": list(new.values())}, indent=1) + "\n")
+    tables.cache_clear()
+
+
+def entry(problem: Recurrence, config: LaunchConfig, microseconds: float, **about: str) -> dict[str, Any]:
+    """A table's entry: the problem, its configuration, the time of a step, and where and when that was measured."""
+    return {k: getattr(problem, k) for k in KEYS} | {"config": asdict(config), "microseconds": microseconds, **about}

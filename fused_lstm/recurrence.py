@@ -1,0 +1,145 @@
+"""One layer, forward and backward: the large GEMMs around a recurrence, which an *engine* runs.
+
+The Triton kernels and the explicit PyTorch reference fill the same buffers, so that everything around them is shared. A
+third engine, oneDNN's fused LSTM, does the whole layer by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .call import Kept, LayerCall, Rows, check_range, no_autocast
+from .cpu import onednn
+from .gemm import linear, outer, tf32_as_cudnn
+
+
+def _engine(name: str) -> ModuleType:
+    if name == "reference":
+        return reference
+    if name == "triton":
+        from . import launch
+
+        return launch
+    raise ValueError(f"engine must be 'triton', 'reference' or 'onednn', got {name!r}")
+
+
+def _carried(t: Tensor, rows: Rows, r: int) -> Tensor:
+    """t (B, ...) at the first step, cleared in the rows that begin with a reset."""
+    keep = rows.kept(0, r)
+    return t if keep is None else torch.where(keep, t, 0)
+
+
+def _pre_activations(call: LayerCall, rows: Rows, b_ih: Tensor | None) -> Tensor:
+    """x's shape with R*4H features, fresh: the pre-activations but for the product with the recurrence's own state."""
+    x, w_ih = call.x, call.w_ih
+    gates = x.clone(memory_format=torch.contiguous_format) if w_ih is None else linear(x, w_ih, b_ih)
+    if call.w_h0 is not None and call.h0 is not None:
+        parts = gates.view(-1, call.R, 4, call.H)
+        for r, w in enumerate(call.w_h0.chunk(call.R)):
+            parts[rows.at(0, r), r] += linear(_carried(call.h0[r], rows, r), w).view(-1, 4, call.H)
+    return gates
+
+
+def forward(call: LayerCall) -> Kept:
+    """Run one layer."""
+    rows = call.rows
+    if rows.T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if call.lengths is not None:
+        check_range(call.lengths, rows.T)
+    if call.engine == "onednn":
+        return onednn.forward(call, rows)
+    x, R, H = call.x, call.R, call.H
+    with tf32_as_cudnn(x):
+        gates = _pre_activations(call, rows, call.b_ih)
+        y = gates.new_empty((*x.shape[:-1], R * H))
+        c_all = gates.new_empty((y.numel() // (R * H), R, H)) if call.save else None
+        h_n, c_n = _engine(call.engine).recurrence_forward(
+            gates, call.w_hh.contiguous(), call.b_hh, _contiguous(call.h0 if call.w_h0 is None else None),
+            _contiguous(call.c0), rows, y, c_all,
+        )  # fmt: skip
+    keep_gates = call.save and not call.recompute
+    return Kept(y, h_n, c_n, gates.view(-1, R, 4, H) if keep_gates else None, c_all)
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    call: LayerCall,
+    y: Tensor,
+    gates: Tensor | None,
+    c_all: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients by the first eight tensors of ``call``, from those by y, h_n and c_n, None of which is zero.
+
+    Gates that were not kept are computed again. A gradient that is not in ``needs`` is None and costs nothing.
+    """
+    rows = call.rows
+    if call.engine == "onednn":
+        return onednn.backward(dy, dh_n, dc_n, call, rows, y, gates, c_all, needs)
+    x, R, H = call.x, call.R, call.H
+    N = c_all.shape[0]
+    start, w_hh = _contiguous(call.h0 if call.w_h0 is None else None), call.w_hh.contiguous()
+    with no_autocast(x), tf32_as_cudnn(x):
+        y, gates, c_all = y.contiguous(), _contiguous(gates), c_all.contiguous()  # vmap may hand in views
+        h_prev = x.new_empty((N, R, H))
+        if gates is not None:
+            dgates = x.new_empty((N, R, 4, H))
+        else:  # not kept; their gradients then overwrite them
+            dgates = gates = _activated(call, rows, y, h_prev, start)
+        dc0 = _engine(call.engine).recurrence_backward(
+            _contiguous(dy), _contiguous(dh_n), _contiguous(dc_n), gates, c_all, y, start, _contiguous(call.c0), w_hh, rows,
+            dgates, h_prev,
+        )  # fmt: skip
+        flat = dgates.view(N, R * 4 * H)
+        dx = dw_ih = dw_hh = db_ih = db_hh = dh0 = dw_h0 = None
+        if needs[0]:
+            dx = (flat if call.w_ih is None else linear(flat, call.w_ih.t())).view(x.shape)
+        if needs[3] and call.w_ih is not None:
+            dw_ih = outer(flat, x.reshape(N, x.shape[-1]))
+        if needs[4]:
+            dw_hh = _joined([outer(dgates[:, r].flatten(1), h_prev[:, r]) for r in range(R)])
+        if needs[5] or needs[6]:
+            db_ih = flat.sum(0)
+            db_hh = db_ih.clone() if needs[5] else db_ih  # two tensors, for what is done to one in place
+        if (needs[1] or needs[7]) and call.h0 is not None:
+            first = [_carried(dgates[rows.at(0, r), r].flatten(1), rows, r) for r in range(R)]
+            if needs[1]:
+                ws = (w_hh if call.w_h0 is None else call.w_h0).chunk(R)
+                dh0 = torch.stack([linear(da, w.t()) for da, w in zip(first, ws, strict=True)])
+            if needs[7]:
+                dw_h0 = _joined([outer(da, h) for da, h in zip(first, call.h0, strict=True)])
+    if dh0 is not None and call.w_h0 is None and call.lengths is not None:  # a row without steps hands h0 through
+        dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)
+    found = (dx, dh0, dc0 if call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0)
+    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _activated(call: LayerCall, rows: Rows, y: Tensor, h_prev: Tensor, start: Tensor | None) -> Tensor:
+    """The activated gates (N, R, 4, H) of all steps at once, and in ``h_prev`` (N, R, H) the states before each."""
+    R, H = call.R, call.H
+    bias = None if call.b_ih is None or call.b_hh is None else call.b_ih + call.b_hh
+    gates = _pre_activations(call, rows, bias).view(-1, R, 4, H)
+    for r, w in enumerate(call.w_hh.chunk(R)):
+        h_prev[:, r] = rows.previous(y.view(-1, R, H), None if start is None else start[r], r)
+        gates[:, r].flatten(1).addmm_(h_prev[:, r], w.t())
+    gates[:, :, :2].sigmoid_()  # i and f
+    gates[:, :, 2].tanh_()
+    gates[:, :, 3].sigmoid_()
+    rows.clear_padding(gates)  # where no gradients will be written over them
+    return gates
