@@ -61,7 +61,7 @@ class Tiles(NamedTuple):
     max_registers: int | None = None
 
 
-STEPWISE = {
+STEPWISE_TILES = {
     "half": Tiles(SMALLEST, 64, (32, 16), 64),
     "tf32": Tiles(64, 64, (32, 16), 32),
     "fp32": Tiles(SMALLEST, 64, (16,), 16, max_registers=255),
@@ -82,7 +82,7 @@ class Tile(NamedTuple):
 
 # For tensor cores that multiply from shared memory (sm_90 and sm_100), which want 64 rows: the gates of 16 units forwards,
 # 64 units or 64 batch rows backwards. None of them spills on sm_90 at the sizes that tests/test_compile.py compiles.
-PERSISTENT = {
+PERSISTENT_TILES = {
     ("forward", "half"): (
         Tile(16, 16, 128, 4, 2, True), Tile(16, 32, 128, 4, 2, True), Tile(32, 16, 128, 4, 2, True),
         Tile(32, 32, 128, 8, 2, True), Tile(64, 16, 64, 4, 2, True), Tile(64, 32, 64, 8, 2, True),
@@ -128,7 +128,7 @@ LOCAL = {
 
 def stepwise_candidates(problem: Recurrence, device: Device | None = None) -> list[LaunchConfig]:
     """Every configuration with a launch for each time step."""
-    tiles = STEPWISE[problem.arithmetic]
+    tiles = STEPWISE_TILES[problem.arithmetic]
     block_b = min(max(power_of_two(problem.B), tiles.min_block_b), tiles.max_block_b)
     return [
         LaunchConfig(block_b, block_h, tiles.block_k, tiles.num_warps, max_registers=tiles.max_registers)
@@ -195,7 +195,7 @@ def persistent(problem: Recurrence, device: Device) -> Iterator[LaunchConfig]:
                 for block_b, num_warps in options:
                     yield LaunchConfig(block_b, block, block, num_warps, schedule="persistent", resident=1, swap=True)
                 break
-        for tile in PERSISTENT.get(key, ()):
+        for tile in PERSISTENT_TILES.get(key, ()):
             if tile.block_h < H <= LARGEST_RESIDENT[problem.arithmetic]:
                 yield from _resident(tile, problem, device)
     block_k, num_stages, tiles = STREAMED[problem.arithmetic]
