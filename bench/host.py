@@ -20,35 +20,46 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from about import about
 from compare import copy_of_checkout, unpack
 from isolate import isolated
+from providers import by_schedule
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 MODES = ("inference", "forward", "backward")
 B, I, H = 4, 48, 32  # noqa: E741  # of no weight: the time of the host does not depend on them
-BLOCKS, CALLS = 12, 20  # the quickest of so many blocks counts, each the mean of so many calls
+SMALL = ((1, 1, 128), (8, 1, 128), (1, 1, 512), (1, 10, 16), (4, 10, 16), (1, 16, 32), (4, 16, 32))  # B, T and H = I
+BLOCKS, CALLS = 50, 5  # the quickest of so many blocks counts, each the mean of so many calls
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
-    T: int = 16
+    T: int = 2  # few: what each launch of a step adds is seen by the case that has more
+    schedule: str = "stepwise"
     layers: int = 1
     bidirectional: bool = False
     lengths: bool = False
     state: bool = False  # h0 and c0 are given
 
+    @property
+    def directions(self) -> int:
+        return 1 + self.bidirectional
+
 
 CASES = (
-    Case("plain"), Case("T = 1", T=1, state=True), Case("lengths", lengths=True),
+    Case("plain"), Case("T = 1", T=1), Case("T = 1, states", T=1, state=True), Case("T = 16", T=16),
+    Case("T = 16, persistent", T=16, schedule="persistent"), Case("lengths", lengths=True),
     Case("two layers", layers=2), Case("both directions", bidirectional=True),
 )  # fmt: skip
 
@@ -63,10 +74,10 @@ class Run(NamedTuple):
 def runs(case: Case, module: nn.Module, device: str, dtype: torch.dtype, backward: bool) -> dict[str, Run]:
     """The calls of a layer of ours or of torch's, by mode."""
     x = torch.randn(case.T, B, I, device=device, dtype=dtype)
-    lengths = torch.arange(B, device=device) * 4 + 1
-    groups = case.layers * (1 + case.bidirectional)
+    lengths = torch.arange(B, device=device) % case.T + 1
+    groups = case.layers * case.directions
     hx = tuple(torch.randn(2, groups, B, H, device=device, dtype=dtype)) if case.state else None
-    leaf, dy = x.clone().requires_grad_(), torch.randn(case.T, B, H * (1 + case.bidirectional), device=device, dtype=dtype)
+    leaf, dy = x.clone().requires_grad_(), torch.randn(case.T, B, H * case.directions, device=device, dtype=dtype)
     wanted = [leaf, *module.parameters()]
 
     def call(x: Tensor) -> Tensor:
@@ -139,35 +150,65 @@ def stub_products(stub: Stub) -> None:
     Tensor.addmm_ = Tensor.baddbmm_ = add_product
 
 
-def stub_package(stub: Stub) -> None:
-    """Let fused_lstm take CPU tensors for those of an H100, and launch nothing."""
-    (stub_old if importlib.util.find_spec("fused_lstm.engine") else stub_new)(stub)
+def stub_package(stub: Stub) -> Forced:
+    """Let fused_lstm take CPU tensors for those of an H100, and launch nothing. Returns what forces a schedule on it."""
+    return (stub_old if importlib.util.find_spec("fused_lstm.engine") else stub_new)(stub)
 
 
-def stub_old(stub: Stub) -> None:
-    from fused_lstm import dispatch, launch, ops, spec
-    from fused_lstm.config import Device
+Forced = Callable[[Case, torch.dtype], AbstractContextManager]
 
-    h100, choose = Device("H100", 132, 232_448, wgmma=True), launch.choose
-    launch.choose = lambda problem, _: choose(problem, h100)
+
+def stub_old(stub: Stub) -> Forced:
+    from fused_lstm import choose, dispatch, launch, ops, spec
+    from fused_lstm.config import Device, refusal
+
+    h100 = Device("H100", 132, 232_448, wgmma=True)
+
+    @contextmanager
+    def forced(case: Case, _: torch.dtype) -> Iterator[None]:
+        def chosen(problem: Any, *_: Any) -> choose.Choice:
+            if case.schedule == "stepwise":
+                return choose.Choice(next(iter(choose.stepwise(problem))), "")
+            return choose.Choice(next(c for c in choose.persistent(problem, h100) if refusal(c, problem, h100) is None), "")
+
+        launch._choose.cache_clear()
+        launch.choose_config = chosen
+        yield
+
     launch.launch = stub.launch
     dispatch.SUPPORTS["triton"] = lambda p: (True, "stubbed")
     ops._products = lambda a, b: a.t() @ b  # as on a GPU
     spec.check_range = ops.check_range = lambda lengths, T: None  # as on a GPU, where it would wait for the device
+    return forced
 
 
-def stub_new(stub: Stub) -> None:
+def stub_new(stub: Stub) -> Forced:
+    import triton
+    from fused_lstm.launch import compiled
     from fused_lstm.launch.config import Device
 
     from fused_lstm import call, launch, plan, recurrence
-    from fused_lstm.launch import kernel
 
-    h100, choose = Device("H100", 132, 232_448, wgmma=True), launch.choose
-    launch.choose = lambda problem, _: choose(problem, h100)
-    kernel.run_kernel = stub.launch
     plan.SUPPORTS["triton"] = lambda p: (True, "stubbed")
-    recurrence.products = lambda a, b: a.t() @ b
-    call.check_range = recurrence.check_range = lambda lengths, T: None
+    recurrence.outer = lambda a, b: a.t() @ b  # as on a GPU
+    call.check_range = recurrence.check_range = lambda lengths, T: (0, -1)  # as on a GPU, where it would wait for the device
+    # A launch by a kept kernel is all walked through but for the driver's part; a first one compiles nothing.
+    compiled.driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0))
+    triton.JITFunction.__getitem__ = lambda *_: stub.launch
+
+    def remember(key: tuple, _: None) -> compiled.Compiled:
+        return compiled._known.setdefault(key, compiled.Compiled(None, stub.launch, None, None))
+
+    compiled.remember = remember
+    return partial(forced, gpu=Device("H100", 132, 232_448, wgmma=True))
+
+
+def forced(case: Case, dtype: torch.dtype, gpu: Any = None) -> AbstractContextManager:
+    """A case's schedule, on the current GPU if none is given."""
+    from fused_lstm import launch
+
+    kind = launch.arithmetic(dtype, tf32=dtype == torch.float32 and gpu is None)
+    return by_schedule(case.schedule, gpu or launch.device(torch.cuda.current_device()), kind, case.T, H, B, case.directions)
 
 
 # --- measuring
@@ -222,15 +263,24 @@ def operations(run: Run, device: str, stub: Stub | None) -> int:
     return stub.count - before + sum(computes(event.name) and outermost(event) for event in trace.events())
 
 
+def quickest(sides: dict[str, Run], device: str, blocks: int) -> dict[str, float]:
+    """Microseconds of each side's call, in turn."""
+    gc.collect()
+    gc.disable()
+    times = [{name: microseconds(run, device) for name, run in sides.items()} for _ in range(blocks)]
+    gc.enable()
+    return {f"{name} us": min(block[name] for block in times) for name in sides}
+
+
 def host(device: str, dtype: str, blocks: int = BLOCKS) -> dict[str, dict[str, float]]:
     """Of each case and mode: microseconds and operations of ours and of torch's."""
     import fused_lstm
 
     torch.set_num_threads(1)
-    stub = Stub() if device == "cpu" else None
+    stub, force = Stub() if device == "cpu" else None, forced
     if stub is not None:
         stub_products(stub)
-        stub_package(stub)
+        force = stub_package(stub)
         torch._VF.lstm = stub.lstm
     found: dict[str, dict[str, float]] = {}
     kind = getattr(torch, dtype)
@@ -239,18 +289,43 @@ def host(device: str, dtype: str, blocks: int = BLOCKS) -> dict[str, dict[str, f
         torchs = nn.LSTM(I, H, **options)
         ours = fused_lstm.LSTM(I, H, backend="triton", **options)
         sides = {"ours": runs(case, ours, device, kind, True), "torch": runs(case, torchs, device, kind, stub is None)}
-        for mode in MODES:
-            row = found[f"{case.name}, {mode}"] = {}
-            those = {name: side[mode] for name, side in sides.items() if mode in side}
-            for run in those.values():
-                microseconds(run, device)
-            for name, run in those.items():
-                row[f"{name} operations"] = operations(run, device, stub)
-            gc.collect()
-            gc.disable()
-            times = [{name: microseconds(run, device) for name, run in those.items()} for _ in range(blocks)]
-            gc.enable()
-            row |= {f"{name} us": min(block[name] for block in times) for name in those}
+        with force(case, kind):
+            for mode in MODES:
+                some = {name: side[mode] for name, side in sides.items() if mode in side}
+                for run in some.values():
+                    microseconds(run, device)
+                row = {f"{name} operations": operations(run, device, stub) for name, run in some.items()}
+                found[f"{case.name}, {mode}"] = row | quickest(some, device, blocks)
+    return found
+
+
+def small(blocks: int = BLOCKS) -> dict[str, dict[str, float]]:
+    """Of small calls on a CPU, nothing stubbed: microseconds of ours, and of torch's cell or layer."""
+    import fused_lstm
+
+    torch.set_num_threads(1)
+    found = {}
+    for B, T, H in SMALL:
+        x, ours = torch.randn(T, B, H), fused_lstm.LSTM(H, H)
+        leaf, dy, states = x.clone().requires_grad_(), torch.randn(T, B, H), (torch.randn(1, B, H), torch.randn(1, B, H))
+
+        def inference(module: nn.Module, x: Tensor, *hx: Any) -> Any:
+            with torch.no_grad():
+                return module(x, *hx)
+
+        def training(module: nn.Module) -> Any:
+            return torch.autograd.grad(module(leaf)[0], [leaf, *module.parameters()], dy)
+
+        torchs = (nn.LSTMCell if T == 1 else nn.LSTM)(H, H)
+        hx, hx_of_cell = ((states,), ((states[0][0], states[1][0]),)) if T == 1 else ((), ())
+        sides = {
+            "ours": Run(lambda: None, lambda _: inference(ours, x, *hx)),
+            "torch": Run(lambda: None, lambda _: inference(torchs, x[0] if T == 1 else x, *hx_of_cell)),
+        }
+        found[f"B={B} T={T} H={H}, inference, beside {type(torchs).__name__}"] = quickest(sides, "cpu", blocks)
+        if T > 1:
+            sides = {name: Run(lambda: None, lambda _, m=m: training(m)) for name, m in (("ours", ours), ("torch", torchs))}
+            found[f"B={B} T={T} H={H}, training, beside {type(torchs).__name__}"] = quickest(sides, "cpu", blocks)
     return found
 
 
