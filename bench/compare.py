@@ -15,20 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import run
-from about import ROOT, about, output
-from workloads import Case
+from cases import Case
+from process import about, copy_of_checkout, output, unpack
 
 KEYS = (*Case.__dataclass_fields__, "mode", "provider")
 BYTES = ("peak_bytes", "retained_bytes")
@@ -97,17 +93,6 @@ def tell(found: Sequence[Change]) -> int:
 # --- two revisions in one run
 
 
-def unpack(revision: str, folder: Path) -> Path:
-    """The package of a revision, laid out as it is installed; returns what PYTHONPATH has to name."""
-    archive = subprocess.run(["git", "archive", revision, "fused_lstm", "kernels"], cwd=ROOT, capture_output=True)
-    if archive.returncode:
-        raise ValueError(f"{revision!r} is no revision with the package in it: {archive.stderr.decode().strip()}")
-    with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
-        files.extractall(folder, filter="data")
-    (folder / "kernels").rename(folder / "fused_lstm" / "kernels")
-    return folder
-
-
 def both(revision: str, args: argparse.Namespace) -> list[list[run.Record]]:
     """Records of the revision and of this checkout, measured in turn."""
     from tqdm import tqdm
@@ -128,14 +113,6 @@ def both(revision: str, args: argparse.Namespace) -> list[list[run.Record]]:
         [row for (case, modes), processes in zip(units, side, strict=True) for row in run.merged(case, modes, processes, {})]
         for side in found
     ]
-
-
-def copy_of_checkout(folder: Path) -> Path:
-    """This checkout's package as it is now, so that editing it meanwhile changes nothing."""
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "fused_lstm", folder / "fused_lstm", ignore=ignore)
-    shutil.copytree(ROOT / "kernels", folder / "fused_lstm" / "kernels", ignore=ignore)
-    return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import run
-from about import ROOT, about
-from isolate import isolated
-from workloads import Case, suite
+from process import ROOT, about
+from process import isolated
+from cases import Case, suite
 
 SECONDS = 0.4  # of each mode of a case
 FLOORS, LADDER = "floors", "ladder"

@@ -29,9 +29,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from about import about
+from process import about
 from compare import copy_of_checkout, unpack
-from isolate import isolated
+from process import isolated
 from providers import by_schedule
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
