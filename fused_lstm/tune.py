@@ -21,21 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import __version__
-from .choose import (
-    Choice,
-    choose,
-    entry,
-    estimate,
-    file_name,
-    persistent,
-    read_table,
-    stepwise,
-    user_folder,
-    write_table,
-)  # fmt: skip
-from .config import Device, LaunchConfig, Recurrence, refusal
-from .rows import Rows
+from . import __version__, launch
+from .call import ALIGNMENT, Rows
+from .launch.choose import Choice, choose, entry, file_name, read_table, user_folder, write_table
+from .launch.config import Device, LaunchConfig, Recurrence, ceil_div
+from .launch.schedules import estimate, persistent, refusal, stepwise_candidates
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 KINDS = {"fp16": "half", "bf16": "half"}
@@ -43,7 +33,7 @@ KINDS = {"fp16": "half", "bf16": "half"}
 
 def candidates(problem: Recurrence, device: Device, at_most: int) -> list[LaunchConfig]:
     """The configurations that are worth measuring: those the model of their time likes best, of both schedules."""
-    found = {*stepwise(problem)}
+    found = {*stepwise_candidates(problem)}
     if problem.T > 1:
         found |= {c for c in persistent(problem, device) if refusal(c, problem, device) is None}
     return sorted(found, key=lambda config: estimate(config, problem, device))[:at_most]
@@ -59,8 +49,8 @@ class Trial:
         def numbers(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, generator=generator, device=where) * scale).to(dtype)
 
-        self.rows = Rows(T, B, False, 2 if R == 2 else 1, None, None)
-        self.w_hh = numbers(R, 4 * H, H, scale=H**-0.5)
+        self.rows = Rows(T, B, False, 2 if R == 2 else 1)
+        self.w_hh, self.b_hh = numbers(R * 4 * H, H, scale=H**-0.5), numbers(R * 4 * H)
         self.x = numbers(T * B, R, 4, H)
         self.state = [numbers(R, B, H) for _ in range(4)]  # h0, c0, dh_n, dc_n
         self.dy = numbers(T * B, R, H)
@@ -74,16 +64,15 @@ class Trial:
             self.gates.copy_(self.x)
 
     def run(self, config: LaunchConfig) -> Tensor:
-        from . import launch
-
         h0, c0, dh_n, dc_n = self.state
-        if self.problem.kernel == "forward":
-            launch.recurrence_forward(self.gates, self.w_hh, h0, c0, self.rows, self.y, self.c, config)
-            return self.y
-        launch.recurrence_backward(
-            self.dy, dh_n, dc_n, self.gates, self.c, self.y, h0, c0, self.w_hh, self.rows, *self.out, config
-        )
-        return self.out[0]
+        with launch.forced(config):
+            if self.problem.kernel == "forward":
+                launch.recurrence_forward(self.gates, self.w_hh, self.b_hh, h0, c0, self.rows, self.y, self.c)
+                return self.y
+            launch.recurrence_backward(
+                self.dy, dh_n, dc_n, self.gates, self.c, self.y, h0, c0, self.w_hh, self.rows, *self.out
+            )
+            return self.out[0]
 
 
 def seconds(trial: Trial, config: LaunchConfig, repeats: int = 7) -> float:
@@ -123,7 +112,7 @@ class Result:
         return (
             f"{p.kernel:8} {p.arithmetic:4} H={p.H:<5} B={p.B:<5} R={p.R}: {1e6 * self.best_seconds / p.T:8.2f} us/step, "
             f"{self.heuristic_seconds / self.best_seconds:.2f}x the heuristic's, best of {self.measured}: "
-            f"{'persistent' if c.persistent else 'stepwise'} {c.block_b}x{c.block_h}x{c.block_k} rows={c.rows} "
+            f"{c.schedule} {c.block_b}x{c.block_h}x{c.block_k} rows={c.rows} "
             f"warps={c.num_warps} resident={c.resident}{' swapped' if c.swap else ''}"
         )
 
@@ -134,7 +123,7 @@ def tune(trial: Trial, device: Device, at_most: int, timer: Callable[[Trial, Lau
     heuristic = choose(problem, device)
     configs = dict.fromkeys([heuristic.config, *candidates(problem, device, at_most)])
     trial.prepare()
-    reference = trial.run(next(iter(stepwise(problem)))).double()
+    reference = trial.run(stepwise_candidates(problem)[0]).double()
     tolerance = 64 * torch.finfo(trial.x.dtype if problem.arithmetic != "tf32" else torch.float16).eps
     times = {}
     for config in configs:
@@ -179,9 +168,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("fused_lstm.tune needs a CUDA or ROCm device, and torch sees none here", file=sys.stderr)
         return 2
-    from . import launch
-    from .config import ALIGNMENT, ceil_div
-
     device = launch.device(torch.cuda.current_device())
     path = (args.out or user_folder()) / file_name(device.name)
     about = {

@@ -69,6 +69,7 @@ def carried(batch, s, rows, prev_rows):
         # Between t-1 and t lies the reset of t: of step s forwards, of step s - 1 backwards in time. Backwards, no reset
         # lies before step 0.
         at = tl.where(batch.backwards, prev_rows, rows)
-        boundary = mask & (tl.where(batch.backwards, batch.lengths - s, s) < batch.lengths)
+        t = tl.where(batch.backwards, batch.lengths - s, s)
+        boundary = mask & (t >= 0) & (t < batch.lengths)
         mask = mask & (tl.load(batch.resets_ptr + at, mask=boundary, other=0) == 0)
     return mask

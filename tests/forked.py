@@ -12,7 +12,8 @@ import multiprocessing.connection
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
@@ -57,8 +58,17 @@ def late_store(late: Program, n: int, seconds: float = 0.5) -> Delays:
     return of
 
 
+def tensors_in(args: tuple) -> Iterator[torch.Tensor]:
+    """Those among a kernel's arguments, and in tuples among them."""
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from tensors_in(arg)
+        elif isinstance(arg, torch.Tensor):
+            yield arg
+
+
 def run_forked(
-    kernel: str,
+    kernel: Any,
     grid: Program,
     args: tuple,
     meta: dict[str, Any],
@@ -66,13 +76,12 @@ def run_forked(
     delays: Delays | None = None,
     timeout: float = 60.0,
 ) -> None:
-    """:func:`fused_lstm.launch.launch` with a process for each program; they have ``timeout`` seconds in all.
+    """Launch an interpreted kernel with a process for each program; they have ``timeout`` seconds in all.
 
     Raises TimeoutError where some do not end, and RuntimeError where one dies.
     """
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            arg.share_memory_()  # moves its storage, which all its views share: what is one memory stays one
+    for tensor in tensors_in(args):
+        tensor.share_memory_()  # moves its storage, which all its views share: what is one memory stays one
     context = multiprocessing.get_context("fork")
     programs = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
     start = context.Barrier(len(programs))
@@ -88,12 +97,15 @@ def run_forked(
         while running:
             left = end - time.monotonic()
             if left <= 0 or not multiprocessing.connection.wait([c.sentinel for c in running.values()], left):
-                raise TimeoutError(f"{kernel}: after {timeout} s, these of {grid} programs still run: {list(running)}")
+                raise TimeoutError(
+                    f"{kernel.__name__}: after {timeout} s, these of {grid} programs still run: {list(running)}"
+                )
             for program, child in list(running.items()):
                 if not child.is_alive():
                     del running[program]
                     if child.exitcode:
-                        raise RuntimeError(f"{kernel}: program {program} of {grid} ended with exit code {child.exitcode}")
+                        code = child.exitcode
+                        raise RuntimeError(f"{kernel.__name__}: program {program} of {grid} ended with exit code {code}")
     finally:
         for child in children.values():
             if child.pid is not None:
@@ -105,7 +117,7 @@ def run_forked(
 def _child(
     program: Program,
     start: Barrier,
-    kernel: str,
+    kernel: Any,
     grid: Program,
     args: tuple,
     meta: dict[str, Any],
@@ -114,8 +126,6 @@ def _child(
 ) -> None:
     """Run one program of the grid. Whatever is patched here dies with the process."""
     from triton.runtime import interpreter
-
-    from fused_lstm import launch
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(int(timeout) + 2)  # should the parent be killed, nobody else ends a program that waits
@@ -130,7 +140,7 @@ def _child(
     # After its run the interpreter copies arguments back, onto themselves here: nothing to do, and a race if it were done.
     interpreter.GridExecutor._restore_args_dev = lambda *_: None
     start.wait()  # none gets ahead because it was forked first
-    launch.KERNELS[kernel][(1, 1, 1)](*args, **meta)
+    kernel[(1, 1, 1)](*args, **meta)
 
 
 def _delayed(run: Callable, operation: str, delay: Callable[[str], float]) -> Callable:
@@ -146,17 +156,34 @@ def _delayed(run: Callable, operation: str, delay: Callable[[str], float]) -> Ca
     return delayed
 
 
+@dataclass(frozen=True)
+class Redirected:
+    """A kernel that ``run`` launches: a function of kernel, grid, positional and named arguments."""
+
+    kernel: Any
+    run: Callable[[Any, Program, tuple, dict[str, Any]], None]
+
+    def __getitem__(self, grid: Program) -> Callable[..., None]:
+        return lambda *args, **meta: self.run(self.kernel, grid, args, meta)
+
+
+def redirect_launches(monkeypatch: pytest.MonkeyPatch, schedule: str, run: Callable[..., None]) -> None:
+    """Have :class:`Redirected` launch the kernels of a schedule from now on."""
+    from fused_lstm.launch.schedules import SCHEDULES
+
+    kernels = SCHEDULES[schedule].kernels
+    for name, kernel in list(kernels.items()):
+        monkeypatch.setitem(kernels, name, Redirected(kernel, run))
+
+
 def fork_launches(monkeypatch: pytest.MonkeyPatch, delays: Delays | None = None, timeout: float = 60.0) -> list[Program]:
     """Run persistent launches by :func:`run_forked` from now on; returns the list that their grids are added to."""
-    from fused_lstm import launch
+    grids = []
 
-    ordinary, grids = launch.launch, []
-
-    def forked(kernel: str, grid: Program, args: tuple, meta: dict[str, Any]) -> None:
-        if not meta["PERSISTENT"]:
-            return ordinary(kernel, grid, args, meta)
+    def forked(kernel: Any, grid: Program, args: tuple, meta: dict[str, Any]) -> None:
         grids.append(grid)
-        return run_forked(kernel, grid, args, meta, delays=delays, timeout=timeout)
+        run_forked(kernel, grid, args, meta, delays=delays, timeout=timeout)
 
-    monkeypatch.setattr(launch, "launch", forked)
+    monkeypatch.setattr("fused_lstm.launch.schedules.check_waiting", lambda _: None)  # processes may
+    redirect_launches(monkeypatch, "persistent", forked)
     return grids

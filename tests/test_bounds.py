@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import fork_launches
+from forked import Program, fork_launches, redirect_launches, tensors_in
 from pairs import IN_INTERPRETER
-from test_kernels import Problem, force
+from test_kernels import Problem
 
-from fused_lstm.config import LaunchConfig
+from fused_lstm import launch
+from fused_lstm.launch.config import LaunchConfig
 
 pytestmark = [pytest.mark.kernels, IN_INTERPRETER]
 
 CONFIGS = {
     "stepwise": LaunchConfig(16, 16, 16),
-    "rows": LaunchConfig(16, 32, 32, rows=2),
-    "swapped": LaunchConfig(32, 16, 64, swap=True),
-    "local": LaunchConfig(16, 64, 64, persistent=True, resident=1),
-    "persistent": LaunchConfig(16, 32, 32, persistent=True, resident=1, ahead=2, rows=2),
+    "wide": LaunchConfig(16, 32, 64),
+    "local": LaunchConfig(16, 64, 64, schedule="persistent", resident=1),
+    "persistent": LaunchConfig(16, 32, 32, schedule="persistent", resident=1, ahead=2, rows=2),
 }
 
 
@@ -33,7 +33,7 @@ class Memory:
         self.checked = 0
 
     def of(self, args: tuple) -> None:
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        tensors = tensors_in(args)
         self.ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
 
     def check(self, pointers: Any, mask: Any) -> None:
@@ -51,8 +51,6 @@ class Memory:
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     from triton.runtime.interpreter import interpreter_builder
 
-    from fused_lstm import launch
-
     watched = Memory()
 
     def checked(run: Callable, mask_at: int) -> Callable:
@@ -62,65 +60,46 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
         return access
 
-    run = launch.launch
-
-    def launched(kernel: str, grid: tuple[int, int, int], args: tuple, meta: dict[str, Any]) -> None:
+    def launched(kernel: Any, grid: Program, args: tuple, meta: dict[str, Any]) -> None:
+        for tensor in tensors_in(args):
+            tensor.share_memory_()  # for forked programs; it moves a tensor, so before its place is noted
         watched.of(args)
-        run(kernel, grid, args, meta)
+        kernel[grid](*args, **meta)
 
     monkeypatch.setattr(interpreter_builder, "create_masked_load", checked(interpreter_builder.create_masked_load, 0))
     monkeypatch.setattr(interpreter_builder, "create_masked_store", checked(interpreter_builder.create_masked_store, 1))
-    monkeypatch.setattr(launch, "launch", launched)
+    fork_launches(monkeypatch)  # the programs are forked from here, and each dies of a wrong access
+    for schedule in ("stepwise", "persistent"):
+        redirect_launches(monkeypatch, schedule, launched)
     return watched
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("lengths", [None, [3, 0, 1, 3, 2], [0, 0, 0, 0, 0], [3, 3, 3, 3, 0]])
-def test_every_access_is_within_an_argument(
-    name: str, lengths: list[int] | None, memory: Memory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    force(monkeypatch, CONFIGS[name])
-    if name == "persistent":
-        fork_launches(monkeypatch)
-        monkeypatch.setattr("fused_lstm.launch.launch", _recording(memory))
+def test_every_access_is_within_an_argument(name: str, lengths: list[int] | None, memory: Memory) -> None:
     problem = Problem(torch.float32, T=3, B=5, H=48, directions=2, resets=True)
     problem.lengths = None if lengths is None else torch.tensor(lengths)
-    problem.run("triton", torch.float32)
-    if name != "persistent":
+    with launch.forced(CONFIGS[name]):
+        problem.run("triton", torch.float32)
+    if CONFIGS[name].schedule == "stepwise":  # what the others access, their processes know
         assert memory.checked > 1000
 
 
-def _recording(memory: Memory) -> Callable:
-    """Launch by forked processes, each of which compares its accesses and dies of a wrong one."""
-    from fused_lstm import launch
-
-    forked = launch.launch
-
-    def launched(kernel: str, grid: tuple[int, int, int], args: tuple, meta: dict[str, Any]) -> None:
-        for arg in args:
-            if isinstance(arg, torch.Tensor):
-                arg.share_memory_()  # moves it, so before its place is noted
-        memory.of(args)
-        forked(kernel, grid, args, meta)
-
-    return launched
-
-
+@pytest.mark.parametrize("name", ["wide", "local"])
 @pytest.mark.parametrize("mode", ["padded", "packed"])
-def test_in_both_directions(mode: str, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("rows", "local"):
-        force(monkeypatch, CONFIGS[name])
-        for directions in (1, -1):
-            Problem(torch.float32, B=5, H=48, directions=directions, mode=mode, resets=True).run("triton", torch.float32)
-    assert memory.checked > 1000
+def test_in_both_directions(mode: str, name: str, memory: Memory) -> None:
+    for directions in (1, -1):
+        problem = Problem(torch.float32, B=5, H=48, directions=directions, mode=mode, resets=True)
+        with launch.forced(CONFIGS[name]):
+            problem.run("triton", torch.float32)
 
 
-def test_an_access_outside_is_seen(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "hidden"), [("stepwise", -1), ("local", -2)])
+def test_an_access_outside_is_seen(name: str, hidden: int, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the resets taken for no argument."""
     from triton.runtime.errors import InterpreterError
 
-    force(monkeypatch, CONFIGS["stepwise"])
-    of = memory.of
-    monkeypatch.setattr(memory, "of", lambda args: (of(args), memory.ranges.pop()))
-    problem = Problem(torch.float32, H=16, resets=True)
-    with pytest.raises((AssertionError, InterpreterError), match="addresses lie outside the kernel"):
-        problem.run("triton", torch.float32)
+    of, error = memory.of, InterpreterError if name == "stepwise" else RuntimeError
+    monkeypatch.setattr(memory, "of", lambda args: (of(args), memory.ranges.pop(hidden)))
+    with launch.forced(CONFIGS[name]), pytest.raises(error, match=r"addresses lie outside the kernel|ended with exit"):
+        Problem(torch.float32, H=16, resets=True).run("triton", torch.float32)

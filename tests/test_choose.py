@@ -1,4 +1,4 @@
-"""Which configuration runs on which device: a pure choice, tested without a GPU and without Triton."""
+"""Which configuration runs on which device: a pure choice, tested without a GPU."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_lstm.choose import (
+pytest.importorskip("triton")
+from fused_lstm.launch.choose import (
     Table,
     choose,
     describe,
     entry,
-    estimate,
     file_name,
     key_of,
-    persistent,
     read_table,
-    stepwise,
     tables,
     user_folder,
     write_table,
 )
-from fused_lstm.config import Device, LaunchConfig, Recurrence, arithmetic, power_of_two, refusal, rounds
+from fused_lstm.launch.config import Device, LaunchConfig, Recurrence, arithmetic, power_of_two
+from fused_lstm.launch.schedules import estimate, persistent, refusal, rounds, stepwise_candidates
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 * 1024, wgmma=True)
 A100 = Device("NVIDIA A100-SXM4-80GB", 108, 163 * 1024)
@@ -41,7 +40,7 @@ def problem(kernel: str = "forward", kind: str = "half", T: int = 100, H: int = 
 def test_an_h100_keeps_half_precision_weights_on_chip(kernel: str, H: int, B: int) -> None:
     p = problem(kernel, H=H, B=B)
     config = choose(p, H100).config
-    assert config.persistent
+    assert config.schedule == "persistent"
     assert config.resident == config.tiles(H)
     assert refusal(config, p, H100) is None
 
@@ -51,7 +50,7 @@ def test_an_h100_keeps_half_precision_weights_on_chip(kernel: str, H: int, B: in
 def test_fp32_weights_stay_on_chip_up_to_512(kernel: str, kind: str) -> None:
     for H in (64, 128, 256, 512):
         config = choose(problem(kernel, kind, H=H, B=16), H100).config
-        assert config.persistent
+        assert config.schedule == "persistent"
         assert config.resident == config.tiles(H)
     config = choose(problem(kernel, kind, H=1152, B=16), H100).config
     assert config.resident < config.tiles(1152)
@@ -70,7 +69,7 @@ def test_no_choice_exceeds_the_device(kernel: str, kind: str, device: Device) ->
                 x, y, z = config.grid(H, B, R)
                 assert y * config.rows >= B
                 assert x * config.block_h >= H
-                if config.persistent:
+                if config.schedule == "persistent":
                     assert config.shared_memory(p) <= device.shared_memory
                     if not config.local(H):
                         n = rounds(config, p, device)
@@ -97,7 +96,7 @@ def test_what_does_not_fit_falls_to_a_launch_for_each_step_and_says_why() -> Non
     tiny = replace(H100, multiprocessors=4)
     p = problem(H=1024)
     choice = choose(p, tiny)
-    assert not choice.config.persistent
+    assert choice.config.schedule == "stepwise"
     assert "no persistent schedule fits" in choice.reason
     assert f"{tiny.name} runs 4" in choice.reason
     words = describe(choice, p, tiny)
@@ -111,7 +110,7 @@ def test_what_does_not_fit_falls_to_a_launch_for_each_step_and_says_why() -> Non
 
 def test_a_single_step_is_one_ordinary_launch() -> None:
     choice = choose(problem(T=1), H100)
-    assert not choice.config.persistent
+    assert choice.config.schedule == "stepwise"
     assert choice.reason == "one step, one launch"
 
 
@@ -129,13 +128,13 @@ def test_what_is_compiled_does_not_depend_on_the_batch_but_for_a_few_classes() -
 
 def test_the_model_knows_what_costs_time() -> None:
     p = problem()
-    config = LaunchConfig(64, 16, 64, persistent=True, resident=8)
+    config = LaunchConfig(64, 16, 64, schedule="persistent", resident=8)
     time = estimate(config, p, H100)
     assert estimate(config, replace(p, T=200), H100) == 2 * time
     assert estimate(replace(config, resident=0), p, H100) > time  # streams its weights
-    assert estimate(replace(config, persistent=False, resident=0), p, H100) > time  # launches
+    assert estimate(replace(config, schedule="stepwise", resident=0), p, H100) > time  # launches
     assert estimate(config, replace(p, B=8192), H100) > 2 * time  # several rounds
-    assert min(stepwise(p), key=lambda c: estimate(c, p, H100)) in set(stepwise(p))
+    assert min(stepwise_candidates(p), key=lambda c: estimate(c, p, H100)) in set(stepwise_candidates(p))
 
 
 @pytest.mark.parametrize(
@@ -150,20 +149,23 @@ def test_the_model_knows_what_costs_time() -> None:
         ({"resident": -1}, "resident should be an integer of at least 0, got -1"),
         ({"ahead": -3}, "ahead should be an integer of at least 0, got -3"),
         ({"max_registers": "x"}, "max_registers should be an integer from 24 to 255, got 'x'"),
-        ({"persistent": "no"}, "persistent and swap should be bools, got 'no' and False"),
-        ({"resident": 1, "persistent": False}, "resident weights need the persistent schedule"),
+        ({"schedule": "no"}, "schedule should be one of stepwise, persistent, got 'no'"),
+        ({"swap": 1}, "swap should be a bool, got 1"),
+        ({"resident": 1, "schedule": "stepwise"}, "resident weights need the persistent schedule"),
+        ({"swap": True, "schedule": "stepwise"}, "swap and rows need the persistent schedule"),
+        ({"rows": 3, "schedule": "stepwise"}, "swap and rows need the persistent schedule"),
     ],
 )
 def test_configurations_that_make_no_sense(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LaunchConfig(**{"block_b": 64, "block_h": 16, "block_k": 64, "persistent": True} | change)
+        LaunchConfig(**{"block_b": 64, "block_h": 16, "block_k": 64, "schedule": "persistent"} | change)
 
 
 def test_configurations_that_do_not_fit_a_size() -> None:
     with pytest.raises(ValueError, match="at most the 2 tiles of H = 128, got 3"):
-        LaunchConfig(64, 16, 64, persistent=True, resident=3).check(128)
+        LaunchConfig(64, 16, 64, schedule="persistent", resident=3).check(128)
     with pytest.raises(ValueError, match="block_k should be block_h and resident 1, got 64 and 1"):
-        LaunchConfig(64, 128, 64, persistent=True, resident=1).check(128)
+        LaunchConfig(64, 128, 64, schedule="persistent", resident=1).check(128)
 
 
 def test_arithmetic_and_powers() -> None:
@@ -185,7 +187,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_was_measured_is_taken(folder: Path) -> None:
-    p, config = problem(B=60), LaunchConfig(32, 16, 64, persistent=True, resident=8)
+    p, config = problem(B=60), LaunchConfig(32, 16, 64, schedule="persistent", resident=8)
     assert choose(p, H100, tables(H100.name)).config != config
     write_table(folder / file_name(H100.name), [entry(p, config, 1.5)])
     choice = choose(p, H100, tables(H100.name))
@@ -201,7 +203,7 @@ def test_what_was_measured_is_taken(folder: Path) -> None:
 
 
 def test_what_was_measured_is_not_taken_where_it_cannot_run() -> None:
-    p, config = problem(H=1024, B=1), LaunchConfig(64, 16, 64, persistent=True, resident=16)
+    p, config = problem(H=1024, B=1), LaunchConfig(64, 16, 64, schedule="persistent", resident=16)
     table = Table("somewhere", {key_of(p): config})
     assert choose(p, H100, [table]).measured
     assert not choose(p, SLICE, [table]).measured

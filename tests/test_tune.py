@@ -7,21 +7,24 @@ import torch
 from pairs import IN_INTERPRETER
 
 import fused_lstm
+
+pytest.importorskip("triton")
 from fused_lstm import tune
-from fused_lstm.config import Device, LaunchConfig, Recurrence
+from fused_lstm.launch.config import Device, LaunchConfig, Recurrence
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 * 1024, wgmma=True)
-LOCAL = LaunchConfig(16, 16, 16, persistent=True, resident=1)
+LOCAL = LaunchConfig(16, 16, 16, schedule="persistent", resident=1)
 STEPWISE = LaunchConfig(16, 16, 16)
 
 
 def test_candidates_are_of_both_schedules_and_can_run() -> None:
     for kernel in ("forward", "backward"):
         found = tune.candidates(Recurrence(kernel, "half", 100, 512, 64, 1), H100, 1000)
-        assert {c.persistent for c in found} == {True, False}
+        assert {c.schedule for c in found} == {"stepwise", "persistent"}
         assert len(found) == len(set(found)) > 10
         assert tune.candidates(Recurrence(kernel, "half", 100, 512, 64, 1), H100, 3) == found[:3]
-        assert not any(c.persistent for c in tune.candidates(Recurrence(kernel, "half", 1, 512, 64, 1), H100, 1000))
+        single = tune.candidates(Recurrence(kernel, "half", 1, 512, 64, 1), H100, 1000)
+        assert {c.schedule for c in single} == {"stepwise"}
 
 
 @pytest.mark.kernels

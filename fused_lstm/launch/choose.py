@@ -41,16 +41,19 @@ def choose(problem: Recurrence, device: Device | None, tables: Sequence[Table] =
         if config is not None and SCHEDULES[config.schedule].refusal(config, problem, device) is None:
             return Choice(config, f"measured on {device.name}, {table.source}", measured=True)
     best: dict[str, LaunchConfig] = {}
+    refused = []
     for schedule in SCHEDULES.values():
         candidates = schedule.candidates(problem, device)
-        if candidates:
+        if isinstance(candidates, str):
+            refused.append(candidates)
+        else:
             best[schedule.name] = min(candidates, key=lambda config: schedule.estimate(config, problem, device))
     if problem.T == 1:
         return Choice(best["stepwise"], "one step, one launch")
     if len(best) == 1:
-        return Choice(best["stepwise"], "a launch for each step, since no other schedule fits")
+        return Choice(best["stepwise"], f"a launch for each step, since {'; '.join(refused)}")
     name = min(best, key=lambda name: SCHEDULES[name].estimate(best[name], problem, device))
-    return Choice(best[name], f"of the schedules, {name} is what the model of their times prefers at this size")
+    return Choice(best[name], f"the {name} schedule that the model of its time prefers at this size")
 
 
 def _interpreted(problem: Recurrence) -> Choice:

@@ -83,5 +83,5 @@ def remember(key: tuple, kernel: Any) -> Compiled | None:
         return None
     if len(_known) >= LIMIT:
         _known.clear()
-    _known[key] = Compiled(kernel, launcher, kernel.function, kernel.packed_metadata)
-    return _known[key]
+    found = _known[key] = Compiled(kernel, launcher, kernel.function, kernel.packed_metadata)
+    return found

@@ -106,8 +106,11 @@ class LaunchConfig:
         if self.rows == 0:
             object.__setattr__(self, "rows", self.block_b)
         _check("rows", self.rows, 1, self.block_b)
-        if self.resident and self.schedule == "stepwise":
-            raise ValueError("resident weights need the persistent schedule: a launch for each step keeps nothing")
+        if self.schedule == "stepwise":
+            if self.resident:
+                raise ValueError("resident weights need the persistent schedule: a launch for each step keeps nothing")
+            if self.swap or self.rows != self.block_b:
+                raise ValueError("swap and rows need the persistent schedule: a launch for each step fills its tiles")
 
     def tiles(self, H: int) -> int:
         """Tiles of the reduction over the units of one gate."""

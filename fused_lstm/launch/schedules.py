@@ -43,7 +43,7 @@ class Schedule(NamedTuple):
 
     name: str  # as LaunchConfig.schedule has it
     kernels: dict[str, Any]  # forward and backward
-    candidates: Callable[[Recurrence, Device], list[LaunchConfig]]  # that the device can run
+    candidates: Callable[[Recurrence, Device], list[LaunchConfig] | str]  # that the device can run, or why there are none
     refusal: Callable[[LaunchConfig, Recurrence, Device], str | None]  # why a device cannot run one
     estimate: Callable[[LaunchConfig, Recurrence, Device], float]  # microseconds of the whole recurrence, roughly
     describe: Callable[[LaunchConfig, Recurrence, Device | None], str]
@@ -178,9 +178,13 @@ def pointers(rows: Rows) -> row_map.Sequences:
     return row_map.Sequences(rows.lengths, rows.starts(), resets)
 
 
-def persistent_candidates(problem: Recurrence, device: Device) -> list[LaunchConfig]:
+def persistent_candidates(problem: Recurrence, device: Device) -> list[LaunchConfig] | str:
     """Those that the device can run; weights are streamed only if they must be."""
-    found = [c for c in persistent(problem, device) if refusal(c, problem, device) is None]
+    refusals = {config: refusal(config, problem, device) for config in persistent(problem, device)}
+    found = [config for config, why in refusals.items() if why is None]
+    if not found:
+        reasons = sorted({why for why in refusals.values() if why})
+        return f"no persistent schedule fits: {reasons[0] if reasons else f'H = {problem.H} is one tile'}"
     return [c for c in found if c.resident == c.tiles(problem.H)] or found
 
 
@@ -282,6 +286,15 @@ def describe_persistent(config: LaunchConfig, problem: Recurrence, device: Devic
     return words + (", no barrier" if config.local(problem.H) else f", a barrier among {x} programs in each step")
 
 
+def check_waiting(programs: int) -> None:
+    """Raise RuntimeError where programs that wait for one another would wait forever."""
+    if compiled.INTERPRETED and programs > 1:
+        raise RuntimeError(
+            f"the interpreter runs programs one after another, and these {programs} would wait for one another: "
+            "expected a configuration with one hidden tile, or a launch for each step"
+        )
+
+
 COUNTER = 16  # int64 elements from one barrier's counter to the next: a cache line
 
 
@@ -306,11 +319,8 @@ def launch_persistent(launch: Launch, buffers: Any, rows: Rows) -> None:
         # Where a program waits for others, the driver must let all of them run at once, or refuse.
         launch_cooperative_grid=waits, **options_of(config),
     )  # fmt: skip
-    if compiled.INTERPRETED and waits and x > 1:
-        raise RuntimeError(
-            f"the interpreter runs programs one after another, and these {x} would wait for one another: "
-            "expected a configuration with one hidden tile, or a launch for each step"
-        )
+    if waits:
+        check_waiting(x)
     per_launch = y if launch.device is None else ceil_div(y, rounds(config, problem, launch.device))
     for tile in range(0, y, per_launch):
         now = min(per_launch, y - tile)
