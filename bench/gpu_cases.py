@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fused_lstm.choose import choose, describe
+from fused_lstm.config import LaunchConfig, Recurrence, arithmetic
+from fused_lstm.rows import Rows
 from timing import graph_of
 from torch import Tensor
 
 import fused_lstm
-from fused_lstm.choose import choose, describe
-from fused_lstm.config import LaunchConfig, Recurrence, arithmetic
-from fused_lstm.rows import Rows
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda"

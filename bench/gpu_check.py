@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import run
-from process import ROOT, about
-from process import isolated
 from cases import Case, suite
+from process import ROOT, about, isolated
 
 SECONDS = 0.4  # of each mode of a case
 FLOORS, LADDER = "floors", "ladder"

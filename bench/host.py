@@ -5,7 +5,8 @@
 On a GPU: microseconds until a call returns, the device idle before, and what the profiler saw the device do. Without one
 the same road is walked on CPU tensors: what launches a kernel and what multiplies matrices is replaced by functions that
 return tensors made beforehand, and of nn.LSTM the C++ function that its module calls; nn.LSTM then has no backward pass.
-Operations are the launches, the products (nn.LSTM's C++ call counts as one) and what else computes or moves data.
+Operations are the launches, the products (nn.LSTM's C++ call counts as one) and what else computes or moves data. The
+schedule is forced. Without a GPU small calls of a CPU are timed as well, as they are: "on a CPU".
 
 With --base, the package of a git revision is measured beside this checkout's, each in processes of its own, in turn.
 """
@@ -19,7 +20,6 @@ import itertools
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -29,17 +29,16 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from process import about
-from compare import copy_of_checkout, unpack
-from process import isolated
+from process import about, copy_of_checkout, isolated, unpack
 from providers import by_schedule
+from timing import host_us
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 MODES = ("inference", "forward", "backward")
 B, I, H = 4, 48, 32  # noqa: E741  # of no weight: the time of the host does not depend on them
 SMALL = ((1, 1, 128), (8, 1, 128), (1, 1, 512), (1, 10, 16), (4, 10, 16), (1, 16, 32), (4, 16, 32))  # B, T and H = I
-BLOCKS, CALLS = 50, 5  # the quickest of so many blocks counts, each the mean of so many calls
+BLOCKS, CALLS = 50, 5  # the quickest of so many blocks counts, each the median of so many calls
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,10 @@ CASES = (
     Case("T = 16, persistent", T=16, schedule="persistent"), Case("lengths", lengths=True),
     Case("two layers", layers=2), Case("both directions", bidirectional=True),
 )  # fmt: skip
+
+
+Rows = dict[str, dict[str, float]]  # of each case and mode
+Sides = dict[str, list[Rows]]  # "here" and "base", by process
 
 
 class Run(NamedTuple):
@@ -159,8 +162,9 @@ Forced = Callable[[Case, torch.dtype], AbstractContextManager]
 
 
 def stub_old(stub: Stub) -> Forced:
-    from fused_lstm import choose, dispatch, launch, ops, spec
     from fused_lstm.config import Device, refusal
+
+    from fused_lstm import choose, dispatch, launch, ops, spec
 
     h100 = Device("H100", 132, 232_448, wgmma=True)
 
@@ -184,10 +188,10 @@ def stub_old(stub: Stub) -> Forced:
 
 def stub_new(stub: Stub) -> Forced:
     import triton
+
+    from fused_lstm import call, plan, recurrence
     from fused_lstm.launch import compiled
     from fused_lstm.launch.config import Device
-
-    from fused_lstm import call, launch, plan, recurrence
 
     plan.SUPPORTS["triton"] = lambda p: (True, "stubbed")
     recurrence.outer = lambda a, b: a.t() @ b  # as on a GPU
@@ -212,19 +216,6 @@ def forced(case: Case, dtype: torch.dtype, gpu: Any = None) -> AbstractContextMa
 
 
 # --- measuring
-
-
-def microseconds(run: Run, device: str, calls: int = CALLS) -> float:
-    """Of one call, the mean of a block."""
-    spent, kept = 0, []  # results are kept, so that no time is taken of tearing them down
-    for _ in range(calls):
-        given = run.prepare()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter_ns()
-        kept.append(run.call(given))
-        spent += time.perf_counter_ns() - start
-    return spent / calls / 1000
 
 
 def computes(name: str) -> bool:
@@ -267,12 +258,14 @@ def quickest(sides: dict[str, Run], device: str, blocks: int) -> dict[str, float
     """Microseconds of each side's call, in turn."""
     gc.collect()
     gc.disable()
-    times = [{name: microseconds(run, device) for name, run in sides.items()} for _ in range(blocks)]
+    times = [
+        {name: host_us(run.call, CALLS, run.prepare, device == "cuda") for name, run in sides.items()} for _ in range(blocks)
+    ]
     gc.enable()
     return {f"{name} us": min(block[name] for block in times) for name in sides}
 
 
-def host(device: str, dtype: str, blocks: int = BLOCKS) -> dict[str, dict[str, float]]:
+def host(device: str, dtype: str, blocks: int = BLOCKS) -> Rows:
     """Of each case and mode: microseconds and operations of ours and of torch's."""
     import fused_lstm
 
@@ -282,7 +275,7 @@ def host(device: str, dtype: str, blocks: int = BLOCKS) -> dict[str, dict[str, f
         stub_products(stub)
         force = stub_package(stub)
         torch._VF.lstm = stub.lstm
-    found: dict[str, dict[str, float]] = {}
+    found: Rows = {}
     kind = getattr(torch, dtype)
     for case in CASES:
         options = dict(num_layers=case.layers, bidirectional=case.bidirectional, device=device, dtype=kind)
@@ -293,48 +286,53 @@ def host(device: str, dtype: str, blocks: int = BLOCKS) -> dict[str, dict[str, f
             for mode in MODES:
                 some = {name: side[mode] for name, side in sides.items() if mode in side}
                 for run in some.values():
-                    microseconds(run, device)
+                    host_us(run.call, CALLS, run.prepare, device == "cuda")
                 row = {f"{name} operations": operations(run, device, stub) for name, run in some.items()}
                 found[f"{case.name}, {mode}"] = row | quickest(some, device, blocks)
     return found
 
 
-def small(blocks: int = BLOCKS) -> dict[str, dict[str, float]]:
-    """Of small calls on a CPU, nothing stubbed: microseconds of ours, and of torch's cell or layer."""
+def small_calls(B: int, T: int, H: int) -> dict[str, dict[str, Run]]:
+    """Calls of ours and of torch's cell or layer on a CPU, by mode."""
     import fused_lstm
 
+    x, dy, h, c = torch.randn(T, B, H), torch.randn(T, B, H), torch.randn(1, B, H), torch.randn(1, B, H)
+    leaf = x.clone().requires_grad_()
+    ours, torchs = fused_lstm.LSTM(H, H), (nn.LSTMCell if T == 1 else nn.LSTM)(H, H)
+
+    def inference(module: nn.Module, *given: Any) -> Run:
+        return Run(lambda: None, torch.no_grad()(lambda _: module(*given)))
+
+    def training(module: nn.Module) -> Run:
+        wanted = [leaf, *module.parameters()]
+        return Run(lambda: None, lambda _: torch.autograd.grad(module(leaf)[0], wanted, dy))
+
+    if T == 1:
+        return {"inference": {"ours": inference(ours, x, (h, c)), "torch": inference(torchs, x[0], (h[0], c[0]))}}
+    sides = {"ours": ours, "torch": torchs}
+    return {
+        "inference": {name: inference(module, x) for name, module in sides.items()},
+        "training": {name: training(module) for name, module in sides.items()},
+    }
+
+
+def small(blocks: int = 4 * BLOCKS) -> Rows:
+    """Microseconds of small calls on a CPU, with nothing stubbed."""
     torch.set_num_threads(1)
     found = {}
     for B, T, H in SMALL:
-        x, ours = torch.randn(T, B, H), fused_lstm.LSTM(H, H)
-        leaf, dy, states = x.clone().requires_grad_(), torch.randn(T, B, H), (torch.randn(1, B, H), torch.randn(1, B, H))
-
-        def inference(module: nn.Module, x: Tensor, *hx: Any) -> Any:
-            with torch.no_grad():
-                return module(x, *hx)
-
-        def training(module: nn.Module) -> Any:
-            return torch.autograd.grad(module(leaf)[0], [leaf, *module.parameters()], dy)
-
-        torchs = (nn.LSTMCell if T == 1 else nn.LSTM)(H, H)
-        hx, hx_of_cell = ((states,), ((states[0][0], states[1][0]),)) if T == 1 else ((), ())
-        sides = {
-            "ours": Run(lambda: None, lambda _: inference(ours, x, *hx)),
-            "torch": Run(lambda: None, lambda _: inference(torchs, x[0] if T == 1 else x, *hx_of_cell)),
-        }
-        found[f"B={B} T={T} H={H}, inference, beside {type(torchs).__name__}"] = quickest(sides, "cpu", blocks)
-        if T > 1:
-            sides = {name: Run(lambda: None, lambda _, m=m: training(m)) for name, m in (("ours", ours), ("torch", torchs))}
-            found[f"B={B} T={T} H={H}, training, beside {type(torchs).__name__}"] = quickest(sides, "cpu", blocks)
+        for mode, sides in small_calls(B, T, H).items():
+            beside = "nn.LSTMCell" if T == 1 else "nn.LSTM"
+            found[f"on a CPU, B={B} T={T} H={H}, {mode}, {beside}"] = quickest(sides, "cpu", blocks)
     return found
 
 
-def merged(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+def merged(rounds: Sequence[Rows]) -> Rows:
     """The quickest over processes: what else the machine does only ever adds time."""
     return {what: {k: min(r[what][k] for r in rounds) for k in row} for what, row in rounds[0].items()}
 
 
-def table(sides: dict[str, list[dict[str, dict[str, float]]]]) -> list[str]:
+def table(sides: Sides) -> list[str]:
     """Lines for a reader: this checkout's rows, and beside each the base's, if there is one."""
     here, base = merged(sides["here"]), merged(sides["base"]) if "base" in sides else None
     head = ["", "us", "nn.LSTM us", "x nn.LSTM", "operations", "nn.LSTM's"]
@@ -342,11 +340,11 @@ def table(sides: dict[str, list[dict[str, dict[str, float]]]]) -> list[str]:
     for what, row in here.items():
         theirs = row.get("torch us")
         cells = [what, f"{row['ours us']:.1f}", *([f"{theirs:.1f}", f"{row['ours us'] / theirs:.2f}"] if theirs else "--")]
-        cells += [f"{row['ours operations']:.0f}", f"{row['torch operations']:.0f}" if theirs else "-"]
+        cells += [str(row.get(f"{name} operations", "-")) for name in ("ours", "torch")]
         if base:
             ratios = [a[what]["ours us"] / b[what]["ours us"] for a, b in zip(sides["here"], sides["base"], strict=True)]
             cells += [f"{base[what]['ours us']:.1f}", f"{row['ours us'] / base[what]['ours us']:.2f}"]
-            cells += [f"({min(ratios):.2f}-{max(ratios):.2f})", f"{base[what]['ours operations']:.0f}"]
+            cells += [f"({min(ratios):.2f}-{max(ratios):.2f})", str(base[what].get("ours operations", "-"))]
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
@@ -355,17 +353,22 @@ def table(sides: dict[str, list[dict[str, dict[str, float]]]]) -> list[str]:
     ]
 
 
-def measured(base: str | None, rounds: int, limit: float, **arguments: Any) -> dict[str, list[dict[str, dict[str, float]]]]:
+def measured(base: str | None, rounds: int, device: str, dtype: str = "bfloat16", limit: float = 300) -> Sides:
     """Results of each process, of this checkout and of a revision if one is given. Raises RuntimeError if one fails."""
+    jobs: list[tuple[str, dict[str, Any]]] = [("host:host", {"device": device, "dtype": dtype})]
+    if device == "cpu":
+        jobs.append(("host:small", {}))
     with tempfile.TemporaryDirectory() as old, tempfile.TemporaryDirectory() as new:
         folders = {"here": copy_of_checkout(Path(new))} | ({"base": unpack(base, Path(old))} if base else {})
-        sides: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in folders}
+        sides: Sides = {name: [] for name in folders}
         for n in range(rounds):
             for name in sorted(folders, reverse=n % 2 == 0):
-                answer = isolated("host:host", limit, folders[name], **arguments)
-                if "failed" in answer:
-                    raise RuntimeError(f"{name}: {answer['failed']}\n{answer['output']}")
-                sides[name].append(answer["result"])
+                sides[name].append({})
+                for function, given in jobs:
+                    answer = isolated(function, limit, folders[name], **given)
+                    if "failed" in answer:
+                        raise RuntimeError(f"{name}: {answer['failed']}\n{answer['output']}")
+                    sides[name][-1] |= answer["result"]
     return sides
 
 
@@ -379,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the results of each process there")
     args = parser.parse_args(arguments)
     try:
-        sides = measured(args.base, args.rounds, args.limit, device=args.device, dtype=args.dtype)
+        sides = measured(args.base, args.rounds, args.device, args.dtype, args.limit)
     except (ValueError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 import triton
+from fused_lstm.choose import choose
+from fused_lstm.config import Device, LaunchConfig, Recurrence, arithmetic
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lstm.choose import choose
-from fused_lstm.config import Device, LaunchConfig, Recurrence, arithmetic
 from fused_lstm.launch import FP64, KERNELS, constants
 
 TARGETS = {

@@ -12,10 +12,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from cases import DTYPES, MODES, Case
 from providers import PLAIN, PROVIDERS, CannotRun, Ragged, Runner, with_torch
 from timing import Timer, device_us, host_us
 from torch import Tensor, nn
-from cases import DTYPES, MODES, Case
 
 # Results are compared with fp64's, of all batch rows; of larger cases than so many operations, of some rows drawn anew.
 CHECKED_WHOLE = {"cpu": 2e11, "cuda": 5e12}
@@ -285,7 +285,7 @@ def measure(
             for name, runner in runners.items():
                 with runner.within():
                     run = one_step(runner, data, mode)
-                    rows[name] |= {"host_us": host_us(run), **device_us(run, mode)}
+                    rows[name] |= {"host_us": host_us(lambda _, run=run: run(), 50), **device_us(run)}
         records += rows.values()
     return records
 

@@ -24,8 +24,9 @@ MARK = "result: "  # what else a process prints is not its result
 
 
 def isolated(function: str, limit: float, path: Path | None = None, **arguments: Any) -> dict[str, Any]:
-    """Call ``module:function`` of this folder with arguments that JSON can hold; with ``path`` before all packages. A crash or
-    a hang, which ``limit`` seconds end, loses one result.
+    """Call ``module:function`` of this folder with arguments that JSON can hold; with ``path`` before all packages.
+
+    A crash or a hang, which ``limit`` seconds end, loses one result.
 
     Returns {"result": what it returned} or {"failed": why, "output": the end of what it printed}; "seconds" in both.
     """
@@ -70,7 +71,7 @@ def unpack(revision: str, folder: Path) -> Path:
 
 
 def copy_of_checkout(folder: Path) -> Path:
-    """This checkout's package as it is now, so that editing it meanwhile changes nothing."""
+    """This checkout's package as it is now, so that editing it meanwhile changes nothing; what PYTHONPATH has to name."""
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "fused_lstm", folder / "fused_lstm", ignore=ignore)
     shutil.copytree(ROOT / "kernels", folder / "fused_lstm" / "kernels", ignore=ignore)

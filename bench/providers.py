@@ -6,15 +6,16 @@ A provider takes torch's layer, whose weights it copies, and returns a Runner, o
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from cases import DTYPES, Case
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from cases import Case
 
 import fused_lstm
 
@@ -119,7 +120,12 @@ def with_fused(theirs: nn.LSTM, case: Case, ragged: Ragged, schedule: str = "", 
     x = torch.empty(case.T, case.B, case.I, device=theirs.weight_ih_l0.device, dtype=theirs.weight_ih_l0.dtype)
     within = nullcontext
     if schedule:
-        within = _schedule(schedule)
+        if not torch.cuda.is_available():
+            raise CannotRun("needs a GPU")
+        from fused_lstm import launch
+
+        gpu, kind = launch.device(torch.cuda.current_device()), launch.arithmetic(DTYPES[case.dtype], case.dtype == "tf32")
+        within = partial(by_schedule, schedule, gpu, kind, case.T, case.H, case.B, 1 + case.bidirectional)
     try:
         with within():
             plan = str(fused_lstm.explain(ours, x, **ragged))
@@ -128,9 +134,7 @@ def with_fused(theirs: nn.LSTM, case: Case, ragged: Ragged, schedule: str = "", 
     return of_module(ours, lambda x: flat(ours(x, **ragged)), plan, within=within)
 
 
-def by_schedule(
-    name: str, device: Device, arithmetic: str, T: int, H: int, B: int, R: int
-) -> AbstractContextManager:
+def by_schedule(name: str, device: Any, arithmetic: str, T: int, H: int, B: int, R: int) -> AbstractContextManager:
     """The kernels by one schedule, whatever would be chosen. Raises CannotRun where the device has none that fits."""
     from fused_lstm import launch
     from fused_lstm.launch.config import KERNELS, Recurrence

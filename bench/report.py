@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run import Record, means
 from cases import Case
+from run import Record, means
 
 FOLDER = Path(__file__).resolve().parent / "results"
 MARKS = ("<!-- results -->\n", "<!-- end of results -->\n")

@@ -1,4 +1,4 @@
-"""How time is taken, on a GPU by events on the device, on a CPU by the clock; and a device's rates, for the floors of cases."""
+"""How time is taken, on a GPU by events, on a CPU by the clock; and a device's rates, which the floors of cases want."""
 
 from __future__ import annotations
 
@@ -83,19 +83,21 @@ def graph_of(run: Run) -> Run:
     return graph.replay
 
 
-def host_us(run: Run, calls: int = 50) -> float:
-    """What a call costs the host on a GPU: until it returns, with the device idle before."""
-    times = []
+def host_us(call: Callable[[Any], Any], calls: int, prepare: Callable[[], Any] = lambda: None, cuda: bool = True) -> float:
+    """What a call costs the host: until it returns, with the device idle before; ``prepare``, which makes what it is given,
+    is not timed. The median."""
+    times, kept = [], []  # results are kept, so that no time is taken of tearing them down
     for _ in range(calls):
-        torch.cuda.synchronize()
+        given = prepare()
+        if cuda:
+            torch.cuda.synchronize()
         start = time.perf_counter()
-        run()
+        kept.append(call(given))
         times.append(1e6 * (time.perf_counter() - start))
-    torch.cuda.synchronize()
     return statistics.median(times)
 
 
-def device_us(run: Run, mode: str) -> dict[str, Any]:
+def device_us(run: Run) -> dict[str, Any]:
     """What a call costs the device alone: its time in a CUDA graph, or why there is none."""
     try:
         return {"device_us": median_us(graph_of(run))}

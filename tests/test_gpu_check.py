@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import IN_INTERPRETER
-
 from fused_lstm.config import LaunchConfig
+from pairs import IN_INTERPRETER
 
 BENCH = Path(__file__).parents[1] / "bench"
 LOCAL = LaunchConfig(16, 32, 32, persistent=True, resident=1)
