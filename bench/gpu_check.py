@@ -45,7 +45,7 @@ class Job:
 
 
 def run_tests(arguments: Sequence[str], tool: str = "") -> dict[str, Any]:
-    """pytest with these arguments, below a ``tool`` of NVIDIA's compute-sanitizer if one is named; raises if a test fails."""
+    """pytest with arguments, below a ``tool`` of NVIDIA's compute-sanitizer if one is named. Raises if a test fails."""
     if tool and shutil.which("compute-sanitizer") is None:
         return {"not run": "compute-sanitizer is not installed here"}
     below = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool] if tool else []

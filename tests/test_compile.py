@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checks import skip_unless_it_compiles
+
 from fused_lstm.choose import choose, persistent, stepwise
 from fused_lstm.config import LaunchConfig, Recurrence, refusal
 

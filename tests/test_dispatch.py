@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fused_lstm.dispatch import FLOATS, Plan, Problem, choose_backend
 from pairs import failure, flat, randn, states
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_lstm
 from fused_lstm import dispatch
+from fused_lstm.dispatch import FLOATS, Plan, Problem, choose_backend
 
 UNSUPPORTED = (torch.complex64, torch.int32, torch.float8_e4m3fn)
 X = randn(5, 2, 3, dtype=torch.float32)

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from fused_lstm.autograd import FusedLSTMFunction
-from fused_lstm.config import Device, Recurrence
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_lstm
 from fused_lstm import choose, dispatch, tune
+from fused_lstm.autograd import FusedLSTMFunction
+from fused_lstm.config import Device, Recurrence
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

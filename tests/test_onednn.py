@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_lstm.autograd import FusedLSTMFunction
 from torch import Tensor
 
 from fused_lstm import ops
+from fused_lstm.autograd import FusedLSTMFunction
 
 T, B, I, H = 5, 4, 3, 6  # noqa: E741
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from checks import DEVICE
-from fused_lstm.autograd import FusedLSTMFunction
 from test_reference import problem
 from torch import Tensor
 
 from fused_lstm import ops
+from fused_lstm.autograd import FusedLSTMFunction
 
 CASES: dict[str, dict[str, Any]] = {
     "padded": dict(T=3, B=2),

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from checks import DEVICE, Rule, skip_unless_it_compiles
-from fused_lstm.spec import PLAIN, Stack
 from pairs import every_backend
 from torch import Tensor, nn
 
 import fused_lstm
 from fused_lstm import ragged
+from fused_lstm.spec import PLAIN, Stack
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 BACKENDS = ["auto", "aten", "reference", pytest.param("triton", marks=pytest.mark.kernels)]

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from checks import DEVICE, Config, Rule, add_config
-from fused_lstm.rows import Rows
-from fused_lstm.segments import segment_steps
 from pairs import IN_INTERPRETER, all_equal, assert_all_close, every_backend, flat, pair, randn, states
 from test_ragged import Ragged
 from test_reference import problem
@@ -24,6 +22,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_lstm
 from fused_lstm import ops
+from fused_lstm.rows import Rows
+from fused_lstm.segments import segment_steps
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KERNELS = pytest.param("triton", marks=pytest.mark.kernels)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fused_lstm.autograd import FusedLSTMFunction
-from fused_lstm.rows import Rows
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from fused_lstm import reference
+from fused_lstm.autograd import FusedLSTMFunction
+from fused_lstm.rows import Rows
 
 
 def numbers(*shape: int) -> Tensor:

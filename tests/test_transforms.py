@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fused_lstm.autograd import FusedLSTMFunction
 from pairs import all_equal, every_backend
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fused_lstm
 from fused_lstm import ops
+from fused_lstm.autograd import FusedLSTMFunction
 
 E, T, B, I, H = 3, 4, 2, 3, 4  # noqa: E741
 LAYERS: list[dict[str, Any]] = [
