@@ -17,29 +17,35 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
-from fused_lstm.choose import choose
-from fused_lstm.config import Device, LaunchConfig, Recurrence, arithmetic
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from fused_lstm.launch import FP64, KERNELS, constants
+from fused_lstm.call import Rows, accumulator_dtype
+from fused_lstm.kernels import stepwise
+from fused_lstm.launch import FP64
+from fused_lstm.launch.choose import choose
+from fused_lstm.launch.config import KERNELS, Device, LaunchConfig, Recurrence, arithmetic
+from fused_lstm.launch.schedules import SCHEDULES, Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Shared memory that one program may use, in bytes.
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
 NAME = re.compile(r"%[\w$.#-]+")  # of a value in Triton's GPU code
 TENSOR_CORE = ("HMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA")
 
@@ -62,30 +68,60 @@ class Built:
         return sum(self.instructions[name] for name in TENSOR_CORE)
 
 
+class Absent:
+    """A driver of a GPU that need not be there: what Triton asks in order to compile for it."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.number = TARGETS[target], list(TARGETS).index(target)
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+class Compiler:
+    """In a kernel's place, compiles it for the arguments of a launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.compiled = kernel, None
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            self.compiled = self.kernel.warmup(*args, grid=grid, **options)
+
+        return launch
+
+
 def compile_kernel(
-    kind: str, config: LaunchConfig, target: str, dtype: torch.dtype, tf32: bool, H: int, **flags: Any
-) -> Built:
-    """Compile ``kind`` ("forward" or "backward") for ``target``; ``flags`` are the kernel's other constexpr arguments."""
-    kernel = KERNELS[kind]
-    meta = constants(config, H) | dict(
-        R=1, H=H, DIRECTIONS=1, HAS_H0=True, INTERPRET_BF16=False, PRECISION="tf32" if tf32 else "ieee"
-    ) | flags  # fmt: skip
-    accumulator = "*fp64" if dtype == torch.float64 else "*fp32"
-    types = {"cn_ptr": accumulator, "dc_ptr": accumulator, "resets_ptr": "*u8"}
-    types |= dict.fromkeys(("lengths_ptr", "starts_ptr", "arrived_ptr"), "*i64")
-    signature, aligned = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in meta:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = types.get(name, "*" + TYPES[dtype])
-            aligned[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    constexprs = {name: value for name, value in meta.items() if name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
-    options = {name: value for name, value in meta.items() if name not in kernel.arg_names}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    kind: str, config: LaunchConfig, target: str, dtype: torch.dtype, tf32: bool, H: int, R: int = 1, directions: int = 1,
+    absent: Sequence[str] = (), rows: Sequence[str] = (),
+) -> Built:  # fmt: skip
+    """Compile ``kind`` ("forward" or "backward") for ``target``.
+
+    ``absent`` names buffers that are None, ``rows`` what the sequences have: "lengths" or "packed", "resets".
+    """
+    data = torch.zeros(16, dtype=dtype)
+    fields = {"forward": stepwise.Forward, "backward": stepwise.Backward}[kind]
+    buffers = fields(*(None if name in absent else data for name in fields._fields))
+    buffers = buffers._replace(running_ptr=data.to(accumulator_dtype(dtype)))
+    lengths = torch.ones(1, dtype=torch.int64) if {"lengths", "packed"} & {*rows} else None
+    resets = torch.zeros(1, dtype=torch.bool) if "resets" in rows else None
+    sequences = Rows(1, 1, False, directions, lengths, lengths if "packed" in rows else None, resets)
+    schedule = SCHEDULES[config.schedule]
+    compiler = Compiler(schedule.kernels[kind])
+    problem = Recurrence(kind, arithmetic(dtype, tf32), 1, H, 1, R)
+    driver.set_active(Absent(target))
+    try:
+        with patch.dict(schedule.kernels, {kind: compiler}):
+            schedule.launch(Launch(problem, config, None, directions, False), buffers, sequences)
+    finally:
+        driver._active = None  # whichever there is, found when it is asked for
+    compiled = compiler.compiled
     built = {"shared": compiled.metadata.shared, "ttir": compiled.asm["ttir"]}
     built |= zip(("w_loads_in_loop", "w_loads_before"), w_hh_loads(compiled.asm["ttgir"]), strict=True)
     if "cubin" not in compiled.asm:
@@ -97,7 +133,7 @@ def compile_kernel(
 
 def w_hh_loads(ttgir: str) -> tuple[int, int]:
     """How many loads of W_hh stand in the loop over time, the first one in the code, and how many outside it."""
-    pointers, depth, loop, inside, outside = {"%w_hh_ptr"}, 0, None, 0, 0
+    pointers, depth, loop, inside, outside = {"%buffers.w_hh_ptr"}, 0, None, 0, 0
     for line in ttgir.splitlines():
         results, _, operation = line.strip().partition(" = ")
         operands = NAME.findall(operation)
@@ -148,11 +184,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         return output(str(tools / "cuobjdump"), "-res-usage"), output(str(tools / "nvdisasm"))
 
 
-# The most demanding flags of each kernel.
-TRAINING = {
-    "forward": {"SAVE": True, "LENGTHS": True, "PACKED": False, "RESETS": True},
-    "backward": {"LENGTHS": True, "PACKED": False, "RESETS": True},
-}
+TRAINING = {"rows": ("lengths", "resets")}  # the most demanding flags
 ARITHMETIC = {
     "fp16": (torch.float16, False), "bf16": (torch.bfloat16, False), "tf32": (torch.float32, True),
     "fp32": (torch.float32, False), "fp64": (torch.float64, False),
@@ -196,10 +228,10 @@ def exchanged(config: LaunchConfig, problem: Recurrence) -> int:
 
 def row(name: str, target: str, problem: Recurrence, config: LaunchConfig) -> dict[str, Any]:
     """One record of the ledger."""
-    built = compile_kernel(problem.kernel, config, target, *ARITHMETIC[name], problem.H, **TRAINING[problem.kernel])
+    built = compile_kernel(problem.kernel, config, target, *ARITHMETIC[name], problem.H, **TRAINING)
     return {
         "kernel": problem.kernel, "arch": target, "dtype": name, "H": problem.H, "B": problem.B,
-        "schedule": "persistent" if config.persistent else "stepwise", "config": asdict(config),
+        "schedule": config.schedule, "config": asdict(config),
         "registers": built.registers, "spills": built.spills, "shared": built.shared,
         "tensor_core": built.tensor_core, "instructions": built.instructions.total(),
         "loop_instructions": built.loop.total(), "loop_barriers": built.loop["BAR"],

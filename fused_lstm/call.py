@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,8 +17,7 @@ Result = tuple[Tensor, Tensor, Tensor]  # output, h_n, c_n
 States = tuple[Tensor, Tensor] | None  # h0 and c0; None: zero
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(NamedTuple):
     """How the layers of one call are built and fed; the same words as :class:`torch.nn.LSTM`."""
 
     has_biases: bool
@@ -55,6 +53,7 @@ class Sequences(NamedTuple):
 
 
 PLAIN = Sequences()
+NOTHING = nullcontext()
 ALIGNMENT = 16  # hidden units that the kernels see come in multiples of it: they read rows in vectors
 
 
@@ -260,7 +259,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def forward_mode() -> bool:
     """Whether a level of forward-mode AD is open: torch.func.jvp, jacfwd or hessian, or torch.autograd.forward_ad."""
-    return getattr(forward_ad, "_current_level", -1) >= 0
+    return forward_ad._current_level >= 0
 
 
 def active() -> bool:
@@ -368,6 +367,8 @@ def as_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> T
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """For backward passes: autocast casts what a layer is given, before it runs, and is to cast nothing else."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return NOTHING
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
@@ -377,10 +378,9 @@ def each_layer(
 ) -> Result:
     """x through the layers, with dropout between them; ``run`` is given each layer's input, its states (D, B, ...) or None,
     its weights by direction, and ``more``."""
-    groups, D = stack.groups(weights), stack.directions
-    if stack.num_layers == 1:
-        return run(x, states, groups, *more)
-    last = []
+    if stack.num_layers == 1 and not stack.bidirectional:
+        return run(x, states, (weights,), *more)
+    groups, D, last = stack.groups(weights), stack.directions, []
     for layer in range(stack.num_layers):
         part = slice(layer * D, (layer + 1) * D)
         if layer > 0 and stack.dropout > 0:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from .call import (
     traced,
 )
 from .cpu import aten, segments
-from .plan import Way, choose, choose_compiled, unknown_sizes
+from .plan import HALVES, Way, choose, choose_compiled, unknown_sizes
 
 
 def lstm(
@@ -152,33 +152,33 @@ def run(
     that do not show it give way to the explicit one."""
     if autocast(input):
         h0, c0 = hx or (None, None)
-        input, h0, c0, *weights = (None if t is None else t.to(_cast_dtype(t)) for t in (input, h0, c0, *weights))
+        input, h0, c0, *weights = (None if t is None else t.to(cast_dtype(t)) for t in (input, h0, c0, *weights))
         hx = None if hx is None else (h0, c0)
         with torch.autocast(input.device.type, enabled=False):
             check_like(input, hx, weights)
             return run(input, hx, weights, stack, sequences, backend, keep)
     if torch.compiler.is_compiling():  # without a look at T and B, which are to stay dynamic
         levels = (active(), differentiates() or forward_mode())
-        way, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
-        if way is Way.ONEDNN and not unknown_sizes():
-            stack = dataclasses.replace(stack, recompute=True)
+        word, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
+        if word == "onednn" and not unknown_sizes():
+            stack = stack._replace(recompute=True)
+        runner = None
     else:
-        plan = choose(problem_of(input, hx, weights, stack, sequences), backend)
-        way, fp32, transformed = plan.way, plan.in_fp32, plan.transformed
-    if keep is not None and way is not Way.TRITON:
-        way, fp32 = Way.REFERENCE, input.dtype in (torch.float16, torch.bfloat16)
+        word, fp32, transformed, runner = _chosen(problem_of(input, input.dtype, hx, weights, stack, sequences), backend)
     dtype = input.dtype
+    if keep is not None and word != "triton":
+        word, fp32, runner = "reference", dtype in HALVES, None
     if fp32:
         input, weights = input.float(), [w.float() for w in weights]
         hx = None if hx is None else (hx[0].float(), hx[1].float())
-    if way in RUNNERS:
-        y, h_n, c_n = RUNNERS[way](input, hx, weights, stack, sequences)
+    if runner is None:
+        y, h_n, c_n = run_layers(input, hx, weights, stack, sequences, word, transformed, keep)
     else:
-        y, h_n, c_n = run_layers(input, hx, weights, stack, sequences, way.value, transformed, keep)
+        y, h_n, c_n = runner(input, hx, weights, stack, sequences)
     return (y.to(dtype), h_n.to(dtype), c_n.to(dtype)) if fp32 else (y, h_n, c_n)
 
 
-RUNNERS: dict[Way, Callable[..., Result]] = {
+RUNNERS: dict[Way, Callable[..., Result]] = {  # of the other ways the op runs each layer
     Way.FUSED: aten.fused,
     Way.CELL: aten.single_step,
     Way.PREFIX: aten.prefix,
@@ -188,6 +188,13 @@ RUNNERS: dict[Way, Callable[..., Result]] = {
 }
 
 Keep = Callable[[Kept], None]
+
+
+@lru_cache(maxsize=4096)
+def _chosen(problem: Problem, backend: str) -> tuple[str, bool, bool, Callable[..., Result] | None]:
+    """The way of a call in a word, a Plan's two flags, and what runs it unless the op does."""
+    plan = choose(problem, backend)
+    return plan.way.value, plan.in_fp32, plan.transformed, RUNNERS.get(plan.way)
 
 
 def run_layers(
@@ -287,13 +294,15 @@ def autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _cast_dtype(x: Tensor) -> torch.dtype:
+def cast_dtype(x: Tensor) -> torch.dtype:
     """The dtype x is computed in: as torch's own autocast does, which leaves fp64 alone."""
     return torch.get_autocast_dtype(x.device.type) if autocast(x) and x.dtype != torch.float64 else x.dtype
 
 
-def problem_of(input: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Problem:
-    """What a plan needs to know of a call. Raises RuntimeError for T = 0, as torch does."""
+def problem_of(
+    input: Tensor, dtype: torch.dtype, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences
+) -> Problem:
+    """What a plan needs to know of a call that is computed in ``dtype``. Raises RuntimeError for T = 0, as torch does."""
     shape, sizes = input.shape, sequences.batch_sizes
     if sizes is not None:
         T, B = sizes.shape[0], int(sizes[0])
@@ -304,7 +313,7 @@ def problem_of(input: Tensor, hx: States, weights: Sequence[Tensor], stack: Stac
     functions = active()
     return Problem(
         input.device.type,
-        _cast_dtype(input),
+        dtype,
         T,
         B,
         weights[0].shape[0] // 4,

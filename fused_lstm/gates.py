@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ def inspect_gates(
         raise RuntimeError(
             "inspect_gates has no derivatives, expected a call outside of forward-mode AD and of torch.func's grad, vjp, jvp"
         )
-    weights, stack = lstm._weights(), dataclasses.replace(lstm._stack(), dropout=0.0)
+    weights, stack = lstm._weights(), lstm._stack()._replace(dropout=0.0)
     data, states, sequences = lstm._prepare(x, hx, weights, stack, lengths, resets)
     kept: list[Kept] = []
     output, h_n, c_n = run(data, states, weights, stack, sequences, lstm.backend, keep=kept.append)

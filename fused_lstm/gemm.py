@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .call import NOTHING
 
 # On a CPU torch gives fp32 products to its BLAS, and oneDNN's are up to 2.2 times faster (MKL on an AMD EPYC) from about
 # this many multiply-adds on; below, its overhead costs more. The op is the one torch's own compiler emits; it has no
@@ -60,12 +62,13 @@ def tf32_allowed() -> bool:
     return torch.backends.cudnn.allow_tf32
 
 
-@contextmanager
-def tf32_as_cudnn(x: Tensor) -> Iterator[None]:
+def tf32_as_cudnn(x: Tensor) -> AbstractContextManager[None]:
     """Let the GEMMs inside use TF32 exactly when cuDNN's LSTM would; does nothing off CUDA or in another dtype."""
-    if not x.is_cuda or x.dtype != torch.float32:
-        yield
-        return
+    return _as_cudnn() if x.is_cuda and x.dtype == torch.float32 else NOTHING
+
+
+@contextmanager
+def _as_cudnn() -> Iterator[None]:
     before = torch._C._get_cublas_allow_tf32()
     torch._C._set_cublas_allow_tf32(tf32_allowed())
     try:

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Problem, Sequences, Stack, States, as_resets
-from .functional import check_like, problem_of, run, settle
+from .functional import cast_dtype, check_like, problem_of, run, settle
 from .plan import BACKENDS, Plan, choose
 
 L = TypeVar("L", bound=nn.RNNBase)
@@ -107,6 +107,13 @@ class LSTM(nn.RNNBase):
         dtype = input.dtype if weight is None else weight.dtype
         if input.dim() != dims or input.shape[-1] != self.input_size or input.dtype != dtype:
             super().check_input(input, batch_sizes)
+
+    def _check_states(self, x: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
+        # As check_forward_args, which is slow, and so only asked for its words.
+        B = int(batch_sizes[0]) if batch_sizes is not None else x.shape[0 if self.batch_first else 1]
+        K, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
+        if hx[0].shape != (K, B, self.proj_size or H) or hx[1].shape != (K, B, H):
+            self.check_forward_args(x, hx, batch_sizes)
 
     @classmethod
     def from_torch(cls, module: nn.LSTM, backend: str = "auto", recompute: bool = False) -> LSTM:
@@ -223,7 +230,7 @@ class LSTM(nn.RNNBase):
         """What a call with these arguments would ask of a backend; raises what the call would raise."""
         weights, stack = self._weights(), self._stack()
         x, states, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
-        return problem_of(x, states, weights, stack, sequences)
+        return problem_of(x, cast_dtype(x), states, weights, stack, sequences)
 
     def _stack(self) -> Stack:
         dropout = self.dropout if self.training else 0.0
@@ -251,6 +258,11 @@ class LSTM(nn.RNNBase):
             x, batch_sizes = input.data, input.batch_sizes
             if hx is not None:
                 hx = self.permute_hidden(hx, input.sorted_indices)
+            elif torch.compiler.is_compiling():  # which does not know the numbers that tell B
+                order, K = input.sorted_indices, self.num_layers * (2 if self.bidirectional else 1)
+                B = int(batch_sizes[0]) if order is None else order.shape[0]
+                c0 = x.new_zeros(K, B, self.hidden_size)
+                hx = (x.new_zeros(K, B, self.proj_size) if self.proj_size else c0, c0)
         else:
             dims = input.dim()
             if dims not in (2, 3):
@@ -266,7 +278,7 @@ class LSTM(nn.RNNBase):
         if batch_sizes is None or not torch.compiler.is_compiling():  # else they depend on numbers that no compiler knows
             self.check_input(x, batch_sizes)
             if hx is not None:
-                self.check_forward_args(x, hx, batch_sizes)
+                self._check_states(x, hx, batch_sizes)
         check_like(x, hx, weights)
         if resets is not None and x is not input and batch_sizes is None:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
@@ -318,7 +330,6 @@ def explain(
         raise TypeError(f"explain expects a fused_lstm.LSTM, got: {type(lstm).__module__}.{type(lstm).__name__}")
     problem = lstm.problem(input, hx, lengths=lengths, resets=resets)
     plan = choose(problem, lstm.backend)
-    plan = dataclasses.replace(plan, rejected=dict(plan.rejected))  # the caller's own
     if plan.backend == "triton":
         from . import launch
 

@@ -100,7 +100,7 @@ def layer(
     start = h0
     w_ih, w_hh, w_h0 = (None if w is None else _by_direction(w, R) for w in (w_ih, w_hh, w_h0))
     if w_h0 is not None:
-        x, w_ih, start = _with_first(x, h0, w_ih, w_h0, lengths, directions), _beside(w_ih, w_h0), None
+        x, w_ih, start = _with_first(x, h0, w_ih, w_h0, lengths, directions), _beside(w_ih, w_h0, R), None
     bias = None if b_ih is None else op.Concat(*(_gates(_by_direction(b, R), H) for b in (b_ih, b_hh)), axis=1)
     ends = None if lengths is None else op.Cast(lengths, to=INT32)
     y, h_n, c_n = op.LSTM(
@@ -150,9 +150,8 @@ def _with_first(x, h0, w_ih, w_h0, lengths, directions: int):
     return op.Concat(x, *parts, axis=2)
 
 
-def _beside(w_ih, w_h0):
+def _beside(w_ih, w_h0, R: int):
     """The weights (R, 4H, I + R*P) of what :func:`_with_first` made: each recurrence's w_h0 meets its own h0 only."""
-    R = w_h0.shape[0]
     own = [op.Constant(value_floats=[float(q == r) for q in range(R)]) for r in range(R)]
     own = [op.Reshape(op.CastLike(mask, w_h0), op.Constant(value_ints=[R, 1, 1])) for mask in own]
     return op.Concat(w_ih, *[op.Mul(w_h0, mask) for mask in own], axis=2)

@@ -78,7 +78,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return tuple(y.new_empty(t.shape if need and t is not None else 0) for t, need in zip(inputs, needs, strict=True))
 
 
-PLAIN_TENSORS = (Tensor, nn.Parameter, type(None))
+PLAIN_TENSORS = {Tensor, nn.Parameter, type(None)}
 
 
 def plain(tensors: Sequence[Tensor | None]) -> bool:
@@ -89,7 +89,7 @@ def plain(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state() is not None
-    ) and all([type(t) in PLAIN_TENSORS for t in tensors])
+    ) and PLAIN_TENSORS.issuperset(map(type, tensors))
 
 
 def layer(call: LayerCall) -> Kept:
@@ -98,7 +98,7 @@ def layer(call: LayerCall) -> Kept:
         if call.save and torch.is_grad_enabled():
             return Kept(*LayerFunction.apply(*call), None, None)  # gates and cell states are the gradient's own
         return recurrence.forward(call)
-    if call.save and active():
+    if call.save and active() and not torch.compiler.is_compiling():
         return Kept(*MappedLayerFunction.apply(*call))
     return Kept(*layer_forward(*call))
 
@@ -108,7 +108,8 @@ def _gradient(*args: Any) -> Sequence[Tensor | None]:
     if active():
         return MappedLayerGradient.apply(*args)
     dy, dh_n, dc_n, *call, y, gates, c, needs = args
-    if not plain((dy, dh_n, dc_n, *call[:11])):
+    mapped = map(torch._C._functorch.is_legacy_batchedtensor, (g for g in (dy, dh_n, dc_n) if g is not None))
+    if any(mapped) or not plain((dy, dh_n, dc_n, *call[:11])):  # is_grads_batched maps without being a transform
         return layer_backward(dy, dh_n, dc_n, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
     if torch.is_grad_enabled():
         return LayerGradient.apply(*args)
@@ -368,7 +369,10 @@ def _by_w_hh(fold: Fold, dgates: Tensor, call: LayerCall, y: Tensor) -> Tensor:
 
 
 def _one_by_one(call: Call, E: int, args: Sequence, dims: Sequence) -> Mapped:
-    members = [call(*(t if d is None else t.select(d, e) for t, d in zip(args, dims, strict=True))) for e in range(E)]
+    def member(e: int) -> tuple[Tensor, ...]:
+        return call(*(t.select(d, e) if isinstance(d, int) else t for t, d in zip(args, dims, strict=True)))
+
+    members = [member(e) for e in range(E)]
     return _transposed([(torch.stack(ts), 0) for ts in zip(*members, strict=True)])
 
 

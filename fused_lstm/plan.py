@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
@@ -119,6 +119,19 @@ def supports_onednn(p: Problem) -> bool:
     return p.device == "cpu" and p.dtype != torch.float64 and p.proj_size == 0 and torch.backends.mkldnn.is_available()
 
 
+@cache
+def onednn_has_bf16() -> bool:
+    """Whether oneDNN computes bf16 on this CPU, as it does with AVX-512; where not, torch's LSTM is a loop over steps."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def better_in_fp32(p: Problem) -> bool:
+    """Whether a CPU that computes in fp32 and rounds is many times faster, next to the copies of the weights."""
+    if p.dtype == torch.bfloat16:
+        return p.device == "cpu" and p.T > 1 and not onednn_has_bf16()
+    return p.device == "cpu" and p.dtype == torch.float16
+
+
 def supports_reference(p: Problem) -> tuple[bool, str]:
     if p.dtype not in FLOATS:
         return False, f"the explicit path knows {', '.join(map(str, FLOATS))}, not {p.dtype}"
@@ -139,7 +152,7 @@ def segment_steps(T: int) -> int:
 
 def way_of_aten(p: Problem) -> tuple[Way, bool, str]:
     """How the aten backend serves a problem, whether in fp32, and the reason."""
-    fp32 = p.device == "cpu" and p.dtype == torch.float16
+    fp32 = better_in_fp32(p)
     computed = ", computed in fp32" if fp32 else ""
     if p.recompute and p.needs_grad and p.T > 1:
         n = segment_steps(p.T)
@@ -158,8 +171,8 @@ def way_of_aten(p: Problem) -> tuple[Way, bool, str]:
     if p.device == "cpu" and p.T == 1 and few and not p.packed and p.dtype != torch.bfloat16:
         return Way.CELL, fp32, "T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call"
     if fp32:
-        why = "fp16 on a CPU: computed in fp32, which is many times faster, and rounded at the end"
-        return Way.FUSED, True, why
+        what = "fp16 on a CPU" if p.dtype == torch.float16 else "bf16 on a CPU without AVX-512"
+        return Way.FUSED, True, f"{what}: computed in fp32, which is many times faster, and rounded at the end"
     return Way.FUSED, False, "torch's own fused LSTM"
 
 
@@ -183,7 +196,6 @@ def prefers_reference(p: Problem) -> str | None:
     return None
 
 
-@lru_cache(maxsize=4096)
 def choose(p: Problem, backend: str = "auto") -> Plan:
     """The plan for a problem.
 
@@ -244,9 +256,9 @@ def _choose(p: Problem, backend: str) -> Plan:
 
 def choose_compiled(
     device: str, dtype: torch.dtype, projected: bool, transformed: bool, differentiated: bool, backend: str
-) -> tuple[Way, bool, bool]:
-    """How a call runs in a graph of torch.compile or torch.export, and a Plan's two flags: as one op per layer, whatever T
-    and B will be.
+) -> tuple[str, bool, bool]:
+    """The way of a call in a graph of torch.compile or torch.export, in a word, and a Plan's two flags: as one op per layer,
+    whatever T and B will be.
 
     A derivative taken by torch.func inside the graph is the exception: torch differentiates an op only outside of it, and
     the readable loop is compiled, step after step.
@@ -257,10 +269,10 @@ def choose_compiled(
     p = Problem(device, dtype, T=2, B=2, hidden_size=2, proj_size=int(projected), transformed=transformed)
     plan = choose(p, backend)
     if differentiated:
-        return Way.LOOP, dtype in HALVES, False
+        return Way.LOOP.value, dtype in HALVES, False
     if plan.backend != "aten":
-        return plan.way, plan.in_fp32, plan.transformed
-    return Way.ONEDNN if supports_onednn(p) else Way.REFERENCE, dtype in HALVES, False
+        return plan.way.value, plan.in_fp32, plan.transformed
+    return (Way.ONEDNN if supports_onednn(p) else Way.REFERENCE).value, dtype in HALVES, False
 
 
 def unknown_sizes() -> bool:

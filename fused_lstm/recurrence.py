@@ -7,6 +7,7 @@ third engine, oneDNN's fused LSTM, does the whole layer by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -18,6 +19,7 @@ from .cpu import onednn
 from .gemm import linear, outer, tf32_as_cudnn
 
 
+@cache
 def _engine(name: str) -> ModuleType:
     if name == "reference":
         return reference
@@ -54,17 +56,17 @@ def forward(call: LayerCall) -> Kept:
         check_range(call.lengths, rows.T)
     if call.engine == "onednn":
         return onednn.forward(call, rows)
-    x, R, H = call.x, call.R, call.H
+    x, w_hh, h0 = call.x, call.w_hh.contiguous(), call.h0
+    if h0 is not None:
+        h0 = h0.contiguous() if call.w_h0 is None else None
     with tf32_as_cudnn(x):
         gates = _pre_activations(call, rows, call.b_ih)
-        y = gates.new_empty((*x.shape[:-1], R * H))
-        c_all = gates.new_empty((y.numel() // (R * H), R, H)) if call.save else None
-        h_n, c_n = _engine(call.engine).recurrence_forward(
-            gates, call.w_hh.contiguous(), call.b_hh, _contiguous(call.h0 if call.w_h0 is None else None),
-            _contiguous(call.c0), rows, y, c_all,
-        )  # fmt: skip
-    keep_gates = call.save and not call.recompute
-    return Kept(y, h_n, c_n, gates.view(-1, R, 4, H) if keep_gates else None, c_all)
+        R, H = call.R, call.H
+        y, c_all = gates.new_empty((*x.shape[:-1], R * H)), None
+        if call.save:
+            c_all = gates.new_empty((y.numel() // (R * H), R, H))
+        h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, call.b_hh, h0, _contiguous(call.c0), rows, y, c_all)
+    return Kept(y, h_n, c_n, gates.view(-1, R, 4, H) if call.save and not call.recompute else None, c_all)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -93,41 +95,39 @@ def backward(
     start, w_hh = _contiguous(call.h0 if call.w_h0 is None else None), call.w_hh.contiguous()
     with no_autocast(x), tf32_as_cudnn(x):
         y, gates, c_all = y.contiguous(), _contiguous(gates), c_all.contiguous()  # vmap may hand in views
-        h_prev = x.new_empty((N, R, H))
+        h_prev = x.new_empty((N, R * H))
         if gates is not None:
-            dgates = x.new_empty((N, R, 4, H))
+            flat = dgates = x.new_empty((N, R * 4 * H))
         else:  # not kept; their gradients then overwrite them
-            dgates = gates = _activated(call, rows, y, h_prev, start)
+            dgates = gates = _activated(call, rows, y, h_prev.view(N, R, H), start)
+            flat = gates.view(N, R * 4 * H)
         dc0 = _engine(call.engine).recurrence_backward(
             _contiguous(dy), _contiguous(dh_n), _contiguous(dc_n), gates, c_all, y, start, _contiguous(call.c0), w_hh, rows,
             dgates, h_prev,
         )  # fmt: skip
-        flat = dgates.view(N, R * 4 * H)
         dx = dw_ih = dw_hh = db_ih = db_hh = dh0 = dw_h0 = None
         if needs[0]:
             dx = (flat if call.w_ih is None else linear(flat, call.w_ih.t())).view(x.shape)
         if needs[3] and call.w_ih is not None:
             dw_ih = outer(flat, x.reshape(N, x.shape[-1]))
-        if needs[4]:
-            dw_hh = _joined([outer(dgates[:, r].flatten(1), h_prev[:, r]) for r in range(R)])
+        if needs[4] and R == 1:
+            dw_hh = outer(flat, h_prev)
+        elif needs[4]:
+            dw_hh = torch.cat(list(map(outer, flat.chunk(R, 1), h_prev.chunk(R, 1))))
         if needs[5] or needs[6]:
             db_ih = flat.sum(0)
             db_hh = db_ih.clone() if needs[5] else db_ih  # two tensors, for what is done to one in place
         if (needs[1] or needs[7]) and call.h0 is not None:
-            first = [_carried(dgates[rows.at(0, r), r].flatten(1), rows, r) for r in range(R)]
+            first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(flat.chunk(R, 1))]
             if needs[1]:
                 ws = (w_hh if call.w_h0 is None else call.w_h0).chunk(R)
                 dh0 = torch.stack([linear(da, w.t()) for da, w in zip(first, ws, strict=True)])
             if needs[7]:
-                dw_h0 = _joined([outer(da, h) for da, h in zip(first, call.h0, strict=True)])
+                dw_h0 = torch.cat([outer(da, h) for da, h in zip(first, call.h0, strict=True)])
     if dh0 is not None and call.w_h0 is None and call.lengths is not None:  # a row without steps hands h0 through
         dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)
     found = (dx, dh0, dc0 if call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0)
     return [grad if need else None for grad, need in zip(found, needs, strict=True)]
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _activated(call: LayerCall, rows: Rows, y: Tensor, h_prev: Tensor, start: Tensor | None) -> Tensor:

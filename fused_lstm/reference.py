@@ -176,7 +176,7 @@ def recurrence_backward(
 ) -> Tensor:
     """Gradients through the recurrence, by hand. Returns dc_0, (R, B, H)."""
     R, H = c_all.shape[1:]
-    y, w_hh = y.view(-1, R, H), w_hh.view(R, 4 * H, H)
+    y, w_hh, dgates, h_prev = y.view(-1, R, H), w_hh.view(R, 4 * H, H), dgates.view(-1, R, 4, H), h_prev.view(-1, R, H)
     dy = torch.zeros_like(y) if dy is None else dy.view(-1, R, H)
     c_prev = torch.empty_like(c_all)
     for r in range(R):

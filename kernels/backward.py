@@ -53,11 +53,11 @@ def lstm_backward_kernel(
     state = (r * B + offs_b)[:, None] * H + offs_h[None, :]  # (R, B, H)
     last = tl.minimum(T, tl.max(lengths, 0).to(tl.int32))
     s = tl.maximum(last - 1, 0)  # where no row has a step, one that none has
-    rows, prev_rows = data_rows(batch, s), data_rows(batch, s - 1)
+    rows, prev_rows = data_rows(sequences, batch, s), data_rows(sequences, batch, s - 1)
     a_rows = buffers.dgates_ptr + (rows * R + r) * (4 * H)
     mask_s = s < lengths  # rows that have this step
     mask_a = mask_b & False  # rows that get a gradient from the step after this one, in order of processing
-    keep = carried(batch, s, rows, prev_rows)  # ... and a state from before
+    keep = carried(sequences, batch, s, rows, prev_rows)  # ... and a state from before
     if buffers.dcn_ptr is None:
         dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     else:
@@ -103,9 +103,9 @@ def lstm_backward_kernel(
             da_g = tl.where(keep[:, None], narrow(dgates[2], dtype, INTERPRET_BF16), 0.0)
             da_o = tl.where(keep[:, None], narrow(dgates[3], dtype, INTERPRET_BF16), 0.0)
         rows = prev_rows
-        prev_rows = data_rows(batch, s - 2)
+        prev_rows = data_rows(sequences, batch, s - 2)
         mask_s = (s - 1 < lengths) & (lengths * 0 + s > 0)
-        keep = carried(batch, s - 1, rows, prev_rows) & mask_s
+        keep = carried(sequences, batch, s - 1, rows, prev_rows) & mask_s
         saved = load_saved(buffers, s - 1, rows, prev_rows, r, state, offs_h, mask_s, keep, lengths, R, H)
     tl.store(buffers.dc0_ptr + state, narrow(dc, dtype, INTERPRET_BF16), mask=mask_b[:, None] & mask_h[None, :])
 

@@ -60,9 +60,9 @@ def lstm_forward_kernel(
     batch = batch_rows(sequences, offs_b, mask_b, r, T, row_stride_t, row_stride_b, DIRECTIONS)
     lengths = batch.lengths
     zero = T * 0
-    rows, prev_rows = data_rows(batch, zero), data_rows(batch, zero - 1)
+    rows, prev_rows = data_rows(sequences, batch, zero), data_rows(sequences, batch, zero - 1)
     mask_s = lengths > 0  # rows that have this step
-    keep = carried(batch, zero, rows, prev_rows)  # ... and a state from before
+    keep = carried(sequences, batch, zero, rows, prev_rows)  # ... and a state from before
     mask_a = keep
     state = (r * B + offs_b)[:, None] * H + offs_h[None, :]  # (R, B, H)
     if buffers.h0_ptr is None:
@@ -113,9 +113,9 @@ def lstm_forward_kernel(
             store_gates(gates_ptr, gates, mask, H, dtype, INTERPRET_BF16)
         h_rows = buffers.h_ptr + (rows * R + r) * H
         prev_rows = rows
-        rows = data_rows(batch, s + 1)
+        rows = data_rows(sequences, batch, s + 1)
         mask_s = s + 1 < lengths
-        keep = carried(batch, s + 1, rows, prev_rows)
+        keep = carried(sequences, batch, s + 1, rows, prev_rows)
         mask_a = keep
         gates_ptr = buffers.gates_ptr + (rows * R + r)[:, None] * (4 * H) + offs_h[None, :]
         given = load_gates(gates_ptr, mask_s[:, None] & mask_h[None, :], H, dtype)

@@ -15,7 +15,7 @@ class Sequences(NamedTuple):
 
 
 class BatchRows(NamedTuple):
-    """The batch rows of a program, and how their steps lie in memory."""
+    """The batch rows of a program, and how their steps lie in memory. Without Sequences: Triton 3.6 returns no None."""
 
     offs_b: Any  # (BLOCK_B,)
     mask: Any  # (BLOCK_B,) which of them the batch has
@@ -23,8 +23,6 @@ class BatchRows(NamedTuple):
     backwards: Any  # whether they run from the end of time
     row_stride_t: Any
     row_stride_b: Any
-    starts_ptr: Any
-    resets_ptr: Any
 
 
 @triton.jit
@@ -38,19 +36,17 @@ def batch_rows(sequences, offs_b, mask, r, T, row_stride_t, row_stride_b, DIRECT
         lengths = tl.where(mask, T, 0).to(tl.int64)
     else:
         lengths = tl.load(sequences.lengths_ptr + offs_b, mask=mask, other=0)
-    return BatchRows(
-        offs_b, mask, lengths, backwards, row_stride_t, row_stride_b, sequences.starts_ptr, sequences.resets_ptr
-    )
+    return BatchRows(offs_b, mask, lengths, backwards, row_stride_t, row_stride_b)
 
 
 @triton.jit
-def data_rows(batch, s):
+def data_rows(sequences, batch, s):
     """Data row of step s of each batch row, int64. Meaningless, but in range of int64, where s is not a step of the row."""
     t = tl.where(batch.backwards, batch.lengths - 1 - s, s)
-    if batch.starts_ptr is None:
+    if sequences.starts_ptr is None:
         rows = t * batch.row_stride_t + batch.offs_b.to(tl.int64) * batch.row_stride_b
     else:
-        rows = tl.load(batch.starts_ptr + t, mask=(t >= 0) & (t < batch.lengths), other=0) + batch.offs_b
+        rows = tl.load(sequences.starts_ptr + t, mask=(t >= 0) & (t < batch.lengths), other=0) + batch.offs_b
     return rows
 
 
@@ -61,15 +57,15 @@ def padding_rows(batch, s):
 
 
 @triton.jit
-def carried(batch, s, rows, prev_rows):
+def carried(sequences, batch, s, rows, prev_rows):
     """Batch rows that carry state over from step s - 1 to step s, whose data rows are ``prev_rows`` and ``rows``; at s = 0,
     from the initial state."""
     mask = s < batch.lengths
-    if batch.resets_ptr is not None:
+    if sequences.resets_ptr is not None:
         # Between t-1 and t lies the reset of t: of step s forwards, of step s - 1 backwards in time. Backwards, no reset
         # lies before step 0.
         at = tl.where(batch.backwards, prev_rows, rows)
         t = tl.where(batch.backwards, batch.lengths - s, s)
         boundary = mask & (t >= 0) & (t < batch.lengths)
-        mask = mask & (tl.load(batch.resets_ptr + at, mask=boundary, other=0) == 0)
+        mask = mask & (tl.load(sequences.resets_ptr + at, mask=boundary, other=0) == 0)
     return mask

@@ -96,13 +96,15 @@ def lstm_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     """Step s of the forward pass. ``buffers`` is a Forward, ``sequences`` a Sequences; CELL is the cell's forward half."""
     R: tl.constexpr = config.R
     H: tl.constexpr = config.H
+    BLOCK_B: tl.constexpr = config.BLOCK_B
+    BLOCK_H: tl.constexpr = config.BLOCK_H
     ACC: tl.constexpr = buffers.running_ptr.dtype.element_ty
     BF16: tl.constexpr = config.INTERPRET_BF16
     dtype: tl.constexpr = buffers.h_ptr.dtype.element_ty
     at = place_of(sequences, T, B, row_stride_t, row_stride_b, config)
     batch = at.batch
-    rows, prev_rows = data_rows(batch, s), data_rows(batch, s - 1)
-    keep = carried(batch, s, rows, prev_rows)
+    rows, prev_rows = data_rows(sequences, batch, s), data_rows(sequences, batch, s - 1)
+    keep = carried(sequences, batch, s, rows, prev_rows)
     mask = at.mask & (s < batch.lengths)[:, None]
     mask_keep = at.mask & keep[:, None]
 
@@ -113,19 +115,19 @@ def lstm_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
         else:
             h_rows = buffers.h0_ptr + (at.r * B + batch.offs_b) * H
         if buffers.c0_ptr is None:
-            c = tl.zeros((config.BLOCK_B, config.BLOCK_H), ACC)
+            c = tl.zeros((BLOCK_B, BLOCK_H), ACC)
         else:
             c = tl.load(buffers.c0_ptr + at.state, mask=mask_keep, other=0.0).to(ACC)
     else:
         c = tl.load(buffers.running_ptr + at.state, mask=mask_keep, other=0.0)
 
-    unit, gate = at.unit, tl.arange(0, 4 * config.BLOCK_H) % 4
+    unit, gate = at.unit, tl.arange(0, 4 * BLOCK_H) % 4
     w_rows = buffers.w_hh_ptr + ((at.r * 4 + gate) * H + unit) * H
-    acc = tl.zeros((config.BLOCK_B, 4 * config.BLOCK_H), ACC)
+    acc = tl.zeros((BLOCK_B, 4 * BLOCK_H), ACC)
     acc = product(acc, h_rows, keep, w_rows, unit < H, 0, 1, config)
     if buffers.b_hh_ptr is not None:
         acc += tl.load(buffers.b_hh_ptr + (at.r * 4 + gate) * H + unit, mask=unit < H, other=0.0).to(ACC)[None, :]
-    even, odd = tl.split(tl.reshape(acc, (config.BLOCK_B, config.BLOCK_H, 2, 2)))
+    even, odd = tl.split(tl.reshape(acc, (BLOCK_B, BLOCK_H, 2, 2)))
     a_i, a_g = tl.split(even)
     a_f, a_o = tl.split(odd)
     offs = (rows * R)[:, None] * H + at.columns
@@ -156,21 +158,24 @@ def lstm_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     """Step s of the backward pass: dh = dy + dgates_{s+1} @ W_hh, then the cell's gradients. ``buffers`` is a Backward."""
     R: tl.constexpr = config.R
     H: tl.constexpr = config.H
+    BLOCK_B: tl.constexpr = config.BLOCK_B
+    BLOCK_H: tl.constexpr = config.BLOCK_H
     ACC: tl.constexpr = buffers.running_ptr.dtype.element_ty
     BF16: tl.constexpr = config.INTERPRET_BF16
     dtype: tl.constexpr = buffers.dgates_ptr.dtype.element_ty
     at = place_of(sequences, T, B, row_stride_t, row_stride_b, config)
     batch = at.batch
-    rows, prev_rows, next_rows = data_rows(batch, s), data_rows(batch, s - 1), data_rows(batch, s + 1)
-    keep = carried(batch, s, rows, prev_rows)
-    keep_next = carried(batch, s + 1, next_rows, rows)  # rows whose next step hands a gradient back
+    rows, prev_rows = data_rows(sequences, batch, s), data_rows(sequences, batch, s - 1)
+    next_rows = data_rows(sequences, batch, s + 1)
+    keep = carried(sequences, batch, s, rows, prev_rows)
+    keep_next = carried(sequences, batch, s + 1, next_rows, rows)  # rows whose next step hands a gradient back
     mask = at.mask & (s < batch.lengths)[:, None]
     mask_keep = at.mask & keep[:, None]
     last = mask & (s == batch.lengths - 1)[:, None]
 
-    offs_h = tl.program_id(0) * config.BLOCK_H + tl.arange(0, config.BLOCK_H)
+    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     w_rows = buffers.w_hh_ptr + at.r * (4 * H) * H + offs_h
-    dh = tl.zeros((config.BLOCK_B, config.BLOCK_H), ACC)
+    dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     for gate in tl.static_range(4):
         a_rows = buffers.dgates_ptr + (next_rows * R + at.r) * (4 * H) + gate * H
         dh = product(dh, a_rows, keep_next, w_rows, offs_h < H, gate, H, config)

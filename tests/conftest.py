@@ -13,6 +13,7 @@ torch.backends.cudnn.allow_tf32 = False  # the yardstick is strict fp32
 torch.set_num_threads(1)  # the tests are small, and pytest-xdist runs several of them
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+HALVES = (torch.float16, torch.bfloat16)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -26,8 +27,17 @@ def _reason(item: pytest.Item) -> str | None:
     return None
 
 
+def _holds_half(value: object) -> bool:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return value in HALVES if isinstance(value, torch.dtype) else any(map(_holds_half, values))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "autocast" in item.name or "half_precision" in item.name or _holds_half(parameters):
+            item.add_marker(pytest.mark.half)
         reason = _reason(item)
         if reason:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -339,32 +339,23 @@ def test_what_is_lost_or_larger_is_flagged(capsys: pytest.CaptureFixture[str]) -
     assert "3 changes for the worse" in said
 
 
-def test_a_planted_slowdown_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half as fast, where the guard sees 20 of 100 on a quiet machine: this one may be busy."""
-    case, names = replace(TINY, B=16, T=32, I=32, H=64), ["torch", "fused"]
-    right = providers.PROVIDERS["fused"]
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "same"), (1.2, "slower"), (0.8, "faster")])
+def test_from_rounds_to_a_verdict(factor: float, verdict: str) -> None:
+    """On made-up times: whether all of a machine is at half its speed, or a round is disturbed, does not count."""
 
-    def planted(layer: nn.LSTM, case: Case, ragged: providers.Ragged) -> providers.Runner:
-        runner = right(layer, case, ragged)
+    def records(factor: float, busy: float) -> list[dict[str, Any]]:
+        torchs = [busy * us for us in (100.0, 101.0, 99.0, 100.0, 102.0, 100.0, 100.0, 98.0, 100.0)]
+        fused = [factor * us / 2 for us in torchs]
+        fused[4] *= 5
+        rows = [
+            {**asdict(TINY), "mode": "inference", "provider": name, "plan": "", "rounds_us": rounds}
+            for name, rounds in (("torch", torchs), ("fused", fused))
+        ]
+        return run.merged(TINY, ["inference"], [{"result": rows, "providers": ["torch", "fused"]}] * 2, {})
 
-        def call(x: Tensor) -> Any:
-            start = time.perf_counter()
-            y = runner.call(x)
-            end = time.perf_counter() + 2 * (time.perf_counter() - start)
-            while time.perf_counter() < end:
-                pass
-            return y
-
-        return replace(runner, call=call)
-
-    def records() -> list[dict[str, Any]]:
-        rows = list(measured(case, names, "inference", seconds=0.3).values())
-        return run.merged(case, ["inference"], [{"result": rows, "providers": names}], {})
-
-    before = records()
-    monkeypatch.setitem(providers.PROVIDERS, "fused", planted)
-    (change,) = compare.changes(before, records(), 0.05)
-    assert change.verdict == "slower", change
+    (change,) = compare.changes(records(1.0, 1.0), records(factor, 2.0), 0.05)
+    assert change.verdict == verdict
+    assert change.factor == pytest.approx(1 / factor)
 
 
 def test_comparing_says_what_it_wants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,11 @@
-"""Every shipped kernel configuration compiles for every target, without a GPU, within the target's resources."""
+"""Every shipped kernel configuration compiles for every target, without a GPU, within the target's resources, with offsets
+of 64 bits."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from checks import skip_unless_it_compiles
-
 from fused_lstm.choose import choose, persistent, stepwise
 from fused_lstm.config import LaunchConfig, Recurrence, refusal
 
@@ -45,6 +45,10 @@ def check(name: str, problem: Recurrence, config: LaunchConfig, target: str, fla
         before, whole = segments * config.resident, config.resident == config.tiles(problem.H)
         assert built.w_loads_before == before, f"{what}: {built.w_loads_before} loads of W_hh before the loop, not {before}"
         assert (built.w_loads_in_loop == 0) == whole, f"{what}: {built.w_loads_in_loop} loads of W_hh in the loop over time"
+    # T*B*4H passes 2^31 in real use, so no tensor of offsets is multiplied in 32 bits.
+    products = [line for line in built.ttir.splitlines() if "arith.muli" in line and "tensor<" in line]
+    assert any("xi64>" in line for line in products), what
+    assert not [line for line in products if "xi32>" in line], what
     if target == "sm_90":
         assert built.spills == 0, f"{what}: {built.spills} bytes spilled"
         assert (built.tensor_core > 0) == (name != "fp32"), f"{what}: {built.tensor_core} tensor-core instructions"
@@ -77,7 +81,7 @@ def test_what_an_h100_runs(name: str, H: int) -> None:
         check(name, problem, config, "sm_90", FLAGS[problem.kernel][n % 3])
 
 
-@pytest.mark.parametrize("H", [64, 528, 768])
+@pytest.mark.parametrize("H", [64, 528])
 def test_fp16_is_compiled_like_bf16(H: int) -> None:
     import ledger
 
@@ -117,19 +121,6 @@ def test_loads_within_the_loop_over_time_are_seen() -> None:
         assert (built.w_loads_in_loop == 0) == (expected[0] == 0)
         assert 0 < built.loop.total() < built.instructions.total()
         assert built.loop["BAR"] > 0
-
-
-@pytest.mark.parametrize("kernel", FLAGS)
-def test_offsets_are_64_bit(kernel: str) -> None:
-    """T*B*4H passes 2^31 in real use, so no tensor of offsets is multiplied in 32 bits."""
-    import ledger
-
-    for config in (LaunchConfig(16, 16, 64), LaunchConfig(64, 16, 64, persistent=True, resident=8)):
-        for flags in FLAGS[kernel]:
-            built = ledger.compile_kernel(kernel, config, "sm_90", torch.float16, False, H=512, **flags)
-            products = [line for line in built.ttir.splitlines() if "arith.muli" in line and "tensor<" in line]
-            assert any("xi64>" in line for line in products)
-            assert not [line for line in products if "xi32>" in line]
 
 
 @pytest.mark.parametrize("arguments", [["--arch", "sm_80", "--dtype", "bf16", "--hidden", "64"]])

@@ -18,9 +18,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_lstm
-from fused_lstm import choose, dispatch, tune
-from fused_lstm.autograd import FusedLSTMFunction
-from fused_lstm.config import Device, Recurrence
+from fused_lstm import ops, plan, tune
+from fused_lstm.call import Problem
+from fused_lstm.launch.choose import read_table, user_folder
+from fused_lstm.launch.config import Device, Recurrence
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -157,8 +158,8 @@ def asked(backend: str, device: str = "cuda", dtype: torch.dtype = torch.float32
             known = {"triton_interpreted": False, "triton_too_old": None, "fp64_compiles": True} | facts
             resets = known.pop("resets", False)
             for name, value in known.items():
-                patch.setattr(dispatch, name, lambda value=value: value)
-            dispatch.choose_backend(dispatch.Problem(device, dtype, T=4, B=3, hidden_size=3, resets=resets), backend)
+                patch.setattr(plan, name, lambda value=value: value)
+            plan.choose(Problem(device, dtype, T=4, B=3, hidden_size=3, resets=resets), backend)
 
     return choose_so
 
@@ -181,20 +182,20 @@ def normed(layer: nn.Module) -> nn.Module:
 
 
 def not_saved() -> None:
-    tensors = (X.clone().requires_grad_(), H, H, torch.zeros(1, 12, 2), torch.zeros(1, 12, 3), *[None] * 5)
-    FusedLSTMFunction.apply(*tensors, 1, False, False, "reference")[0].sum().backward()
+    tensors = (X.clone().requires_grad_(), H, H, torch.zeros(12, 2), torch.zeros(12, 3), *[None] * 6)
+    ops.layer_forward(*tensors, 1, False, False, "reference", False)[0].sum().backward()
 
 
 def a_broken_table(folder: Path) -> None:
     (folder / "table.json").write_text("{}")
-    choose.read_table(folder / "table.json")
+    read_table(folder / "table.json")
 
 
 def configs_in_a_file(folder: Path) -> None:
     (folder / "file").touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSED_LSTM_CONFIGS", str(folder / "file"))
-        choose.user_folder()
+        user_folder()
 
 
 def nothing_runs(_: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import every_backend
+from pairs import IN_INTERPRETER, every_backend, every_quick_backend
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -65,21 +65,36 @@ def layer_ops(graphs: list[torch.fx.GraphModule]) -> list[int]:
     return [sum("fused_lstm.layer_forward" in str(node.target) for node in graph.graph.nodes) for graph in graphs]
 
 
-@every_layer
-@pytest.mark.parametrize("ragged", ["", "lengths", "resets", "lengths and resets"])
-@every_backend
-def test_one_graph_for_all_batches_and_times(backend: str, layer: dict[str, Any], ragged: str) -> None:
+def one_graph(backend: str, layer: dict[str, Any], ragged: str, sizes: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     module = fused_lstm.LSTM(I, H, **layer, backend=backend)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, backend=counter, fullgraph=True)
-    for B, T in SIZES if backend != "triton" else SIZES[:3]:
+    for B, T in sizes:
         x, given = arguments(module, B, T, ragged)
         parameters = list(module.parameters())
         assert_close(everything(compiled, parameters, x, given), everything(module, parameters, x, given))
         with torch.no_grad():
             assert_close(tree_leaves(compiled(x, **given)), tree_leaves(module(x, **given)))
     assert layer_ops(counter.graphs) == [module.num_layers] * 2  # for training and inference
+
+
+RAGGED = ["", "lengths", "resets", "lengths and resets"]
+
+
+@every_layer
+@pytest.mark.parametrize("ragged", RAGGED)
+@every_quick_backend
+def test_one_graph_for_all_batches_and_times(backend: str, layer: dict[str, Any], ragged: str) -> None:
+    one_graph(backend, layer, ragged, SIZES)
+
+
+@pytest.mark.kernels
+@IN_INTERPRETER
+@pytest.mark.parametrize(("layer", "ragged"), list(zip(LAYERS, RAGGED, strict=True)), ids=RAGGED)
+def test_one_graph_around_the_kernels(layer: dict[str, Any], ragged: str) -> None:
+    """To the compiler they are the op that the explicit path is."""
+    one_graph("triton", layer, ragged, SIZES[:3])
 
 
 @pytest.mark.parametrize("dynamic", [True, None])

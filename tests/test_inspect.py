@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import DEVICE, Rule
-from pairs import BACKENDS, NUMPYS, all_equal, call, failure, flat, packed, pair, randn, states
+from pairs import BACKENDS, IN_INTERPRETER, NUMPYS, all_equal, call, failure, flat, packed, pair, randn, states
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -27,7 +27,8 @@ NAMES = tuple(field.name for field in dataclasses.fields(Gates) if field.name !=
 EXTRAS = ("", "hx", "lengths", "resets", "hx lengths resets")
 CASES = list(itertools.product((1, 2), (False, True), (0, 3), (False, True), EXTRAS))
 T, B, I, H = 5, 4, 3, 6  # noqa: E741
-every_case = pytest.mark.parametrize(("layers", "bidirectional", "proj", "batch_first", "extras"), CASES)
+OPTIONS = ("layers", "bidirectional", "proj", "batch_first", "extras")
+every_case = pytest.mark.parametrize(OPTIONS, CASES)
 
 
 def all_of(values: Gates) -> dict[str, Tensor]:
@@ -78,10 +79,15 @@ def by_hand(
     return found
 
 
-@every_case
-@pytest.mark.parametrize("backend", BACKENDS[2:])
+@pytest.mark.parametrize(
+    ("backend", *OPTIONS),
+    [  # for the kernels a third of the cases, with every pair of options among them
+        *(("reference", *case) for case in CASES),
+        *(pytest.param("triton", *case, marks=[pytest.mark.kernels, IN_INTERPRETER]) for case in CASES[::3]),
+    ],
+)
 def test_shows_the_numbers_of_the_forward_pass_bit_for_bit(
-    layers: int, bidirectional: bool, proj: int, batch_first: bool, extras: str, backend: str
+    backend: str, layers: int, bidirectional: bool, proj: int, batch_first: bool, extras: str
 ) -> None:
     torch.manual_seed(0)
     lstm = fused_lstm.LSTM(

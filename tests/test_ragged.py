@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from dataclasses import dataclass
 from itertools import combinations, pairwise
@@ -15,8 +14,7 @@ from pairs import every_backend
 from torch import Tensor, nn
 
 import fused_lstm
-from fused_lstm import ragged
-from fused_lstm.spec import PLAIN, Stack
+from fused_lstm.cpu import aten, ragged
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 BACKENDS = ["auto", "aten", "reference", pytest.param("triton", marks=pytest.mark.kernels)]
@@ -342,8 +340,6 @@ def test_few_long_rows_and_equal_ones(lengths: list[int], resets: bool, layer: d
 @pytest.mark.parametrize("often", [0.0, 0.01, 1.0])
 def test_resets_of_many_rows(often: float, layer: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which are run piece by piece; against the explicit path."""
-    from fused_lstm import aten
-
     torch.manual_seed(0)
     lstm = fused_lstm.LSTM(3, 4, **layer, backend="aten", dtype=torch.float64)
     explicit = fused_lstm.LSTM(3, 4, **layer, backend="reference", dtype=torch.float64)
@@ -352,8 +348,9 @@ def test_resets_of_many_rows(often: float, layer: dict[str, Any], monkeypatch: p
     hx = tuple(torch.randn(lstm.num_layers, 200, n).double() for n in (lstm.proj_size or 4, 4))
     if lstm.batch_first:
         x, resets = x.transpose(0, 1), resets.t()
-    cut, pieces = aten.uninterrupted, []
-    monkeypatch.setattr(aten, "uninterrupted", lambda *args: pieces.append(cut(*args)) or pieces[-1])
+    pieces: list[int] = []
+    real = aten.fused
+    monkeypatch.setattr(aten, "fused", lambda x, *args: pieces.append(x.shape[0]) or real(x, *args))
     found = []
     for module in (lstm, explicit):
         given = x.clone().requires_grad_()
@@ -362,12 +359,16 @@ def test_resets_of_many_rows(often: float, layer: dict[str, Any], monkeypatch: p
         found.append([y, *states, *torch.autograd.grad(loss, [given, *module.parameters()])])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    runs = {0.0: [6], 1.0: [1] * 6}
-    assert pieces[0] == runs.get(often, pieces[0])
-    assert sum(pieces[0]) == 6
+    assert pieces == {0.0: [6], 1.0: [1] * 6}.get(often, pieces)
+    assert sum(pieces) == 6
+    assert fused_lstm.explain(lstm, x, hx, resets=resets).how == "stretches"
     few = torch.ones(6, 9, dtype=torch.bool)
-    one_way = Stack(True, 1, 0.0, bidirectional=False, batch_first=False)
-    assert cut(dataclasses.replace(PLAIN, resets=few), few, one_way, 4) == [], "few rows have control columns"
+    plan = fused_lstm.explain(
+        lstm,
+        torch.zeros(9, 6, 3).double() if lstm.batch_first else torch.zeros(6, 9, 3).double(),
+        resets=few.t() if lstm.batch_first else few,
+    )
+    assert plan.how == "ragged", "few rows have control columns"
 
 
 @every_backend

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fused_lstm import reference
-from fused_lstm.autograd import FusedLSTMFunction
-from fused_lstm.rows import Rows
+from fused_lstm import ops, reference
+from fused_lstm.call import LayerCall
 
 
 def numbers(*shape: int) -> Tensor:
@@ -32,10 +31,10 @@ def test_loop_is_torchs_lstm(bidirectional: bool, ragged: bool) -> None:
     D = 2 if bidirectional else 1
     lstm = nn.LSTM(5, 7, bidirectional=bidirectional).double()
     x, h0, c0, lengths = numbers(6, 3, 5), numbers(D, 3, 7), numbers(D, 3, 7), torch.tensor([4, 6, 1])
-    w = [torch.stack([p for n, p in lstm.named_parameters() if n.startswith(kind)]) for kind in ("weight_ih", "weight_hh")]
-    bias = torch.stack([p for n, p in lstm.named_parameters() if n.startswith("bias_ih")])
-    bias = bias + torch.stack([p for n, p in lstm.named_parameters() if n.startswith("bias_hh")])
-    got = reference.layer(x, h0, c0, *w, bias, None, lengths if ragged else None, None, None, D, False)
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    w = [torch.cat([p for n, p in lstm.named_parameters() if n.startswith(kind)]) for kind in kinds]
+    call = LayerCall(x, h0, c0, *w, None, lengths if ragged else None, None, None, D, False, False, "loop", False)
+    got = reference.layer(call)
     given = pack_padded_sequence(x, lengths, enforce_sorted=False) if ragged else x
     output, (h_n, c_n) = lstm(given, (h0, c0))
     if ragged:
@@ -51,6 +50,7 @@ CASES = {
     "packed, both directions": dict(T=3, B=3, directions=2, batch_sizes=[3, 2, 1]),
     "projected": dict(T=2, B=2, K=2),
     "no bias": dict(T=2, B=2, bias=False),
+    "states of zero, both directions": dict(T=3, B=3, directions=2, states=False, lengths=[3, 0, 2]),
     "resets, both directions": dict(T=4, B=3, directions=2, resets=True),
     "resets and lengths, batch first": dict(T=4, B=4, directions=2, resets=True, lengths=[4, 0, 2, 3], batch_first=True),
     "resets, packed": dict(T=3, B=3, directions=2, resets=True, batch_sizes=[3, 2, 1]),
@@ -68,14 +68,17 @@ def problem(
     K: int | None = None,
     bias: bool = True,
     resets: bool = False,
+    states: bool = True,
 ) -> tuple[list[Tensor | None], tuple]:
     torch.manual_seed(0)
     I, H, R = 2, 3, 2 if directions == 2 else 1  # noqa: E741
     rows = (sum(batch_sizes),) if batch_sizes else ((B, T) if batch_first else (T, B))
     tensors = [
-        numbers(*rows, I), numbers(R, B, K or H), numbers(R, B, H), numbers(R, 4 * H, I), numbers(R, 4 * H, H),
-        numbers(R, 4 * H) if bias else None, numbers(R, 4 * H, K) if K else None,
+        numbers(*rows, I), numbers(R, B, K or H), numbers(R, B, H), numbers(R * 4 * H, I), numbers(R * 4 * H, H),
+        *(numbers(R * 4 * H) if bias else None for _ in range(2)), numbers(R * 4 * H, K) if K else None,
     ]  # fmt: skip
+    if not states:
+        tensors[1:3] = None, None
     for t in tensors:
         if t is not None:
             t.requires_grad_()
@@ -90,9 +93,9 @@ def test_explicit_backward(case: str) -> None:
     tensors, options = problem(**CASES[case])
 
     def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return FusedLSTMFunction.apply(*tensors, *options, True, "reference")[:3]
+        return ops.layer(LayerCall(*tensors, *options, True, "reference", False))[:3]
 
-    explicit, loop = run(*tensors), reference.layer(*tensors, *options)
+    explicit, loop = run(*tensors), reference.layer(LayerCall(*tensors, *options, False, "loop", False))
     for a, b in zip(explicit, loop, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
     assert gradcheck(run, tensors)
@@ -103,7 +106,7 @@ def test_second_derivative(case: str) -> None:
     tensors, options = problem(**CASES[case])
 
     def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return FusedLSTMFunction.apply(*tensors, *options, True, "reference")[:3]
+        return ops.layer(LayerCall(*tensors, *options, True, "reference", False))[:3]
 
     assert gradgradcheck(run, tensors)
 
@@ -116,8 +119,8 @@ def test_second_derivative_stays_inside_the_layer() -> None:
         h0 = torch.tanh(x.sum((0, 2)))[None, :, None].expand(1, 2, 3)
         given = (x, h0, *tensors[2:])
         if engine == "loop":
-            return reference.layer(*given, *options)[0].square().sum()
-        return FusedLSTMFunction.apply(*given, *options, True, engine)[0].square().sum()
+            return reference.layer(LayerCall(*given, *options, False, "loop", False))[0].square().sum()
+        return ops.layer(LayerCall(*given, *options, True, engine, False))[0].square().sum()
 
     hessians = []
     for engine in ("loop", "reference"):
@@ -129,8 +132,9 @@ def test_second_derivative_stays_inside_the_layer() -> None:
 
 def test_rows_of_packed_data_meet_every_row_once() -> None:
     batch_sizes = torch.tensor([4, 3, 3, 1])
-    x, c0 = torch.zeros(11, 1), torch.zeros(2, 4, 1)
-    rows = Rows.of(x, c0, None, batch_sizes, None, 2, False)
+    w = torch.zeros(8, 1)
+    empty = [None] * 4
+    rows = LayerCall(torch.zeros(11, 1), None, None, w, w, *empty, batch_sizes, None, 2, False, False, "", False).rows
     assert rows.lengths.tolist() == [4, 3, 3, 1]
     index = torch.arange(11)
     for r in (0, 1):

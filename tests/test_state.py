@@ -126,6 +126,7 @@ def test_meta_device_and_to_empty(backend: str) -> None:
 
 
 @every_backend
+@pytest.mark.half
 def test_to_dtype(backend: str) -> None:
     theirs, ours = pair(3, 4, 2, backend=backend)
     ours(X)

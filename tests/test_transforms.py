@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fused_lstm
 from fused_lstm import ops
-from fused_lstm.autograd import FusedLSTMFunction
 
 E, T, B, I, H = 3, 4, 2, 3, 4  # noqa: E741
 LAYERS: list[dict[str, Any]] = [
@@ -212,16 +211,16 @@ def test_the_op_itself_is_mapped(engine_name: str, batch_first: bool) -> None:
     """With its input weights, as a compiled graph calls it: folded where that can be, else member by member."""
     torch.manual_seed(0)
     x, h0, c0 = torch.randn(E, 5, 5, I), torch.randn(E, 2, 5, H), torch.randn(2, 5, H)
-    w_ih, w_hh, bias = torch.randn(E, 2, 4 * H, I), torch.randn(E, 2, 4 * H, H), torch.randn(2, 4 * H)
+    w_ih, w_hh, b = torch.randn(E, 2 * 4 * H, I), torch.randn(E, 2 * 4 * H, H), torch.randn(2, 2 * 4 * H)
     lengths = torch.randint(0, 6, (E, 5))
 
     def f(
         x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, lengths: Tensor | None, call: Callable = ops.layer_forward
     ) -> tuple[Tensor, ...]:
-        return call(x, h0, c0, w_ih, w_hh, bias, None, lengths, None, None, 2, batch_first, True, engine_name)[:3]
+        return call(x, h0, c0, w_ih, w_hh, *b, None, lengths, None, None, 2, batch_first, True, engine_name, False)[:3]
 
     def g(*args: Any) -> Any:
-        return grad(lambda *a: sum(t.square().sum() for t in f(*a, FusedLSTMFunction.apply)), (0, 1, 2, 3))(*args)
+        return grad(lambda *a: sum(t.square().sum() for t in f(*a, ops.MappedLayerFunction.apply)), (0, 1, 2, 3))(*args)
 
     def members(dims: tuple[int | None, ...], args: tuple[Any, ...], f: Callable) -> Any:
         return stacked([f(*(a if d is None else a[e] for a, d in zip(args, dims, strict=True))) for e in range(E)])

@@ -5,7 +5,6 @@ Each way is a function (x, hx, weights, stack, sequences) to output, h_n and c_n
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -48,7 +47,7 @@ def time_first(way: Callable[..., Result]) -> Callable[..., Result]:
             sequences = sequences._replace(resets=None if resets is None else resets.t())
         B = x.shape[1] if sequences.batch_sizes is None else int(sequences.batch_sizes[0])
         hx = hx or zero_states(x, B, weights, stack)
-        y, h_n, c_n = way(x, hx, weights, dataclasses.replace(stack, batch_first=False), sequences)
+        y, h_n, c_n = way(x, hx, weights, stack._replace(batch_first=False), sequences)
         return y.transpose(0, 1) if swap else y, h_n, c_n
 
     return run
@@ -101,7 +100,7 @@ def by_direction(
     runs: Sequence[Callable[..., Result]], x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack
 ) -> Result:
     """The stack, each layer by a function for each direction: (x, h, c, weights, stack of one) to y, h_n and c_n."""
-    one = dataclasses.replace(stack, num_layers=1, dropout=0.0, bidirectional=False, batch_first=False)
+    one = stack._replace(num_layers=1, dropout=0.0, bidirectional=False, batch_first=False)
 
     def layer(x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]]) -> Result:
         found = [run(x, hx[0][d], hx[1][d], groups[d], one) for d, run in enumerate(runs)]
@@ -115,16 +114,18 @@ def single_step(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, 
     """A single time step: a cell per layer and direction."""
     time = 1 if stack.batch_first else 0
     x = x.squeeze(time)
-
-    def layer(x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]]) -> Result:
-        if len(groups) == 1:
-            h, c = _cell(x, hx[0][0], hx[1][0], groups[0], stack.has_biases)
-            return h, torch.stack((h,)), c[None]  # output and state share no memory
-        hs, cs = zip(*(_cell(x, hx[0][d], hx[1][d], g, stack.has_biases) for d, g in enumerate(groups)), strict=True)
-        return torch.cat(hs, -1), torch.stack(hs), torch.stack(cs)
-
-    y, h_n, c_n = each_layer(layer, x, hx or zero_states(x, x.shape[0], weights, stack), weights, stack)
+    hx = hx or zero_states(x, x.shape[0], weights, stack)
+    y, h_n, c_n = each_layer(_cells, x, hx, weights, stack, stack.has_biases)
     return y.unsqueeze(time), h_n, c_n
+
+
+def _cells(x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]], has_biases: bool) -> Result:
+    """A layer's cells; output and states share no memory."""
+    if len(groups) == 1:
+        h, c = _cell(x, hx[0][0], hx[1][0], groups[0], has_biases)
+        return h, h.clone()[None], c[None]
+    hs, cs = zip(*(_cell(x, hx[0][d], hx[1][d], g, has_biases) for d, g in enumerate(groups)), strict=True)
+    return torch.cat(hs, -1), torch.stack(hs), torch.stack(cs)
 
 
 def _cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -16,7 +16,7 @@ from ..kernels import stepwise
 from .choose import choose, describe, tables
 from .compiled import INTERPRETED
 from .config import KERNELS, Device, LaunchConfig, Recurrence, arithmetic, ceil_div
-from .schedules import SCHEDULES, Launch
+from .schedules import Launch
 
 # Triton 3.6's compiler stops at some fp64 products ("fp64 don't support largeK MMA"); 3.9's takes them all.
 FP64 = INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
@@ -63,27 +63,29 @@ def explain(call: Problem, where: torch.device) -> dict[str, str]:
 
 def prepare(kernel: str, like: Tensor, rows: Rows, R: int, H: int) -> Launch:
     """What the launches of a recurrence of ``like``'s dtype on its device have in common."""
-    fp32 = like.dtype == torch.float32
     index = like.device.index if like.is_cuda else None
-    bf16 = INTERPRETED and like.dtype == torch.bfloat16
-    kind = arithmetic(like.dtype, fp32 and index is not None and tf32_allowed())
-    return _prepare(kernel, kind, rows.T == 1, H, rows.B, R, index, rows.directions, bf16, _forced.get(kernel))
+    tf32 = like.dtype == torch.float32 and index is not None and tf32_allowed()
+    single = rows.T == 1  # a choice is the same for all T > 1
+    return _prepare(kernel, like.dtype, tf32, single, H, rows.B, R, index, rows.directions, _forced.get(kernel))
 
 
 @lru_cache(maxsize=4096)
 def _prepare(
-    kernel: str, kind: str, single: bool, H: int, B: int, R: int, index: int | None, directions: int, bf16: bool,
+    kernel: str, dtype: torch.dtype, tf32: bool, single: bool, H: int, B: int, R: int, index: int | None, directions: int,
     config: LaunchConfig | None,
 ) -> Launch:  # fmt: skip
-    problem = Recurrence(kernel, kind, 1 if single else 2, H, B, R)  # a choice is the same for all T > 1
+    problem = Recurrence(kernel, arithmetic(dtype, tf32), 1 if single else 2, H, B, R)
     gpu = None if index is None else device(index)
     config = config or choose(problem, gpu, tables(gpu.name) if gpu else ()).config
-    return Launch(problem, config, gpu, directions, bf16)
+    return Launch(problem, config, gpu, directions, dtype)
 
 
-def _guard(like: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda._DeviceGuard(like.device.index) if like.is_cuda else nullcontext()
+def _run(launch: Launch, buffers: stepwise.Forward | stepwise.Backward, rows: Rows) -> None:
+    if launch.device is None:
+        launch.schedule.launch(launch, buffers, rows)
+        return
+    with torch.cuda._DeviceGuard(buffers.w_hh_ptr.device.index):  # Triton launches on the current device
+        launch.schedule.launch(launch, buffers, rows)
 
 
 def recurrence_forward(
@@ -99,12 +101,12 @@ def recurrence_forward(
     """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
-    h_n, c_n = gates.new_empty((R, rows.B, H)), gates.new_empty((R, rows.B, H))
+    h_n = gates.new_empty((R, rows.B, H))
+    c_n = torch.empty_like(h_n)
     if rows.B:
         launch = prepare("forward", gates, rows, R, H)
         buffers = stepwise.Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n, _running(c_n))
-        with _guard(gates):
-            SCHEDULES[launch.config.schedule].launch(launch, buffers, rows)
+        _run(launch, buffers, rows)
     return h_n, c_n
 
 
@@ -131,12 +133,11 @@ def recurrence_backward(
         buffers = stepwise.Backward(
             dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0, _running(dc0)
         )  # fmt: skip
-        with _guard(gates):
-            SCHEDULES[launch.config.schedule].launch(launch, buffers, rows)
+        _run(launch, buffers, rows)
     return dc0
 
 
 def _running(like: Tensor) -> Tensor:
     """Where the kernels keep the running (gradient by the) cell state: in ``like`` itself if that is wide enough."""
     dtype = accumulator_dtype(like.dtype)
-    return like if like.dtype == dtype else like.new_empty(like.shape, dtype=dtype)
+    return like if like.dtype == dtype else torch.empty_like(like, dtype=dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -24,18 +24,25 @@ from .config import SMALLEST, Device, LaunchConfig, Recurrence, ceil_div, power_
 CELL = {"forward": lstm_forward, "backward": lstm_backward}
 
 
-class Launch(NamedTuple):
+class Launch:
     """What all launches of one kernel for one problem have in common."""
 
-    problem: Recurrence
-    config: LaunchConfig
-    device: Device | None
-    directions: int
-    interpret_bf16: bool
+    def __init__(
+        self, problem: Recurrence, config: LaunchConfig, device: Device | None, directions: int, dtype: torch.dtype
+    ) -> None:
+        self.problem, self.config, self.device, self.directions = problem, config, device, directions
+        self.precision = "tf32" if problem.arithmetic == "tf32" else "ieee"
+        self.interpret_bf16 = compiled.INTERPRETED and dtype == torch.bfloat16
+        self.schedule = SCHEDULES[config.schedule]
 
-    @property
-    def precision(self) -> str:
-        return "tf32" if self.problem.arithmetic == "tf32" else "ieee"
+    @cached_property
+    def kernel(self) -> compiled.Kernel:
+        """The stepwise kernel of this problem."""
+        p, c = self.problem, self.config
+        blocks = c.block_b, c.block_h, c.block_k
+        constants = step_kernels.Config(p.R, p.H, self.directions, self.precision, self.interpret_bf16, *blocks)
+        grid = c.grid(p.H, p.B, p.R)
+        return compiled.Kernel(STEPWISE.kernels[p.kernel], grid, (CELL[p.kernel], constants), options_of(c))
 
 
 class Schedule(NamedTuple):
@@ -146,25 +153,8 @@ def describe_stepwise(config: LaunchConfig, problem: Recurrence, device: Device 
 
 
 def launch_stepwise(launch: Launch, buffers: Any, rows: Rows) -> None:
-    kernel, R, H, B = launch.problem.kernel, launch.problem.R, launch.problem.H, launch.problem.B
-    config, options = step_constants(launch)
-    steps = range(rows.T) if kernel == "forward" else range(rows.T - 1, -1, -1)
-    size, last = (rows.T, B, rows.stride_t, rows.stride_b), (CELL[kernel], config)
-    sequences = pointers(rows)
-    compiled.run(
-        STEPWISE.kernels[kernel],
-        launch.config.grid(H, B, R),
-        ((buffers, sequences, s, *size, *last) for s in steps),
-        options,
-    )
-
-
-@lru_cache(maxsize=1024)
-def step_constants(launch: Launch) -> tuple[step_kernels.Config, dict[str, Any]]:
-    """The kernel's configuration and the compiler's options."""
-    p, c = launch.problem, launch.config
-    blocks = c.block_b, c.block_h, c.block_k
-    return step_kernels.Config(p.R, p.H, launch.directions, launch.precision, launch.interpret_bf16, *blocks), options_of(c)
+    steps = range(rows.T) if launch.problem.kernel == "forward" else range(rows.T - 1, -1, -1)
+    launch.kernel.run(steps, buffers, pointers(rows), (rows.T, rows.B, rows.stride_t, rows.stride_b))
 
 
 def options_of(config: LaunchConfig) -> dict[str, Any]:
@@ -173,7 +163,12 @@ def options_of(config: LaunchConfig) -> dict[str, Any]:
     return dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **only_nvidia)
 
 
+PLAIN = row_map.Sequences(None, None, None)
+
+
 def pointers(rows: Rows) -> row_map.Sequences:
+    if rows.lengths is None and rows.resets is None:
+        return PLAIN
     resets = None if rows.resets is None else rows.resets.view(torch.uint8)
     return row_map.Sequences(rows.lengths, rows.starts(), resets)
 

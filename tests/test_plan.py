@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from pairs import failure, flat, randn, states
+from pairs import all_equal, failure, flat, randn, states
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_lstm
-from fused_lstm import dispatch
-from fused_lstm.dispatch import FLOATS, Plan, Problem, choose_backend
+from fused_lstm import functional
+from fused_lstm import plan as plans
+from fused_lstm.plan import FLOATS, Plan, Problem, Way, choose
 
 UNSUPPORTED = (torch.complex64, torch.int32, torch.float8_e4m3fn)
 X = randn(5, 2, 3, dtype=torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_remembered() -> Iterator[None]:
+    """Calls remember their plans, and these tests change what plans are made of."""
+    functional._chosen.cache_clear()
+    yield
+    functional._chosen.cache_clear()
+
+
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool | None], None]:
     """Sets what dispatch believes of Triton: compiled (False), interpreted (True) or not installed (None)."""
-    monkeypatch.setattr(dispatch, "fp64_compiles", lambda: True)
-    return lambda state: monkeypatch.setattr(dispatch, "triton_interpreted", lambda: state)
+    monkeypatch.setattr(plans, "fp64_compiles", lambda: True)
+    return lambda state: monkeypatch.setattr(plans, "triton_interpreted", lambda: state)
 
 
 def problem(device: str = "cpu", dtype: torch.dtype = torch.float32, T: int = 5, B: int = 2, **options: Any) -> Problem:
@@ -33,18 +42,18 @@ def problem(device: str = "cpu", dtype: torch.dtype = torch.float32, T: int = 5,
 @pytest.mark.parametrize("options", [{}, {"T": 1}, {"packed": True}, {"needs_grad": True, "proj_size": 2}])
 def test_cuda_takes_triton(dtype: torch.dtype, options: dict, triton: Callable) -> None:
     triton(False)
-    plan = choose_backend(problem("cuda", dtype, **options))
+    plan = choose(problem("cuda", dtype, **options))
     assert (plan.backend, plan.how, plan.rejected) == ("triton", "triton", {})
 
 
 def test_fp64_on_a_triton_that_cannot_compile_it(triton: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     triton(False)
-    monkeypatch.setattr(dispatch, "fp64_compiles", lambda: False)
-    plan = choose_backend(problem("cuda", torch.float64))
+    monkeypatch.setattr(plans, "fp64_compiles", lambda: False)
+    plan = choose(problem("cuda", torch.float64))
     assert plan.backend == "aten"
     assert "Triton 3.9" in plan.rejected["triton"]
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot serve this call: fp64 needs Triton 3.9"):
-        choose_backend(problem("cuda", torch.float64), "triton")
+        choose(problem("cuda", torch.float64), "triton")
 
 
 @pytest.mark.parametrize(
@@ -53,12 +62,12 @@ def test_fp64_on_a_triton_that_cannot_compile_it(triton: Callable, monkeypatch: 
 @pytest.mark.parametrize("T", [1, 5])
 def test_cuda_without_triton(state: bool | None, reason: str, T: int, triton: Callable) -> None:
     triton(state)
-    plan = choose_backend(problem("cuda", T=T))
+    plan = choose(problem("cuda", T=T))
     assert (plan.backend, plan.how) == ("aten", "fused"), "the CPU's rules for T = 1 are not CUDA's"
     assert reason in plan.rejected["triton"]
-    assert choose_backend(problem("cuda", torch.float16)).how == "fused"
-    assert choose_backend(problem("cuda", torch.float64, needs_grad=True)).backend == "aten"
-    error, message = failure(lambda: choose_backend(problem("cuda", T=T), "triton"))
+    assert choose(problem("cuda", torch.float16)).how == "fused"
+    assert choose(problem("cuda", torch.float64, needs_grad=True)).backend == "aten"
+    error, message = failure(lambda: choose(problem("cuda", T=T), "triton"))
     assert error is RuntimeError
     assert message.startswith("backend='triton' cannot serve this call: ")
     assert reason in message
@@ -71,9 +80,8 @@ def test_cuda_without_triton(state: bool | None, reason: str, T: int, triton: Ca
         ({}, "aten", "fused"),
         ({"needs_grad": True}, "aten", "fused"),
         ({"packed": True}, "aten", "fused"),
-        ({"dtype": torch.bfloat16}, "aten", "fused"),
-        ({"dtype": torch.float16}, "aten", "fp32"),
-        ({"dtype": torch.float16, "packed": True, "T": 1}, "aten", "fp32"),
+        ({"dtype": torch.float16}, "aten", "fused fp32"),
+        ({"dtype": torch.float16, "packed": True, "T": 1}, "aten", "fused fp32"),
         ({"dtype": torch.float64}, "aten", "fused"),
         ({"dtype": torch.float64, "needs_grad": True}, "reference", "reference"),
         ({"dtype": torch.float64, "needs_grad": True, "packed": True}, "aten", "fused"),
@@ -81,8 +89,7 @@ def test_cuda_without_triton(state: bool | None, reason: str, T: int, triton: Ca
         ({"T": 1}, "aten", "cell"),
         ({"T": 1, "needs_grad": True, "proj_size": 2}, "aten", "cell"),
         ({"T": 1, "packed": True}, "aten", "fused"),
-        ({"T": 1, "dtype": torch.float16}, "aten", "cell"),
-        ({"T": 1, "dtype": torch.bfloat16}, "aten", "fused"),
+        ({"T": 1, "dtype": torch.float16}, "aten", "cell fp32"),
         ({"T": 1, "B": 16}, "aten", "cell"),
         ({"T": 1, "B": 17}, "aten", "fused"),
         ({"T": 1, "B": 64, "hidden_size": 512}, "aten", "cell"),
@@ -92,9 +99,32 @@ def test_cuda_without_triton(state: bool | None, reason: str, T: int, triton: Ca
 )
 def test_cpu(options: dict, backend: str, how: str, state: bool | None, triton: Callable) -> None:
     triton(state)
-    plan = choose_backend(problem(**options))
+    plan = choose(problem(**options))
     assert (plan.backend, plan.how) == (backend, how)
     assert plan.rejected["triton"]
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize(
+    ("options", "how", "without"),
+    [
+        ({}, "fused", "fused fp32"),
+        ({"packed": True}, "fused", "fused fp32"),
+        ({"T": 1}, "fused", "fused"),
+        ({"lengths": True}, "ragged", "ragged fp32"),
+        ({"recompute": True, "needs_grad": True}, "segments", "segments fp32"),
+        ({"device": "cuda"}, "fused", "fused"),
+    ],
+)
+def test_bf16(
+    options: dict, how: str, without: str, avx512: bool, triton: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN computes it on a CPU with AVX-512; without, torch's LSTM is a slow loop."""
+    triton(None)
+    monkeypatch.setattr(plans, "onednn_has_bf16", lambda: avx512)
+    plan = choose(problem(**{"dtype": torch.bfloat16, **options}))
+    assert plan.how == (how if avx512 else without)
+    assert ("computed in fp32" in plan.reason) == ("fp32" in plan.how)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +148,10 @@ def test_cpu(options: dict, backend: str, how: str, state: bool | None, triton: 
 )
 def test_recompute(options: dict, backend: str, how: str, reason: str, triton: Callable) -> None:
     triton(False)
-    plan = choose_backend(problem(**{"T": 98, "needs_grad": True, "recompute": True, **options}), backend)
+    plan = choose(problem(**{"T": 98, "needs_grad": True, "recompute": True, **options}), backend)
     assert plan.how == how
     assert reason in plan.reason
-    plain = choose_backend(problem(**{"T": 98, "needs_grad": True, **options}), backend)
+    plain = choose(problem(**{"T": 98, "needs_grad": True, **options}), backend)
     kept = options.get("needs_grad") is False or options.get("T") == 1
     assert (plan == plain) is kept, "where nothing can be recomputed, nothing changes"
 
@@ -130,17 +160,17 @@ def test_an_old_triton(triton: Callable, monkeypatch: pytest.MonkeyPatch) -> Non
     triton(False)
     for version, old in (("3.4.0", True), ("3.5.0", False), ("3.10.1+git", False), ("4.0", False)):
         monkeypatch.setattr("importlib.metadata.version", lambda _, version=version: version)
-        dispatch.triton_too_old.cache_clear()
-        plan = choose_backend(problem("cuda"))
+        plans.triton_too_old.cache_clear()
+        plan = choose(problem("cuda"))
         assert (plan.backend == "aten") is old
         assert old is (plan.rejected.get("triton") == f"the kernels need Triton 3.5 or newer, found {version}")
-    dispatch.triton_too_old.cache_clear()
+    plans.triton_too_old.cache_clear()
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu", "meta"])
 def test_other_devices(device: str, triton: Callable) -> None:
     triton(False)
-    plan = choose_backend(problem(device, T=1))
+    plan = choose(problem(device, T=1))
     assert (plan.backend, plan.how) == ("aten", "fused")
     assert repr(device) in plan.rejected["triton"]
 
@@ -149,7 +179,7 @@ def test_other_devices(device: str, triton: Callable) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_asked_for(dtype: torch.dtype, backend: str) -> None:
     for options in ({}, {"T": 1}, {"needs_grad": True}, {"device": "cuda"}):
-        plan = choose_backend(problem(dtype=dtype, **options), backend)
+        plan = choose(problem(dtype=dtype, **options), backend)
         assert plan.backend == backend
         assert plan.reason.startswith("asked for; ")
         assert plan.rejected == {}
@@ -160,7 +190,7 @@ def test_asked_for(dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_unsupported_dtypes(device: str, dtype: torch.dtype, backend: str, triton: Callable) -> None:
     triton(device == "cpu")
-    error, message = failure(lambda: choose_backend(problem(device, dtype), backend))
+    error, message = failure(lambda: choose(problem(device, dtype), backend))
     assert error is RuntimeError
     assert "no backend can serve" in message if backend == "auto" else repr(backend) in message
     assert message.endswith(f"not {dtype}")
@@ -184,17 +214,17 @@ def test_triton_on_the_cpu(triton: Callable) -> None:
 
 def test_unknown_backend() -> None:
     message = "backend should be one of 'auto', 'triton', 'aten', 'reference', got: 'cudnn'"
-    assert failure(lambda: choose_backend(problem(), "cudnn")) == (ValueError, message)
+    assert failure(lambda: choose(problem(), "cudnn")) == (ValueError, message)
 
 
 def test_a_plan_reads_well(triton: Callable) -> None:
     triton(None)
-    assert str(choose_backend(problem(T=1))) == (
+    assert str(choose(problem(T=1))) == (
         "backend: aten (cell)\n"
         "because: T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call\n"
         "not triton: Triton is not installed (pip install triton)"
     )
-    assert str(Plan("triton", "triton", "a reason")) == "backend: triton (triton)\nbecause: a reason"
+    assert str(Plan("triton", Way.TRITON, "a reason")) == "backend: triton (triton)\nbecause: a reason"
 
 
 # --- explain
@@ -214,7 +244,7 @@ def layer_for(**options: Any) -> fused_lstm.LSTM:
         ({}, X[:, 0], ("aten", "fused")),
         ({"batch_first": True}, X[:1, 0], ("aten", "cell")),
         ({}, X[:1].expand(1, 2, 3)[:, [0] * 17], ("aten", "fused")),
-        ({"dtype": torch.float16}, X.half(), ("aten", "fp32")),
+        ({"dtype": torch.float16}, X.half(), ("aten", "fused fp32")),
         ({"dtype": torch.float64}, X.double(), ("reference", "reference")),
         ({}, pack_sequence([X[:1, 0], X[:1, 1]]), ("aten", "fused")),
         ({"dtype": torch.float64}, pack_sequence([X[:, 0].double(), X[:2, 1].double()]), ("aten", "fused")),
@@ -228,18 +258,18 @@ def layer_for(**options: Any) -> fused_lstm.LSTM:
 )
 def test_explain(options: dict, x: Any, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan says what the call then does."""
-    from fused_lstm import functional
-
     ran = []
-    for how, runner in functional.RUNNERS.items():
-        monkeypatch.setitem(functional.RUNNERS, how, lambda *a, how=how, runner=runner: ran.append(how) or runner(*a))
+    for way, runner in functional.RUNNERS.items():
+        monkeypatch.setitem(functional.RUNNERS, way, lambda *a, way=way, runner=runner: ran.append(way) or runner(*a))
+    by_op = functional.run_layers
+    monkeypatch.setattr(functional, "run_layers", lambda *a: ran.append(Way(a[5])) or by_op(*a))
     layer = layer_for(**options)
     plan = fused_lstm.explain(layer, x)
     assert (plan.backend, plan.how) == expected
     assert plan.reason
     assert ran == []
     layer(x)
-    assert ran == [plan.how]
+    assert ran == [plan.way]
     if "dtype" in options:
         hx = states(4, 2, 4, dtype=options["dtype"])
         assert fused_lstm.explain(layer, x, hx) == plan
@@ -265,7 +295,22 @@ def test_explain_knows_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert flat(layer(X))[0].dtype == torch.bfloat16
         assert layer.problem(X).dtype == torch.bfloat16
+        assert fused_lstm.explain(layer, X).how == ("fused" if plans.onednn_has_bf16() else "fused fp32")
         assert fused_lstm.explain(layer, X[:1]).how == "fused"
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}])
+@pytest.mark.parametrize("given", [{}, {"lengths": [2, 5]}])
+def test_bf16_without_avx512_is_fp32_rounded(given: dict, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "onednn_has_bf16", lambda: False)
+    layer, x = layer_for(dtype=torch.bfloat16, **options), X.bfloat16()
+    plan = fused_lstm.explain(layer, x, **given)
+    assert "computed in fp32" in plan.reason
+    rounded = [*flat(layer(x, **given)), *torch.autograd.grad(layer(x, **given)[0].sum(), list(layer.parameters()))]
+    layer.float()
+    y = layer(x.float(), **given)[0]
+    wide = [*flat(layer(x.float(), **given)), *torch.autograd.grad(y.sum(), list(layer.parameters()))]
+    assert all_equal(rounded, [t.bfloat16() for t in wide])
 
 
 def test_the_problem_of_a_call() -> None:
