@@ -27,6 +27,7 @@ test: setup
 bench: setup
 	@$(BIN)/python bench/run.py --suite all --quick --processes 2 --modes inference training --json runs/bench/results.json; \
 		status=$$?; $(BIN)/python bench/report.py runs/bench/results.json && exit $$status  # of what there is, in any case
+	$(BIN)/python bench/host.py --json runs/bench/host.json
 
 lint: setup
 	$(BIN)/pip install --quiet --editable '.[dev]'

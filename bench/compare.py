@@ -4,10 +4,10 @@
     python bench/compare.py --base REV [--threshold 0.05] [any option of bench/run.py]
 
 Compares two result files of bench/run.py; or, with --base, measures the package of a git revision and that of this checkout
-in turn, case by case, in one run. What is compared is the speed against nn.LSTM in the same process, so that a machine that
-is busier than before does not count; and bytes of memory. A change is flagged if it is larger than the threshold and than
-the spreads that the two records report (half of each range), added. Exit status: 0, or 1 if anything became slower, larger,
-wrong, or is missing.
+in turn, case by case, in one run, and what a call costs the host on either side (bench/host.py). What is compared of a case
+is the speed against nn.LSTM in the same process, so that a machine that is busier than before does not count; and bytes of
+memory. A change is flagged if it is larger than the threshold and than the spreads that the two records report (half of each
+range), added. Exit status: 0, or 1 if anything became slower, larger, wrong, or is missing.
 """
 
 from __future__ import annotations
@@ -15,20 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
-import subprocess
 import sys
-import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import host
 import run
-from about import ROOT, about, output
-from workloads import Case
+from cases import Case
+from process import about, copy_of_checkout, output, unpack
 
 KEYS = (*Case.__dataclass_fields__, "mode", "provider")
 BYTES = ("peak_bytes", "retained_bytes")
@@ -73,6 +70,21 @@ def changes(old: Sequence[run.Record], new: Sequence[run.Record], threshold: flo
                 yield Change(what, _verdict(factor, threshold, "larger", "smaller"), factor, text)
 
 
+def host_changes(sides: host.Sides, threshold: float) -> Iterator[Change]:
+    """Likewise of what bench/host.py measured on both sides: a time has changed if it has in every round."""
+    here, base = host.merged(sides["here"]), host.merged(sides["base"])
+    for what, before in base.items():
+        factor = before["ours us"] / here[what]["ours us"]
+        pairs = zip(sides["base"], sides["here"], strict=True)
+        apart = len({old[what]["ours us"] > new[what]["ours us"] for old, new in pairs}) == 1
+        text = f"{before['ours us']:.1f} to {here[what]['ours us']:.1f} us of host time"
+        yield Change(f"host, {what}", _verdict(factor, threshold, "slower", "faster") if apart else "same", factor, text)
+        if "ours operations" in before:
+            old, new = before["ours operations"], here[what]["ours operations"]
+            text = f"{old} to {new} operations of the device"
+            yield Change(f"host, {what}", _verdict(old / new, 0.0, "larger", "smaller"), old / new, text)
+
+
 def _verdict(factor: float, threshold: float, worse: str, better: str) -> str:
     return worse if factor < 1 - threshold else better if factor > 1 / (1 - threshold) else "same"
 
@@ -97,17 +109,6 @@ def tell(found: Sequence[Change]) -> int:
 # --- two revisions in one run
 
 
-def unpack(revision: str, folder: Path) -> Path:
-    """The package of a revision, laid out as it is installed; returns what PYTHONPATH has to name."""
-    archive = subprocess.run(["git", "archive", revision, "fused_lstm", "kernels"], cwd=ROOT, capture_output=True)
-    if archive.returncode:
-        raise ValueError(f"{revision!r} is no revision with the package in it: {archive.stderr.decode().strip()}")
-    with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
-        files.extractall(folder, filter="data")
-    (folder / "kernels").rename(folder / "fused_lstm" / "kernels")
-    return folder
-
-
 def both(revision: str, args: argparse.Namespace) -> list[list[run.Record]]:
     """Records of the revision and of this checkout, measured in turn."""
     from tqdm import tqdm
@@ -130,12 +131,13 @@ def both(revision: str, args: argparse.Namespace) -> list[list[run.Record]]:
     ]
 
 
-def copy_of_checkout(folder: Path) -> Path:
-    """This checkout's package as it is now, so that editing it meanwhile changes nothing."""
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "fused_lstm", folder / "fused_lstm", ignore=ignore)
-    shutil.copytree(ROOT / "kernels", folder / "fused_lstm" / "kernels", ignore=ignore)
-    return folder
+def host_sides(revision: str, args: argparse.Namespace) -> host.Sides:
+    """What bench/host.py measures of the revision and of this checkout; nothing, if one side cannot be measured."""
+    try:
+        return host.measured(revision, args.processes, args.device)
+    except RuntimeError as error:
+        print(f"host time was not measured: {error}", file=sys.stderr)
+        return {"here": [{}], "base": [{}]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.keep_on_signals()
     try:
         old, new = both(args.base, options)
+        sides = host_sides(args.base, options)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -183,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.write_json(path, {"about": about(options.device, options.threads), "records": records, "side": name})
             print(f"written to {path}")
     print(f"{output('git', 'rev-parse', '--short', args.base)} against this checkout")
-    return tell(list(changes(old, new, args.threshold)))
+    return tell([*changes(old, new, args.threshold), *host_changes(sides, args.threshold)])
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     python bench/gpu_check.py [--out DIR] [--budget SECONDS] [--only TEXT ...]
 
-First whether the two schedules agree bit for bit at some sizes; then floors and the suites of bench/run.py: the workloads
-of real projects against nn.LSTM (cuDNN), latency, lengths and resets, memory; then the ladder of what a time step is made
-of, and a grid of sizes; then stress of the barrier, more sizes and the kernels' tests. What ten minutes do not suffice for
-is named in the file, and a later call with --only makes up for it. Each case runs in a process of its own with a time limit,
-so that a hang or a crash loses one case. Results go to one JSON file in DIR (default: the environment's OUT, else
-bench/results), rewritten after every case, which bench/report.py reads; a case that was not run says why in its record.
+First what the device and the host can do, then the suites of bench/run.py: the workloads of real projects against nn.LSTM
+(cuDNN), latency, lengths and resets, memory; each is checked before it is timed. Then a grid of sizes by either schedule,
+and the tests that need a GPU. What ten minutes do not suffice for is named in the file, and a later call with --only makes
+up for it. Each job runs in a process of its own with a time limit, so that a hang or a crash loses one of them. Results go
+to one JSON file in DIR (default: the environment's OUT, else bench/results), rewritten after every job, which
+bench/report.py reads; a job that was not run says why in its record.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import run
-from about import ROOT, about
-from isolate import isolated
-from workloads import Case, suite
+from cases import Case, suite
+from process import ROOT, about, isolated
 
 SECONDS = 0.4  # of each mode of a case
-FLOORS, LADDER = "floors", "ladder"
+FLOORS, HOST = "floors", "host time"
 
 
 @dataclass(frozen=True)
@@ -38,34 +39,46 @@ class Job:
     name: str
     limit: float
     function: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     case: Case | None = None
     providers: tuple[str, ...] = ()
 
 
-def check(name: str, limit: float) -> Job:
-    """A case of gpu_cases.py, which raises where something is wrong."""
-    return Job(name, limit, "gpu_cases:run_case")
+def run_tests(arguments: Sequence[str], tool: str = "") -> dict[str, Any]:
+    """pytest with arguments, below a ``tool`` of NVIDIA's compute-sanitizer if one is named. Raises if a test fails."""
+    if tool and shutil.which("compute-sanitizer") is None:
+        return {"not run": "compute-sanitizer is not installed here"}
+    below = ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool] if tool else []
+    command = [*below, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    report = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if report.returncode:
+        raise AssertionError((report.stdout + report.stderr)[-6000:])
+    return {"output": report.stdout[-300:]}
+
+
+def check(name: str, limit: float, *arguments: str, tool: str = "") -> Job:
+    return Job(name, limit, "gpu_check:run_tests", {"arguments": arguments, "tool": tool})
 
 
 def speed(name: str, providers: Sequence[str], limit: float = 60) -> list[Job]:
     """A suite of bench/run.py."""
     quick = name != "workloads"
-    return [Job(f"{name} {case.name}", limit, "", case, tuple(providers)) for case in suite(name, "cuda", quick=quick)]
+    cases = suite(name, "cuda", quick=quick)
+    return [Job(f"{name} {case.name}", limit, case=case, providers=tuple(providers)) for case in cases]
 
 
 PLAIN = ("torch", "fused")
 RAGGED = (*PLAIN, "torch-by-hand", "torch-plain", "fused-plain", "torchrl")
-JOBS: tuple[Job, ...] = (
-    check("schedules agree, some sizes", 120), Job(FLOORS, 90, "floors:floors"),
+CASES: tuple[Job, ...] = (
     *speed("workloads", PLAIN), *speed("latency", PLAIN),
     *speed("lengths", RAGGED), *speed("resets", RAGGED), *speed("memory", (*PLAIN, "fused-recompute")),
-    Job(LADDER, 90, "ladder:ladder"),
     *speed("grid", (*PLAIN, "fused-persistent", "fused-stepwise")),
-    check("schedules agree, bf16", 240), check("schedules agree, tf32", 240),
-    check("2,000 launches under load", 120), check("CUDA graph", 60), check("two streams", 90), check("T = 70,000", 120),
-    check("more than 2^31 elements", 180), check("schedules agree, fp16", 240), check("schedules agree, fp32", 240),
-    check("200 random problems", 240), check("memcheck", 180), check("racecheck", 180), check("choices", 60),
-    check("kernel tests", 400),
+)  # fmt: skip
+RATES = {"device": "cuda", "dtypes": sorted({job.case.dtype for job in CASES if job.case}), "threads": 1}
+JOBS: tuple[Job, ...] = (
+    Job(FLOORS, 90, "timing:rates", RATES), Job(HOST, 120, "host:host", {"device": "cuda", "dtype": "bfloat16"}), *CASES,
+    check("tests on a GPU", 400, "-m", "gpu"), check("kernel tests", 400, "-m", "kernels"),
+    *(check(tool, 180, "tests/test_gpu.py", "-k", "few_steps", tool=tool) for tool in ("memcheck", "racecheck")),
 )  # fmt: skip
 MODES = ["inference", "training"]
 
@@ -77,10 +90,8 @@ def do(job: Job, limit: float) -> dict[str, Any]:
             "measure:measure", limit, case=vars(job.case), modes=modes, providers=job.providers,
             device="cuda", seconds=SECONDS, seed=0, threads=1,
         ) | {"providers": job.providers}  # fmt: skip
-    if job.name == FLOORS:
-        dtypes = sorted({other.case.dtype for other in JOBS if other.case})
-        return isolated(job.function, limit, device="cuda", dtypes=dtypes, threads=1)
-    return isolated(job.function, limit, **({} if job.name == LADDER else {"name": job.name}))
+    done = isolated(job.function, limit, **job.arguments)
+    return done["result"] if "not run" in done.get("result", {}) else done
 
 
 def summary(job: Job, done: dict[str, Any]) -> str:
@@ -91,7 +102,7 @@ def summary(job: Job, done: dict[str, Any]) -> str:
         rows = run.merged(job.case, run.modes_of(job.case, MODES), [done], {})
         return "\n".join(run.line(row) for row in rows if row["provider"] != "torch")
     result = {k: v for k, v in done["result"].items() if k != "output"}
-    most = 1500 if job.name in (FLOORS, LADDER) else 160
+    most = 1500 if job.name in (FLOORS, HOST) else 160
     return f"{job.name}: {json.dumps(result)[:most]}"
 
 
@@ -100,7 +111,7 @@ def results(environment: dict[str, Any], done: dict[str, dict[str, Any]], comple
     floors = done.get(FLOORS, {}).get("result", {})
     found = {"about": environment, "options": {"seconds": SECONDS, "processes": 1, "seed": 0}, "complete": complete}
     found["checks_failed"] = [name for name, record in done.items() if "failed" in record]
-    found |= {"floors": floors, "ladder": done.get(LADDER, {}).get("result", {}), "records": [], "checks": {}}
+    found |= {"floors": floors, "host": done.get(HOST, {}).get("result", {}), "records": [], "checks": {}}
     for job in JOBS:
         if job.name not in done:
             continue
@@ -109,7 +120,7 @@ def results(environment: dict[str, Any], done: dict[str, dict[str, Any]], comple
         elif job.case is not None:
             why = {"mode": "training", "provider": "fused", "refused": f"not run: {done[job.name]['not run']}"}
             found["records"].append(vars(job.case) | why)
-        elif "result" not in done[job.name] or job.name not in (FLOORS, LADDER):
+        elif "result" not in done[job.name] or job.name not in (FLOORS, HOST):
             found["checks"][job.name] = done[job.name]
     return found
 
@@ -118,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "bench" / "results"))
     parser.add_argument("--budget", type=float, default=570, help="seconds for everything (default: 570)")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="the cases whose name has one of these")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="the jobs whose name has one of these")
     args = parser.parse_args(arguments)
     import torch
 
@@ -127,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     jobs = [job for job in JOBS if any(text in job.name for text in args.only)]
     if not jobs:
-        parser.error(f"no case has any of {args.only} in its name; the cases are {', '.join(job.name for job in JOBS)}")
+        parser.error(f"no job has any of {args.only} in its name; the jobs are {', '.join(job.name for job in JOBS)}")
     end = time.monotonic() + args.budget
     environment = about("cuda")
     device = "".join(c if c.isalnum() else "-" for c in environment["device"].lower())

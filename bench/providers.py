@@ -6,15 +6,16 @@ A provider takes torch's layer, whose weights it copies, and returns a Runner, o
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from cases import DTYPES, Case
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from workloads import Case
 
 import fused_lstm
 
@@ -119,7 +120,12 @@ def with_fused(theirs: nn.LSTM, case: Case, ragged: Ragged, schedule: str = "", 
     x = torch.empty(case.T, case.B, case.I, device=theirs.weight_ih_l0.device, dtype=theirs.weight_ih_l0.dtype)
     within = nullcontext
     if schedule:
-        within = _schedule(schedule)
+        if not torch.cuda.is_available():
+            raise CannotRun("needs a GPU")
+        from fused_lstm import launch
+
+        gpu, kind = launch.device(torch.cuda.current_device()), launch.arithmetic(DTYPES[case.dtype], case.dtype == "tf32")
+        within = partial(by_schedule, schedule, gpu, kind, case.T, case.H, case.B, 1 + case.bidirectional)
     try:
         with within():
             plan = str(fused_lstm.explain(ours, x, **ragged))
@@ -128,30 +134,19 @@ def with_fused(theirs: nn.LSTM, case: Case, ragged: Ragged, schedule: str = "", 
     return of_module(ours, lambda x: flat(ours(x, **ragged)), plan, within=within)
 
 
-def _schedule(name: str) -> Callable[[], AbstractContextManager]:
-    """The kernels by one schedule, whatever would be chosen."""
-    if not torch.cuda.is_available():
-        raise CannotRun("needs a GPU")
+def by_schedule(name: str, device: Any, arithmetic: str, T: int, H: int, B: int, R: int) -> AbstractContextManager:
+    """The kernels by one schedule, whatever would be chosen. Raises CannotRun where the device has none that fits."""
     from fused_lstm import launch
-    from fused_lstm.choose import Choice, estimate, persistent, stepwise
-    from fused_lstm.config import Device, Recurrence, refusal
+    from fused_lstm.launch.config import KERNELS, Recurrence
 
-    def choose(problem: Recurrence, device: Device) -> Choice:
-        found = stepwise(problem) if name == "stepwise" else persistent(problem, device)
-        configs = [c for c in found if name == "stepwise" or refusal(c, problem, device) is None]
-        if not configs:
-            raise CannotRun(f"no persistent configuration of {problem} fits {device.name}")
-        return Choice(min(configs, key=lambda config: estimate(config, problem, device)), f"{name}, as the benchmark asks")
-
-    @contextmanager
-    def within() -> Iterator[None]:
-        usual, launch.choose = launch.choose, choose
-        try:
-            yield
-        finally:
-            launch.choose = usual
-
-    return within
+    schedule, configs = launch.SCHEDULES[name], []
+    for kernel in KERNELS:
+        problem = Recurrence(kernel, arithmetic, T, H + -H % 16, B, R)
+        found = schedule.candidates(problem, device)
+        if not found or isinstance(found, str):
+            raise CannotRun(f"no {name} configuration of {problem} fits {device.name}")
+        configs.append(min(found, key=lambda config: schedule.estimate(config, problem, device)))
+    return launch.forced(*configs)
 
 
 # --- peers

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cases import Case
 from run import Record, means
-from workloads import Case
 
 FOLDER = Path(__file__).resolve().parent / "results"
 MARKS = ("<!-- results -->\n", "<!-- end of results -->\n")
@@ -143,7 +143,7 @@ def page(all_results: Sequence[Results], charts: dict[str, list[str]], out: Path
         f"Made by `python bench/report.py` from the JSON files named here; [`bench/run.py`]({bench}/run.py) says how they "
         "are measured. A ratio is `nn.LSTM`'s time over the other's, call by call in turn: above 1 the other is faster. In "
         "brackets: from p20 to p80 of the rounds, or among the medians of the processes if that is wider. *x of floor* is a "
-        f"time over the least that it may take ([`bench/floors.py`]({bench}/floors.py)): fused_lstm's / `nn.LSTM`'s; "
+        f"time over the least that it may take ([`bench/cases.py`]({bench}/cases.py)): fused_lstm's / `nn.LSTM`'s; "
         "below 1, if ever, the machine was slower when the floor was measured.", "",
     ]  # fmt: skip
     for results in all_results:
@@ -189,15 +189,6 @@ def sections(results: Results) -> Iterator[str]:
             yield f"### {title}"
             yield ""
             yield from suite_table(results, suite, ours)
-    if results.data.get("ladder"):
-        yield "### What a time step is made of"
-        yield ""
-        yield "Microseconds of a step of the persistent forward kernel with one part after another added (bf16)."
-        yield ""
-        rungs = ("barrier", "exchange", "product", "pointwise", "saves", "shipped")
-        climbs = results.data["ladder"].items()
-        rows = [(size, *(times(steps[r]) for r in rungs)) for size, steps in climbs if "shipped" in steps]
-        yield from table(("size", *rungs), rows)
     if results.data.get("checks"):
         yield "### Checks"
         yield ""
@@ -324,8 +315,6 @@ def measured_floors(results: Results) -> Iterator[str]:
     if "bytes_per_us" in found:
         yield f"- a large copy, bytes read and written: {found['bytes_per_us'] / 1e3:.0f} GB/s"
         yield f"- a launch: {times(found['launch_us'])} us from Python, {times(found['graph_launch_us'])} us in a CUDA graph"
-        yield from (f"- a barrier among {n} programs: {times(us)} us" for n, us in found["barrier_us"].items())
-        yield from (f"- and an exchange of a {n} state in bf16: {times(us)} us" for n, us in found["exchange_us"].items())
     yield ""
 
 

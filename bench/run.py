@@ -2,12 +2,14 @@
 
     python bench/run.py [--suite workloads lengths] [--device cpu] [--dtype bf16] [--providers torch fused] [--json FILE]
 
-Every case (on a CPU, every mode of it) has a process of its own, since the state in which earlier cases leave the heap
-decides who pays for page faults, and a crash or a hang is to lose one case; several of them (--processes), some time apart.
-In each, results are compared with fp64 first: a provider that is wrong, or cannot run, gets no time; its record says why.
-Then all take turns, round after round: a ratio is nn.LSTM's time over another's in the same round, so that above 1 the other
-is faster. Printed and kept: medians, with the range from p20 to p80, or among the medians of the processes if that is wider;
-times are those of the process that was disturbed least. Ctrl-C keeps what there is.
+Every case runs in a process of its own, on a CPU every mode of it: what earlier cases leave on the heap would change its
+time, and a crash or a hang then loses one case only. Several such processes (--processes) run some time apart.
+
+First the results are compared with those of fp64. A provider that is wrong, or cannot run, is not timed, and its record says
+why. Then all providers take turns, round after round. A ratio is nn.LSTM's time divided by another's in the same round:
+above 1 the other is faster. What is printed and kept is the median, with the range from p20 to p80 of the rounds, or that of
+the processes' medians if it is wider. Times are taken from the process in which nn.LSTM was quickest. Ctrl-C keeps what
+there is.
 
 bench/report.py makes tables and charts of the JSON file, bench/compare.py compares two of them.
 """
@@ -27,9 +29,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from about import about
-from isolate import isolated
-from workloads import DTYPES, MODES, SUITES, Case, suite
+from cases import DTYPES, MODES, SUITES, Case, floor, suite
+from process import about, isolated
 
 BASELINES = ("torch", "torch-by-hand", "torch-plain", "fused-plain")
 Record = dict[str, Any]
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         dtypes = sorted({case.dtype for case, _ in work})
         for _ in range(args.processes):  # not one after another, but some time apart
             bar.set_description("floors")
-            limits = isolated("floors:floors", args.limit, device=args.device, dtypes=dtypes, threads=args.threads)
+            limits = isolated("timing:rates", args.limit, device=args.device, dtypes=dtypes, threads=args.threads)
             results["floors"] = better(results["floors"], limits.get("result", {}))
             if "failed" in limits:
                 tqdm.write(f"floors: {limits['failed']}\n{limits['output']}", file=sys.stderr)
@@ -224,7 +225,6 @@ def too_large(case: Case, largest: float) -> Record:
 
 def merged(case: Case, modes: Sequence[str], processes: list[dict[str, Any]], floors: dict[str, Any]) -> list[Record]:
     """One record for each mode and provider, from those of all processes."""
-    from floors import floor
     from providers import PLAIN
 
     records = []
@@ -233,8 +233,7 @@ def merged(case: Case, modes: Sequence[str], processes: list[dict[str, Any]], fl
         rows = [{r["provider"]: r for r in p["result"] if r["mode"] == mode} for p in processes if "result" in p]
         for name in names:
             found = [row[name] for row in rows if name in row]
-            plain = name in PLAIN or not found
-            limit = floor(case, mode, floors, *(() if plain else (found[0].get("filled", 1.0), found[0].get("longest"))))
+            limit = floor(case, mode, floors, 1.0 if name in PLAIN or not found else found[0].get("filled", 1.0))
             record = asdict(case) | {"mode": mode, "provider": name, "processes": len(found)}
             # A process that failed does not take the others' results with it.
             failed = [p for p in processes if "failed" in p] if not found else []
@@ -268,7 +267,7 @@ def merged(case: Case, modes: Sequence[str], processes: list[dict[str, Any]], fl
 
 
 FROM_LAST = (
-    "plan", "error", "filled", "longest", "peak_bytes", "retained_bytes", "host_us", "device_us", "device_us_missing",
+    "plan", "error", "filled", "peak_bytes", "retained_bytes", "host_us", "device_us", "device_us_missing",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How time is taken: on a GPU by events on the device, on a CPU by the clock."""
+"""How time is taken, on a GPU by events, on a CPU by the clock; and a device's rates, which the floors of cases want."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from cases import DTYPES
 
 Run = Callable[[], None]
 
@@ -82,21 +83,82 @@ def graph_of(run: Run) -> Run:
     return graph.replay
 
 
-def host_us(run: Run, calls: int = 50) -> float:
-    """What a call costs the host on a GPU: until it returns, with the device idle before."""
-    times = []
+def host_us(call: Callable[[Any], Any], calls: int, prepare: Callable[[], Any] = lambda: None, cuda: bool = True) -> float:
+    """What a call costs the host: until it returns, with the device idle before; ``prepare``, which makes what it is given,
+    is not timed. The median."""
+    times, kept = [], []  # results are kept, so that no time is taken of tearing them down
     for _ in range(calls):
-        torch.cuda.synchronize()
+        given = prepare()
+        if cuda:
+            torch.cuda.synchronize()
         start = time.perf_counter()
-        run()
+        kept.append(call(given))
         times.append(1e6 * (time.perf_counter() - start))
-    torch.cuda.synchronize()
     return statistics.median(times)
 
 
-def device_us(run: Run, mode: str) -> dict[str, Any]:
+def device_us(run: Run) -> dict[str, Any]:
     """What a call costs the device alone: its time in a CUDA graph, or why there is none."""
     try:
         return {"device_us": median_us(graph_of(run))}
     except RuntimeError as error:
         return {"device_us": None, "device_us_missing": str(error)[:200]}
+
+
+def rates(device: str, dtypes: list[str], threads: int) -> dict[str, Any]:
+    """Everything that :func:`cases.floor` wants to know of a device, measured in the run of the cases."""
+    torch.set_num_threads(threads)
+    found: dict[str, Any] = {"flop_per_us": {dtype: gemm_rate(device, dtype) for dtype in dtypes}}
+    if device == "cuda":
+        found |= {"bytes_per_us": copy_rate(), **launches()}
+    return found
+
+
+def gemm_rate(device: str, dtype: str, n: int = 0) -> float:
+    """Floating-point operations per microsecond of a large matrix product, the best of a few runs."""
+    if device == "cpu" and not n:
+        return max(gemm_rate(device, dtype, n) for n in (512, 1024, 2048))
+    n = n or 8192
+    if device == "cpu" and dtype == "fp16":
+        dtype = "fp32"  # in which it is best computed there
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+    a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
+    out = torch.empty_like(a)
+    if device == "cuda":
+        return 2 * n**3 / median_us(lambda: torch.mm(a, b, out=out), 10)
+    # torch's two ways to multiply on a CPU, its BLAS and oneDNN: the faster one counts.
+    ways = [lambda: torch.mm(a, b, out=out)]
+    if dtype in ("fp32", "bf16") and torch.backends.mkldnn.is_available():
+        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    times = []
+    for multiply in ways:
+        multiply()
+        for _ in range(10):
+            start = time.perf_counter()
+            multiply()
+            times.append(1e6 * (time.perf_counter() - start))
+    return 2 * n**3 / min(times)
+
+
+def copy_rate() -> float:
+    """Bytes per microsecond, read and written, of a large copy on the device."""
+    a = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / median_us(lambda: b.copy_(a), 10)
+
+
+def launches() -> dict[str, float]:
+    """Microseconds that a launch costs: from Python, one after another, and within a CUDA graph."""
+    import triton
+
+    @triton.jit
+    def nothing(x_ptr):
+        pass
+
+    x = torch.zeros(1, device="cuda")
+
+    def hundred() -> None:
+        for _ in range(100):
+            nothing[(1,)](x)
+
+    return {"launch_us": median_us(hundred) / 100, "graph_launch_us": median_us(graph_of(hundred)) / 100}

@@ -1,14 +1,14 @@
-"""The error rule, and problems to try it on."""
+"""Problems to try the error rule on."""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
+from measure import Rule
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -23,60 +23,6 @@ def skip_unless_it_compiles(dtype: torch.dtype) -> None:
 
     if dtype == torch.float64 and not launch.FP64:
         pytest.skip("this Triton cannot compile fp64 products")
-
-
-SMALL = 256  # elements below which a tensor's error is too few samples to be judged alone
-
-
-class Rule:
-    """The error rule: our error against fp64 is at most twice torch's in the same precision, plus a tiny term.
-
-    RMS and maximum, of errors relative to the tensor's largest value, or to 0.01 if that is larger: inside the cell
-    numbers are of order one, and so is what their rounding costs. The RMS is judged tensor by tensor; where it would be
-    that of a few numbers, and for the maximum, which one unlucky rounding decides, over all tensors and problems added.
-    The tiny term is one unit in the last place for the maximum, half a unit for the RMS; in fp64, where torch's own result
-    is the reference, 32 such units.
-    """
-
-    def __init__(self) -> None:
-        self.all: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
-        self.small: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
-
-    def add(
-        self,
-        what: object,
-        names: Sequence[str],
-        ours: Sequence[Tensor],
-        torchs: Sequence[Tensor],
-        exact: Sequence[Tensor],
-    ) -> None:
-        for name, a, b, e in zip(names, ours, torchs, exact, strict=True):
-            assert a.shape == e.shape, f"{what}: {name}: shape {tuple(a.shape)}, expected {tuple(e.shape)}"
-            assert a.dtype == b.dtype, f"{what}: {name}: dtype {a.dtype}, expected {b.dtype}"
-            largest = e.abs().amax().item() if e.numel() else 0.0
-            if largest == 0:
-                assert not a.any(), f"{what}: {name}: should be zero"
-                continue
-            scale = max(largest, 0.01)
-            pair = tuple(torch.nan_to_num((t.double() - e).abs() / scale, torch.inf).flatten() for t in (a, b))
-            assert pair[0].max() < 0.1, f"{what}: {name}: relative error {pair[0].max():.1e}"
-            self.all.setdefault(a.dtype, []).append(pair)
-            if e.numel() >= SMALL:
-                self._judge(f"{what}: {name}", a.dtype, "RMS", *pair)
-            else:
-                self.small.setdefault(a.dtype, []).append(pair)
-
-    def check(self) -> None:
-        for kind, pools in (("maximum", self.all), ("RMS", self.small)):
-            for dtype, pool in pools.items():
-                self._judge(str(dtype), dtype, kind, *(torch.cat(e) for e in zip(*pool, strict=True)))
-
-    @staticmethod
-    def _judge(what: str, dtype: torch.dtype, kind: str, mine: Tensor, theirs: Tensor) -> None:
-        unit = torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 1)
-        of, tiny = (torch.amax, unit) if kind == "maximum" else (lambda t: t.square().mean().sqrt(), unit / 2)
-        got, yardstick = of(mine).item(), of(theirs).item()
-        assert got <= 2 * yardstick + tiny, f"{what}: relative {kind} error {got:.2e}, torch's {yardstick:.2e}"
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import cases
 import compare
-import floors
 import measure
 import providers
 import pytest
 import report
 import run
 import torch
-from isolate import isolated
+from cases import SUITES, WORKLOADS, Case, suite
+from process import isolated
 from torch import Tensor, nn
-from workloads import SUITES, WORKLOADS, Case, suite
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 TINY = Case("tiny", 3, 5, 4, 6, "fp32")
@@ -270,9 +270,9 @@ def test_cases_have_names_of_their_own() -> None:
     for device in ("cpu", "cuda"):
         for name in SUITES:
             for quick in (False, True):
-                cases = suite(name, device, quick=quick)
-                assert len({case.name for case in cases}) == len(cases)
-                assert all(case.suite == name and case.dtype in measure.TORCH_DTYPES for case in cases)
+                found = suite(name, device, quick=quick)
+                assert len({case.name for case in found}) == len(found)
+                assert all(case.suite == name and case.dtype in cases.DTYPES for case in found)
             assert {case.dtype for case in suite(name, device, "bf16")} == {"bf16"}
     assert {c.dtype for c in suite("workloads", "cuda")} == {"tf32", "bf16", "fp16"}
 
@@ -286,17 +286,13 @@ def test_floors() -> None:
     projected = replace(case, layers=1, bidirectional=False, proj=4)
     assert projected.flop("inference") == 2 * 2 * (4 * 7 * (3 * 5 + 2 * 4) + 3 * 7 * 4)
     assert case.flop("inference", 0.5) < case.flop("inference") / 2
-    assert floors.floor(case, "training", {}) is None
-    cpu = floors.floor(case, "inference", {"flop_per_us": {"fp32": 100.0}})
+    assert cases.floor(case, "training", {}) is None
+    cpu = cases.floor(case, "inference", {"flop_per_us": {"fp32": 100.0}})
     assert cpu == {"floor_us": products / 100, "floor_products_us": products / 100}
-    gpu: dict[str, Any] = {"flop_per_us": {"bf16": 1e9}, "bytes_per_us": 1e6, "graph_launch_us": 9.0}
-    gpu["exchange_us"] = {"16x256": 2.0, "16x1024": 4.0}
-    large = Case("", 16, 100, 512, 512, "bf16")
-    found = floors.floor(large, "training", gpu)
-    assert found["floor_steps_us"] == 2 * 100 * 2.0, "the exchange of a state no larger than the case's"
-    assert found["floor_us"] == max(found[f"floor_{part}_us"] for part in ("products", "memory", "steps"))
+    gpu = {"flop_per_us": {"bf16": 1e9}, "bytes_per_us": 1e6}
+    found = cases.floor(Case("", 16, 100, 512, 512, "bf16"), "training", gpu)
     assert found["floor_memory_us"] == 2 * 16 * 100 * 2 * (512 + 512) / 1e6
-    assert floors.floor(replace(large, H=128), "training", gpu)["floor_steps_us"] == 0
+    assert found["floor_us"] == max(found["floor_products_us"], found["floor_memory_us"])
 
 
 # --- comparing

@@ -1,12 +1,18 @@
-"""What is measured: the shapes that real projects give an LSTM, with their sources, and suites of shapes around them."""
+"""What is measured: the shapes that real projects give an LSTM, with their sources, suites of shapes around them, and the
+least time that each may take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 MODES = ("inference", "forward", "training")  # without gradients; keeping what a backward pass needs; with that pass
-DTYPES = ("fp16", "bf16", "tf32", "fp32", "fp64")  # tf32: fp32 tensors whose products may be rounded to TF32
+DTYPES = {  # tf32: fp32 tensors whose products may be rounded to TF32
+    "fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64,
+}  # fmt: skip
 TIMES_FORWARD = {"inference": 1, "forward": 1, "training": 3}  # products, in those of the forward pass
 
 
@@ -142,3 +148,21 @@ def suite(name: str, device: str, dtype: str | None = None, quick: bool = False)
     if device == "cpu":
         return [replace(case, dtype="fp32") for case in cases]
     return [replace(case, dtype="tf32" if case.dtype == "fp32" else case.dtype) for case in cases]
+
+
+def floor(case: Case, mode: str, rates: dict[str, Any], filled: float = 1.0) -> dict[str, float] | None:
+    """Microseconds that a case takes at least, and what they are made of; None where its dtype's rate was not measured.
+
+    On a CPU they are those of all matrix products at the rate of a large one. On a GPU there are also those of the memory:
+    inputs and outputs are read and written once, at the rate of a large copy. The larger of the two is the floor, since one
+    may go on beside the other. With lengths, ``filled`` is the part of the steps that lie within one.
+    """
+    rate = rates.get("flop_per_us", {}).get(case.dtype)
+    if rate is None:
+        return None
+    parts = {"products": case.flop(mode, filled) / rate}
+    if "bytes_per_us" in rates:
+        outputs = (case.proj or case.H) * (1 + case.bidirectional)
+        once = filled * case.B * case.T * DTYPES[case.dtype].itemsize * (sum(case.widths()) + case.layers * outputs)
+        parts["memory"] = once * (2 if mode == "training" else 1) / rates["bytes_per_us"]
+    return {"floor_us": max(parts.values()), **{f"floor_{k}_us": v for k, v in parts.items()}}
