@@ -1,0 +1,104 @@
+"""The persistent schedule: which configurations it has, what they take, and their launches.
+
+One launch for the sequence, in which programs wait for one another's results (kernels/fragments.py). NVIDIA GPUs, sm_80 and
+newer; Triton 3.6 and newer.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.fragments import ROWS, Fragments, Sequences, lstm_forward
+from .kernels.persistent_forward import Forward, lstm_forward_fragments
+
+KERNELS: dict[str, Any] = {"forward": lstm_forward_fragments}
+CELLS: dict[str, Any] = {"forward": lstm_forward}
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a recurrence is cut into programs."""
+
+    units: int = 16  # hidden units of a program
+    warps: int = 8
+    held: int = 64  # chunks of the weights in registers, at most
+    tiles: int = 1  # tiles of 8 rows of a program
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def fragments(config: Config, H: int, R: int, directions: int, max16: bool = True) -> Fragments:
+    """The kernel's constexpr configuration. It knows the number of tiles only roughly: one binary for many batches."""
+    room = 1 << (config.tiles - 1).bit_length()
+    return Fragments(H, R, directions, config.units, config.warps, config.held, room, max16)
+
+
+def grid(config: Config, H: int, B: int, R: int) -> tuple[int, int, int]:
+    return H // config.units, ceil_div(ceil_div(B, ROWS), config.tiles), R
+
+
+@lru_cache
+def zeros(device: torch.device, dtype: torch.dtype, n: int) -> Tensor:
+    """Zeros that nobody writes: the state before the first step. Kept, so that they cost nothing."""
+    return torch.zeros(n, device=device, dtype=dtype)
+
+
+def unwritten(t: Tensor) -> Tensor:
+    """Fill t with the bits that mean "not there yet"."""
+    bits = {2: torch.int16, 4: torch.int32}[t.element_size()]
+    t.view(bits).fill_(-1)
+    return t
+
+
+def forward(
+    buffers: Forward,  # tensors, h allocated; zeros may be None
+    sequences: Sequences,
+    T: int,
+    B: int,
+    row_stride_t: int,
+    row_stride_b: int,
+    directions: int,
+    config: Config,
+) -> None:
+    """Fill h, hn and cn, and where there is c, that and the activated gates. h is zero past a row's length."""
+    R, _, H = _sizes(buffers.w_hh)
+    unwritten(buffers.h)
+    buffers = buffers._replace(zeros=zeros(buffers.h.device, buffers.h.dtype, max(4 * H, 512)))
+    size = (T, B, config.tiles, row_stride_t, row_stride_b)
+    launch(
+        "forward", grid(config, H, B, R), buffers, sequences, size, fragments(config, H, R, directions, _max16(buffers.h))
+    )
+
+
+def _sizes(w_hh: Tensor) -> tuple[int, int, int]:
+    H = w_hh.shape[-1]
+    return w_hh.shape[0], 4, H
+
+
+def _max16(t: Tensor) -> bool:
+    return not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] >= 9
+
+
+def launch(
+    kernel: str,
+    grid: tuple[int, int, int],
+    buffers: tuple,
+    sequences: Sequences,
+    size: tuple[int, ...],
+    config: Fragments,
+) -> None:
+    """One launch. All its programs run at once, or the driver refuses."""
+    like = buffers[0]
+    with torch.cuda.device_of(like) if like.is_cuda else nullcontext():
+        KERNELS[kernel][grid](
+            buffers, sequences, *size, CELLS[kernel], config,
+            num_warps=config.warps, launch_cooperative_grid=True, enable_fp_fusion=True,
+        )  # fmt: skip

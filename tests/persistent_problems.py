@@ -1,0 +1,168 @@
+"""Random recurrences for the persistent kernels: run by them in forked processes, and by plain torch in any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gluon_interpreter
+import pytest
+import torch
+from forked import Delays, Program, run_forked
+from torch import Tensor
+
+from fused_lstm import persistent
+from fused_lstm.kernels.fragments import Sequences
+from fused_lstm.kernels.persistent_forward import Forward
+
+BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+
+
+class Problem:
+    """Inputs of one recurrence: numbers of ``dtype``, held in fp64."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        T: int = 4,
+        B: int = 3,
+        H: int = 32,
+        directions: int = 1,
+        members: int = 1,
+        mode: str = "padded",
+        batch_first: bool = False,
+        resets: bool = False,
+        states: bool = True,
+        bias: bool = True,
+        scale: float = 0.5,
+    ) -> None:
+        g = torch.Generator().manual_seed(T * 1000 + B * 100 + H)
+
+        def numbers(*shape: int, scale: float = scale) -> Tensor:
+            return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype).double()
+
+        R = members * (2 if directions == 2 else 1)
+        self.dtype, self.T, self.B, self.H, self.R, self.directions = dtype, T, B, H, R, directions
+        self.lengths, starts = None, None
+        self.strides = (1, T) if batch_first else (B, 1)
+        N = T * B
+        if mode == "lengths":
+            self.lengths = torch.tensor(([T, 0, 1, T - 1, 2, T] * B)[:B])
+        if mode == "packed":
+            sizes = torch.tensor([B, *(max(1, B - t) for t in range(1, T))])
+            self.lengths = (torch.arange(B) < sizes[:, None]).sum(0)
+            starts, N = torch.cumsum(sizes, 0) - sizes, int(sizes.sum())
+        lengths = torch.full((B,), T) if self.lengths is None else self.lengths
+        self.starts, self.N = starts, N
+        self.resets = torch.rand(N, generator=g) < 0.4 if resets else None
+        self.inputs = {
+            "gates": numbers(N, R, 4, H),
+            "w_hh": numbers(R, 4, H, H, scale=scale * H**-0.5 * 2),
+            "bias": numbers(R, 4, H) if bias else None,
+            "h0": numbers(R, B, H) if states else None,
+            "c0": numbers(R, B, H) if states else None,
+        }
+        self.cotangents = {"dy": numbers(N, R, H), "dhn": numbers(R, B, H), "dcn": numbers(R, B, H)}
+        # for each recurrence, data rows (T, B) of the steps, which rows have the step, and which keep the state before it
+        self.maps = [self._map(r, lengths) for r in range(R)]
+
+    def _map(self, r: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        backwards = self.directions == -1 or (self.directions == 2 and r % 2 == 1)
+        s, b = torch.arange(self.T)[:, None], torch.arange(self.B)
+        has = s < lengths
+        t = lengths - 1 - s if backwards else s.expand(self.T, self.B)
+        t = torch.where(has, t, 0)
+        at = self.starts[t] + b if self.starts is not None else t * self.strides[0] + b * self.strides[1]
+        at = torch.where(has, at, 0)
+        keep = has.clone()
+        if self.resets is not None and backwards:
+            keep[1:] &= ~self.resets[at[:-1]]
+        elif self.resets is not None:
+            keep &= ~self.resets[at]
+        return at, has, keep
+
+    def reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Results and gradients by autograd, computed in ``dtype``."""
+        given = {k: None if v is None else v.to(dtype).requires_grad_() for k, v in self.inputs.items()}
+        y = torch.zeros(self.N, self.R, self.H, dtype=dtype)
+        c_all, ends = torch.zeros_like(y), []
+        for r, (rows, has, keep) in enumerate(self.maps):
+            zero = torch.zeros(self.B, self.H, dtype=dtype)
+            h, c = (zero if given[k] is None else given[k][r] for k in ("h0", "c0"))
+            for s in range(self.T):
+                h_before, c_before = (torch.where(keep[s, :, None], t, 0) for t in (h, c))
+                a = given["gates"][rows[s], r] + (h_before @ given["w_hh"][r].flatten(0, 1).t()).view(-1, 4, self.H)
+                if given["bias"] is not None:
+                    a = a + given["bias"][r]
+                i, f, g, o = a.unbind(1)
+                c_new = f.sigmoid() * c_before + i.sigmoid() * g.tanh()
+                h_new = o.sigmoid() * c_new.tanh()
+                h, c = (torch.where(has[s, :, None], new, old) for new, old in ((h_new, h), (c_new, c)))
+                at = rows[s][has[s]]
+                y = y.index_put((at, torch.tensor(r)), h_new[has[s]])
+                c_all = c_all.index_put((at, torch.tensor(r)), c_new[has[s]])
+            ends.append((h, c))
+        hn, cn = (torch.stack(e) for e in zip(*ends, strict=True))
+        wanted = {"dgates": given["gates"], "dw_hh": given["w_hh"], "dc0": given["c0"], "dh0": given["h0"]}
+        wanted = {k: v for k, v in wanted.items() if v is not None}
+        cotangents = [t.to(dtype) for t in self.cotangents.values()]
+        grads = torch.autograd.grad((y, hn, cn), list(wanted.values()), cotangents, allow_unused=True)
+        results = {"y": y, "hn": hn, "cn": cn, "c": c_all, **dict(zip(wanted, grads, strict=True))}
+        return {k: v.detach() for k, v in results.items() if v is not None}
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        return {k: None if v is None else v.to(self.dtype) for k, v in (self.inputs | self.cotangents).items()}
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(self.lengths, self.starts, None if self.resets is None else self.resets.view(torch.uint8))
+
+    def forward(self, config: persistent.Config, save: bool = True, given: dict[str, Any] | None = None) -> Forward:
+        """The buffers after the forward kernel; before it, what it is to write holds NaN."""
+        t = self.tensors() | (given or {})
+        out = {k: torch.full((n, self.R, self.H), torch.nan, dtype=self.dtype) for k, n in (("h", self.N), ("c", self.N))}
+        ends = {k: torch.full((self.R, self.B, self.H), torch.nan, dtype=self.dtype) for k in ("hn", "cn")}
+        buffers = Forward(
+            t["gates"].clone(),
+            t["w_hh"],
+            t["bias"],
+            out["h"],
+            out["c"] if save else None,
+            t["h0"],
+            t["c0"],
+            **ends,
+            zeros=None,
+        )
+        persistent.forward(buffers, self.sequences, self.T, self.B, *self.strides, self.directions, config)
+        return buffers
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch, delays: Delays | None = None, timeout: float = 60.0) -> list[Program]:
+    """Launches of the persistent kernels run in the interpreter from now on, a process for each program; returns their grids."""
+    modules = gluon_interpreter.interpreted()
+    grids: list[Program] = []
+
+    def launch(kernel: str, grid: Program, buffers: tuple, sequences: tuple, size: tuple, config: Any) -> None:
+        grids.append(grid)
+        forked(KERNELS[kernel], grid, (buffers, sequences, *size, CELLS[kernel], config), delays, timeout)
+
+    KERNELS = {"forward": modules["persistent_forward"].lstm_forward_fragments}
+    CELLS = {"forward": modules["fragments"].lstm_forward}
+    monkeypatch.setattr(persistent, "launch", launch)
+    return grids
+
+
+def forked(kernel: Any, grid: Program, args: tuple, delays: Delays | None = None, timeout: float = 60.0) -> None:
+    """Run an interpreted kernel in a process for each program."""
+    from fused_lstm import launch
+
+    flat = [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
+
+    class Run:
+        def __getitem__(self, _: Program) -> Callable[..., None]:
+            gluon_interpreter.prepare()
+            return lambda *_: kernel[(1, 1, 1)](*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(launch.KERNELS, "persistent", Run())
+        run_forked("persistent", grid, tuple(flat), {}, delays=delays, timeout=timeout)
