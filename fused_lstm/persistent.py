@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels.fragments import ROWS, Fragments, Sequences, lstm_forward
+from .kernels.fragments import ROWS, Fragments, Sequences, lstm_backward, lstm_forward
+from .kernels.persistent_backward import Backward, lstm_backward_fragments
 from .kernels.persistent_forward import Forward, lstm_forward_fragments
 
-KERNELS: dict[str, Any] = {"forward": lstm_forward_fragments}
-CELLS: dict[str, Any] = {"forward": lstm_forward}
+KERNELS: dict[str, Any] = {"forward": lstm_forward_fragments, "backward": lstm_backward_fragments}
+CELLS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward}
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,37 @@ def forward(
     config: Config,
 ) -> None:
     """Fill h, hn and cn, and where there is c, that and the activated gates. h is zero past a row's length."""
-    R, _, H = _sizes(buffers.w_hh)
-    unwritten(buffers.h)
-    buffers = buffers._replace(zeros=zeros(buffers.h.device, buffers.h.dtype, max(4 * H, 512)))
-    size = (T, B, config.tiles, row_stride_t, row_stride_b)
-    launch(
-        "forward", grid(config, H, B, R), buffers, sequences, size, fragments(config, H, R, directions, _max16(buffers.h))
-    )
+    _run("forward", buffers, buffers.h, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
 
 
-def _sizes(w_hh: Tensor) -> tuple[int, int, int]:
-    H = w_hh.shape[-1]
-    return w_hh.shape[0], 4, H
+def backward(
+    buffers: Backward,  # tensors, dgates allocated: not the memory of gates; zeros may be None
+    sequences: Sequences,
+    T: int,
+    B: int,
+    row_stride_t: int,
+    row_stride_b: int,
+    directions: int,
+    config: Config,
+) -> None:
+    """Fill dgates, h_prev and dc0; the first two are zero past a row's length."""
+    _run("backward", buffers, buffers.dgates, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
+
+
+def _run(
+    kernel: str,
+    buffers: Any,
+    exchanged: Tensor,
+    sequences: Sequences,
+    size: tuple[int, int, int, int],
+    directions: int,
+    config: Config,
+) -> None:
+    R, H, B = buffers.w_hh.shape[0], buffers.w_hh.shape[-1], size[1]
+    unwritten(exchanged)
+    buffers = buffers._replace(zeros=zeros(exchanged.device, exchanged.dtype, max(4 * H, 512)))
+    given = (*size[:2], config.tiles, *size[2:])
+    launch(kernel, grid(config, H, B, R), buffers, sequences, given, fragments(config, H, R, directions, _max16(exchanged)))
 
 
 def _max16(t: Tensor) -> bool:

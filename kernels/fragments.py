@@ -23,7 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .cell import cell_backward, cell_forward
-from .rows import data_rows, kept, row_lengths
+from .rows import data_rows, kept, row_lengths, runs_backwards
 
 ROWS = 8  # batch rows of a tile
 
@@ -48,6 +48,12 @@ def chunks(k, config):
     return -(-k // (config.warps * 32))
 
 
+@gluon.constexpr_function
+def beyond(q, k, config):
+    """Whether chunk q of a reduction over k reaches beyond it."""
+    return (q + 1) * config.warps * 32 > k
+
+
 class Sequences(NamedTuple):
     """Where the steps of a batch row lie among the data rows; None where there is no such thing."""
 
@@ -69,6 +75,17 @@ class Place(NamedTuple):
     r: Any  # its recurrence
     first: Any  # its first batch row
     backwards: Any  # whether r runs backwards in time
+
+
+@gluon.jit
+def place_of(sequences, T, B, tiles, row_stride_t, row_stride_b, CONFIG: gl.constexpr):
+    """The place of a program of a grid (programs of a tile, groups of tiles, R)."""
+    r = gl.program_id(2).to(gl.int64)
+    first = gl.program_id(1) * (tiles * 8)
+    backwards = runs_backwards(r, CONFIG.directions)
+    return Place(
+        sequences.lengths, sequences.starts, sequences.resets, T, B, row_stride_t, row_stride_b, r, first, backwards
+    )
 
 
 class Step(NamedTuple):
@@ -130,6 +147,13 @@ def unit_layout(warps, units):
 @gluon.constexpr_function
 def row_layout(warps, units):
     return gl.SliceLayout(0, cell_layout(warps, units))
+
+
+@gluon.constexpr_function
+def columns_layout(warps, units, dtype):
+    """(warps, units, 32) of weights whose units are neighbours in memory: 16 bytes of them for each thread."""
+    each = 128 // dtype.primitive_bitwidth
+    return gl.BlockedLayout([1, each, 1], [1, units // each, 32 * each // units], [warps, 1, 1], [1, 2, 0])
 
 
 @gluon.constexpr_function
@@ -247,9 +271,9 @@ def source_at(rows, zeros, wait, K: gl.constexpr, CONFIG: gl.constexpr):
     k = gl.arange(0, 32, along(LAYOUT, 1))
     piece = cube(w * 32, 0) + cube(((k % 16) // 4) * 8, 1)
     address = cube(rows, 2) + piece
-    if CHUNKS * CONFIG.warps * 32 > K:
-        beyond = piece + (CHUNKS - 1) * CONFIG.warps * 32
-        edge = (gl.where(beyond < K, cube(rows, 2) + beyond, zeros + piece).to(gl.uint64, bitcast=True),)
+    if beyond(CHUNKS - 1, K, CONFIG):
+        last = piece + (CHUNKS - 1) * CONFIG.warps * 32
+        edge = (gl.where(last < K, cube(rows, 2) + last, zeros + piece).to(gl.uint64, bitcast=True),)
     else:
         edge = ()
     return Source(address.to(gl.uint64, bitcast=True), edge, cube(gl.where(wait, -1, 0), 2) + piece * 0)
@@ -284,6 +308,13 @@ def settle(begun, source, dtype: gl.constexpr, K: gl.constexpr, CONFIG: gl.const
     for q in gl.static_range(CHUNKS):
         operands = operands + (operand(found[q].to(dtype, bitcast=True)),)
     return operands
+
+
+@gluon.jit
+def row_or_past_end(place, step, s):
+    """The data row of a step; past a row's end, where others may expect zeros, the one that lies there."""
+    past = s * place.row_stride_t.to(gl.int64) + step.b * place.row_stride_b.to(gl.int64)
+    return gl.where(step.has, step.row, past)
 
 
 @gluon.jit

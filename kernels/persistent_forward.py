@@ -14,9 +14,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .fragments import (
-    Place,
     along,
     begin,
+    beyond,
     cell_layout,
     chunks,
     cube,
@@ -26,14 +26,15 @@ from .fragments import (
     operand,
     operand_layout,
     parts_layout,
+    place_of,
     row_layout,
+    row_or_past_end,
     settle,
     source_at,
     step_of,
     turn_after,
     unit_layout,
 )
-from .rows import runs_backwards
 
 
 class Forward(NamedTuple):
@@ -64,12 +65,8 @@ def lstm_forward_fragments(
     A: gl.constexpr = operand_layout(0, WARPS)
     CELLS: gl.constexpr = cell_layout(WARPS, UNITS)
     AHEAD: gl.constexpr = CONFIG.room > 1
-    r = gl.program_id(2).to(gl.int64)
-    first = gl.program_id(1) * (tiles * 8)
-    backwards = runs_backwards(r, CONFIG.directions)
-    place = Place(
-        sequences.lengths, sequences.starts, sequences.resets, T, B, row_stride_t, row_stride_b, r, first, backwards
-    )
+    place = place_of(sequences, T, B, tiles, row_stride_t, row_stride_b, CONFIG)
+    r = place.r
     u0 = gl.program_id(0) * UNITS
     held, rest = forward_weights(buffers.w_hh + r * (4 * H * H), u0, CONFIG)
     n = gl.arange(0, 8, row_layout(WARPS, UNITS))
@@ -147,11 +144,11 @@ def forward_weights(w_ptr, u0, CONFIG: gl.constexpr):
         shape: gl.constexpr = [CHUNKS - CONFIG.held, CONFIG.warps, ROWS, 32]
         rest = (gl.allocate_shared_memory(dtype, shape, gl.SwizzledSharedLayout(4, 2, 8, [2, 1, 0])),)
     for q in gl.static_range(CHUNKS):
-        from_k = q * CONFIG.warps * 32
-        if from_k + CONFIG.warps * 32 > H:
-            chunk = operand(gl.load(w_ptr + at + from_k, mask=(k + from_k < H) & (cube(m, 1) >= 0), other=0.0))
+        first = q * CONFIG.warps * 32
+        if beyond(q, H, CONFIG):
+            chunk = operand(gl.load(w_ptr + at + first, mask=(k + first < H) & (cube(m, 1) >= 0), other=0.0))
         else:
-            chunk = operand(gl.load(w_ptr + at + from_k))
+            chunk = operand(gl.load(w_ptr + at + first))
         if q < CONFIG.held:
             held = held + (chunk,)
         else:
@@ -209,12 +206,12 @@ def save(buffers, place, step, s, u, activated, c, h, CONFIG: gl.constexpr):
     dtype: gl.constexpr = buffers.h.dtype.element_ty
     has = gl.expand_dims(step.has, 0) & (u >= 0)
     h = exchangeable(h, dtype)
-    if place.lengths is not None and place.starts is None:  # past a row's end, zeros for whoever reads h
-        row = gl.where(step.has, step.row, s * place.row_stride_t.to(gl.int64) + step.b * place.row_stride_b.to(gl.int64))
-        at = gl.expand_dims((row * CONFIG.R + place.r) * CONFIG.H, 0) + u
-        gl.store(buffers.h + at, gl.where(has, h, 0.0).to(dtype), mask=gl.expand_dims(step.b < place.B, 0) & (u >= 0))
     at = gl.expand_dims((step.row * CONFIG.R + place.r) * CONFIG.H, 0) + u
-    if place.lengths is None or place.starts is not None:
+    if place.lengths is not None and place.starts is None:
+        row = row_or_past_end(place, step, s)
+        everywhere = gl.expand_dims((row * CONFIG.R + place.r) * CONFIG.H, 0) + u
+        gl.store(buffers.h + everywhere, gl.where(has, h, 0.0).to(dtype), mask=gl.expand_dims(step.b < place.B, 0) & (u >= 0))
+    else:
         gl.store(buffers.h + at, h, mask=has)
     last = has & gl.expand_dims(s == step.lengths - 1, 0)
     end = gl.expand_dims((place.r * place.B + step.b) * CONFIG.H, 0) + u

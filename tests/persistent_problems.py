@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_lstm import persistent
 from fused_lstm.kernels.fragments import Sequences
+from fused_lstm.kernels.persistent_backward import Backward
 from fused_lstm.kernels.persistent_forward import Forward
 
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -136,6 +137,36 @@ class Problem:
         persistent.forward(buffers, self.sequences, self.T, self.B, *self.strides, self.directions, config)
         return buffers
 
+    def backward(self, config: persistent.Config, forward: Forward, given: dict[str, Any] | None = None) -> Backward:
+        """The buffers after the backward kernel, from those of the forward one."""
+        t = self.tensors() | (given or {})
+        out = {"dgates": (self.N, self.R, 4, self.H), "h_prev": (self.N, self.R, self.H), "dc0": (self.R, self.B, self.H)}
+        buffers = Backward(
+            t["dy"], t["dhn"], t["dcn"], *(getattr(forward, k) for k in ("gates", "c", "h", "h0", "c0", "w_hh")),
+            **{k: torch.full(shape, torch.nan, dtype=self.dtype) for k, shape in out.items()}, zeros=None,
+        )  # fmt: skip
+        persistent.backward(buffers, self.sequences, self.T, self.B, *self.strides, self.directions, config)
+        return buffers
+
+    def run(self, config: persistent.Config, back: persistent.Config | None = None) -> dict[str, Tensor]:
+        """What :meth:`reference` returns, by the kernels; the gradients of W_hh and h0 by the products that follow them."""
+        f = self.forward(config)
+        b = self.backward(back or config, f)
+        results = {"y": f.h, "hn": f.hn, "cn": f.cn, "dgates": b.dgates, "dc0": b.dc0}
+        flat = b.dgates.flatten(2).double()
+        dw = torch.stack([flat[:, r].t() @ b.h_prev[:, r].double() for r in range(self.R)])
+        results["dw_hh"] = dw.view(self.R, 4, self.H, self.H).to(self.dtype)
+        if f.h0 is not None:
+            dh0 = []
+            for r, (rows, _, keep) in enumerate(self.maps):
+                through = torch.where(keep[0, :, None], flat[rows[0], r] @ f.w_hh[r].flatten(0, 1).double(), 0)
+                without = torch.zeros(self.B, dtype=torch.bool) if self.lengths is None else self.lengths == 0
+                dh0.append(torch.where(without[:, None], self.cotangents["dhn"][r], through))
+            results["dh0"] = torch.stack(dh0).to(self.dtype)
+        else:
+            del results["dc0"]
+        return results
+
 
 def interpret(monkeypatch: pytest.MonkeyPatch, delays: Delays | None = None, timeout: float = 60.0) -> list[Program]:
     """Launches of the persistent kernels run in the interpreter from now on, a process for each program; returns their grids."""
@@ -146,8 +177,8 @@ def interpret(monkeypatch: pytest.MonkeyPatch, delays: Delays | None = None, tim
         grids.append(grid)
         forked(KERNELS[kernel], grid, (buffers, sequences, *size, CELLS[kernel], config), delays, timeout)
 
-    KERNELS = {"forward": modules["persistent_forward"].lstm_forward_fragments}
-    CELLS = {"forward": modules["fragments"].lstm_forward}
+    KERNELS = {kind: getattr(modules[f"persistent_{kind}"], f"lstm_{kind}_fragments") for kind in ("forward", "backward")}
+    CELLS = {kind: getattr(modules["fragments"], f"lstm_{kind}") for kind in ("forward", "backward")}
     monkeypatch.setattr(persistent, "launch", launch)
     return grids
 
