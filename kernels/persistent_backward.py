@@ -202,7 +202,7 @@ def before(all_ptr, start_ptr, place, step, s, u, CONFIG: gl.constexpr):
 def step_backward(
     buffers, place, s, tile, n, u, dh, saved, state, CELL: gl.constexpr, CELLS: gl.constexpr, CONFIG: gl.constexpr
 ):
-    """The gradients of a turn, from dh that comes from the step after it; stored first of all, since others wait for them."""
+    """The gradients of a turn, from dh that comes from the step after it; stored first, since others wait for them."""
     dtype: gl.constexpr = buffers.dgates.dtype.element_ty
     step = step_of(place, s, tile, n)
     has = gl.expand_dims(step.has, 0) & (u >= 0)

@@ -210,7 +210,9 @@ def save(buffers, place, step, s, u, activated, c, h, CONFIG: gl.constexpr):
     if place.lengths is not None and place.starts is None:
         row = row_or_past_end(place, step, s)
         everywhere = gl.expand_dims((row * CONFIG.R + place.r) * CONFIG.H, 0) + u
-        gl.store(buffers.h + everywhere, gl.where(has, h, 0.0).to(dtype), mask=gl.expand_dims(step.b < place.B, 0) & (u >= 0))
+        gl.store(
+            buffers.h + everywhere, gl.where(has, h, 0.0).to(dtype), mask=gl.expand_dims(step.b < place.B, 0) & (u >= 0)
+        )
     else:
         gl.store(buffers.h + at, h, mask=has)
     last = has & gl.expand_dims(s == step.lengths - 1, 0)

@@ -25,7 +25,8 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle, interpreter_builder, interpreter_semantic
 
 PACKAGE = "fused_lstm.kernels"
-MODULES = ("fragments", "persistent_forward", "persistent_backward")  # the kernels written in Gluon, in the order of their imports
+# The kernels written in Gluon, in the order of their imports.
+MODULES = ("fragments", "persistent_forward", "persistent_backward")
 # Names that Triton and Gluon share, each doing the same in both.
 CONSTANTS = ["constexpr", "float16", "bfloat16", "float32", "int16", "int32", "int64", "uint64"]
 FUNCTIONS = ["load", "store", "sum", "where", "expand_dims", "program_id"]

@@ -8,15 +8,34 @@ from typing import Any
 import gluon_interpreter
 import pytest
 import torch
+from checks import Rule
 from forked import Delays, Program, run_forked
-from torch import Tensor
-
-from fused_lstm import persistent
 from fused_lstm.kernels.fragments import Sequences
 from fused_lstm.kernels.persistent_backward import Backward
 from fused_lstm.kernels.persistent_forward import Forward
+from torch import Tensor
 
-BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+from fused_lstm import persistent
+
+
+def rounded(x: Tensor, tf32: bool) -> Tensor:
+    """x rounded to TF32, to nearest."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32) if tf32 else x
+
+
+class Product(torch.autograd.Function):
+    """h @ w^T, whose gradient by h has the precision of the product itself, as in the recurrence."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, w: Tensor, tf32: bool) -> Tensor:
+        ctx.save_for_backward(h, w)
+        ctx.tf32 = tf32
+        return rounded(h, tf32) @ rounded(w, tf32).t()
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor) -> tuple[Tensor, Tensor, None]:
+        h, w = ctx.saved_tensors
+        return rounded(da, ctx.tf32) @ rounded(w, ctx.tf32), da.t() @ h, None
 
 
 class Problem:
@@ -43,6 +62,7 @@ class Problem:
             return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype).double()
 
         R = members * (2 if directions == 2 else 1)
+        self.what = f"{dtype} T={T} B={B} H={H} {directions} {members} {mode} {resets} {states}"
         self.dtype, self.T, self.B, self.H, self.R, self.directions = dtype, T, B, H, R, directions
         self.lengths, starts = None, None
         self.strides = (1, T) if batch_first else (B, 1)
@@ -57,7 +77,7 @@ class Problem:
         self.starts, self.N = starts, N
         self.resets = torch.rand(N, generator=g) < 0.4 if resets else None
         self.inputs = {
-            "gates": numbers(N, R, 4, H),
+            "gates": numbers(N, R, 4, H, scale=scale * max(scale, 1)),
             "w_hh": numbers(R, 4, H, H, scale=scale * H**-0.5 * 2),
             "bias": numbers(R, 4, H) if bias else None,
             "h0": numbers(R, B, H) if states else None,
@@ -82,8 +102,8 @@ class Problem:
             keep &= ~self.resets[at]
         return at, has, keep
 
-    def reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Results and gradients by autograd, computed in ``dtype``."""
+    def reference(self, dtype: torch.dtype, tf32: bool = False) -> dict[str, Tensor]:
+        """Results and gradients by autograd, computed in ``dtype``; with ``tf32``, products of operands rounded to TF32."""
         given = {k: None if v is None else v.to(dtype).requires_grad_() for k, v in self.inputs.items()}
         y = torch.zeros(self.N, self.R, self.H, dtype=dtype)
         c_all, ends = torch.zeros_like(y), []
@@ -92,7 +112,8 @@ class Problem:
             h, c = (zero if given[k] is None else given[k][r] for k in ("h0", "c0"))
             for s in range(self.T):
                 h_before, c_before = (torch.where(keep[s, :, None], t, 0) for t in (h, c))
-                a = given["gates"][rows[s], r] + (h_before @ given["w_hh"][r].flatten(0, 1).t()).view(-1, 4, self.H)
+                product = Product.apply(h_before, given["w_hh"][r].flatten(0, 1), tf32)
+                a = given["gates"][rows[s], r] + product.view(-1, 4, self.H)
                 if given["bias"] is not None:
                     a = a + given["bias"][r]
                 i, f, g, o = a.unbind(1)
@@ -108,8 +129,14 @@ class Problem:
         wanted = {k: v for k, v in wanted.items() if v is not None}
         cotangents = [t.to(dtype) for t in self.cotangents.values()]
         grads = torch.autograd.grad((y, hn, cn), list(wanted.values()), cotangents, allow_unused=True)
-        results = {"y": y, "hn": hn, "cn": cn, "c": c_all, **dict(zip(wanted, grads, strict=True))}
+        results = {"y": y, "hn": hn, "cn": cn, **dict(zip(wanted, grads, strict=True))}
         return {k: v.detach() for k, v in results.items() if v is not None}
+
+    def add(self, rule: Rule, *configs: persistent.Config) -> None:
+        """Judge what the kernels make of it; fp32 is TF32 to them."""
+        ours = self.run(*configs)
+        torchs, exact = self.reference(self.dtype, self.dtype == torch.float32), self.reference(torch.float64)
+        rule.add(self.what, list(ours), *([r[k] for k in ours] for r in (ours, torchs, exact)))
 
     def tensors(self) -> dict[str, Tensor | None]:
         return {k: None if v is None else v.to(self.dtype) for k, v in (self.inputs | self.cotangents).items()}
@@ -168,9 +195,17 @@ class Problem:
         return results
 
 
-def interpret(monkeypatch: pytest.MonkeyPatch, delays: Delays | None = None, timeout: float = 60.0) -> list[Program]:
-    """Launches of the persistent kernels run in the interpreter from now on, a process for each program; returns their grids."""
-    modules = gluon_interpreter.interpreted()
+def interpret(
+    monkeypatch: pytest.MonkeyPatch,
+    delays: Delays | None = None,
+    timeout: float = 60.0,
+    modules: dict[str, Any] | None = None,
+) -> list[Program]:
+    """Launches of the persistent kernels run in the interpreter from now on, a process for each program.
+
+    Returns the list that their grids are added to. ``modules`` are those of gluon_interpreter.interpreted(), with a fault.
+    """
+    modules = modules or gluon_interpreter.interpreted()
     grids: list[Program] = []
 
     def launch(kernel: str, grid: Program, buffers: tuple, sequences: tuple, size: tuple, config: Any) -> None:
