@@ -17,9 +17,14 @@ from torch import Tensor
 from .kernels.fragments import ROWS, Fragments, Sequences, lstm_backward, lstm_forward
 from .kernels.persistent_backward import Backward, lstm_backward_fragments
 from .kernels.persistent_forward import Forward, lstm_forward_fragments
+from .kernels.persistent_split import lstm_backward_split
 
-KERNELS: dict[str, Any] = {"forward": lstm_forward_fragments, "backward": lstm_backward_fragments}
-CELLS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward}
+KERNELS: dict[str, Any] = {
+    "forward": lstm_forward_fragments,
+    "backward": lstm_backward_fragments,
+    "split": lstm_backward_split,
+}
+CELLS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward, "split": lstm_backward}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Config:
     warps: int = 8
     held: int = 64  # chunks of the weights in registers, at most
     tiles: int = 1  # tiles of 8 rows of a program
+    split: bool = False  # backward: the reduction over four programs
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -84,7 +90,12 @@ def backward(
     config: Config,
 ) -> None:
     """Fill dgates, h_prev and dc0; the first two are zero past a row's length."""
-    _run("backward", buffers, buffers.dgates, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
+    kernel = "backward"
+    if config.split:
+        R, B, H = buffers.dc0.shape
+        kernel = "split"
+        buffers = buffers._replace(box=buffers.dgates.new_zeros(R, 2, H // 16, 3, B, 16, dtype=torch.int64))
+    _run(kernel, buffers, buffers.dgates, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
 
 
 def _run(

@@ -53,6 +53,7 @@ class Backward(NamedTuple):
     h_prev: Any  # (N, R, H) out
     dc0: Any  # (R, B, H) out
     zeros: Any  # (max(4 * H, 512),) zeros of the data's dtype
+    box: Any = None  # (R, 2, H / 16, 3, B, 16) int64, zeros before: what programs send one another (persistent_split.py)
 
 
 @gluon.jit(do_not_specialize=["T", "B", "tiles", "row_stride_t", "row_stride_b"])
@@ -78,12 +79,7 @@ def lstm_backward_fragments(
     state = gl.allocate_shared_memory(gl.float32, [CONFIG.room, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     held, rest = backward_weights(buffers.w_hh + place.r * (4 * H * H), u0, CONFIG)
     for tile in range(tiles):
-        dc = gl.zeros([UNITS, 8], gl.float32, CELLS)
-        if buffers.dcn is not None:
-            b = place.first + tile * 8 + n
-            at = gl.expand_dims((place.r * B + b) * H, 0) + u
-            dc = gl.load(buffers.dcn + at, mask=gl.expand_dims(b < B, 0) & (u >= 0), other=0.0).to(gl.float32)
-        state.index(tile).store(dc)
+        state.index(tile).store(initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG))
 
     s = gl.to_tensor(0) + T - 1
     tile = gl.to_tensor(0)
@@ -92,6 +88,7 @@ def lstm_backward_fragments(
     if AHEAD:
         begun = begin(gradients_after(buffers, place, s, tile, k_rows, CONFIG), dtype, 4 * H, CONFIG)
     for turn in range(T * tiles):
+        dc = state.index(tile).load(CELLS)  # so early, the barrier that it needs serves the parts as well
         da = settle(begun, gradients_after(buffers, place, s, tile, k_rows, CONFIG), dtype, 4 * H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, -1)
         if AHEAD:
@@ -108,7 +105,7 @@ def lstm_backward_fragments(
         part = parts.index(turn % 2)
         part.store(acc)
         dh = gl.sum(part.load(parts_layout(WARPS, UNITS)), axis=0)
-        step_backward(buffers, place, s, tile, n, u, dh, saved, state.index(tile), CELL, CELLS, CONFIG)
+        step_backward(buffers, place, s, tile, n, u, dh, dc, saved, state.index(tile), CELL, CONFIG)
         saved = saved_at(buffers, place, s1, tile1, n, u, CELLS, CONFIG)
         s = s1
         tile = tile1
@@ -142,6 +139,17 @@ def backward_weights(w_ptr, u0, CONFIG: gl.constexpr):
         else:
             rest[0].index(q - CONFIG.held).store(chunk)
     return held, rest
+
+
+@gluon.jit
+def initial_gradient(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.constexpr):
+    """The gradient by a tile's last cell states that comes from outside."""
+    dc = gl.zeros([CONFIG.units, 8], gl.float32, CELLS)
+    if buffers.dcn is not None:
+        b = place.first + tile * 8 + n
+        at = gl.expand_dims((place.r * place.B + b) * CONFIG.H, 0) + u
+        dc = gl.load(buffers.dcn + at, mask=gl.expand_dims(b < place.B, 0) & (u >= 0), other=0.0).to(gl.float32)
+    return dc
 
 
 @gluon.jit
@@ -199,10 +207,8 @@ def before(all_ptr, start_ptr, place, step, s, u, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def step_backward(
-    buffers, place, s, tile, n, u, dh, saved, state, CELL: gl.constexpr, CELLS: gl.constexpr, CONFIG: gl.constexpr
-):
-    """The gradients of a turn, from dh that comes from the step after it; stored first, since others wait for them."""
+def step_backward(buffers, place, s, tile, n, u, dh, dc, saved, state, CELL: gl.constexpr, CONFIG: gl.constexpr):
+    """The gradients of a turn, from dh and dc of the step after it; dgates first, since others wait for them."""
     dtype: gl.constexpr = buffers.dgates.dtype.element_ty
     step = step_of(place, s, tile, n)
     has = gl.expand_dims(step.has, 0) & (u >= 0)
@@ -210,7 +216,6 @@ def step_backward(
     i, f, g, o = saved.activated
     activated = (i.to(gl.float32), f.to(gl.float32), g.to(gl.float32), o.to(gl.float32))
     dh = dh + saved.dy.to(gl.float32) + saved.dhn.to(gl.float32)
-    dc = state.load(CELLS)
     da, dc_prev = CELL(activated, saved.c.to(gl.float32), saved.c_prev.to(gl.float32), dh, dc)
     PAST: gl.constexpr = place.lengths is not None and place.starts is None
     row = step.row

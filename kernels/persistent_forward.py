@@ -118,8 +118,8 @@ def lstm_forward_fragments(
         if sequences.resets is not None:
             c = gl.where(gl.expand_dims(step.keep, 0) & (u >= 0), c, 0.0)
         activated, c, h_new = CELL(recurrent, given, c)
-        own.store(c)
         save(buffers, place, step, s, u, activated, c, h_new, CONFIG)
+        own.store(c)  # last, since a barrier comes before it
         x = x1
         x1 = input_at(buffers.gates, place, s2, tile2, n, u, CONFIG)
         s = s1

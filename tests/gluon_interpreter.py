@@ -26,9 +26,9 @@ from triton.runtime.interpreter import TensorHandle, interpreter_builder, interp
 
 PACKAGE = "fused_lstm.kernels"
 # The kernels written in Gluon, in the order of their imports.
-MODULES = ("fragments", "persistent_forward", "persistent_backward")
+MODULES = ("fragments", "persistent_forward", "persistent_backward", "persistent_split")
 # Names that Triton and Gluon share, each doing the same in both.
-CONSTANTS = ["constexpr", "float16", "bfloat16", "float32", "int16", "int32", "int64", "uint64"]
+CONSTANTS = ["constexpr", "float32", "int16", "int32", "int64", "uint64"]
 FUNCTIONS = ["load", "store", "sum", "where", "expand_dims", "program_id"]
 LAYOUTS = ["NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout"]
 NUMPY = {tl.float32: np.float32, tl.float16: np.float16, tl.bfloat16: np.uint16}
@@ -242,6 +242,7 @@ OPERATIONS: dict[str, Callable] = {
     "setp.ne.u32": np.not_equal,
     "setp.ne.b32": np.not_equal,
     "setp.ne.or.b32": lambda a, b, p: (a != b) | p,
+    "setp.ne.and.b32": lambda a, b, p: (a != b) & p,
 }
 
 

@@ -212,8 +212,8 @@ def interpret(
         grids.append(grid)
         forked(KERNELS[kernel], grid, (buffers, sequences, *size, CELLS[kernel], config), delays, timeout)
 
-    KERNELS = {kind: getattr(modules[f"persistent_{kind}"], f"lstm_{kind}_fragments") for kind in ("forward", "backward")}
-    CELLS = {kind: getattr(modules["fragments"], f"lstm_{kind}") for kind in ("forward", "backward")}
+    found = {name: value for module in modules.values() for name, value in vars(module).items()}
+    KERNELS, CELLS = ({k: found[v.__name__] for k, v in of.items()} for of in (persistent.KERNELS, persistent.CELLS))
     monkeypatch.setattr(persistent, "launch", launch)
     return grids
 

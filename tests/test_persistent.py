@@ -29,6 +29,8 @@ pytestmark = [
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FOUR = Config(warps=4)
 TURNS = Config(warps=4, tiles=2)
+SPLIT = Config(warps=4, split=True)
+SPLIT_TURNS = Config(warps=4, tiles=2, split=True)
 
 # A configuration and a problem.
 CASES: dict[str, tuple[Config, dict[str, Any]]] = {
@@ -54,6 +56,14 @@ CASES: dict[str, tuple[Config, dict[str, Any]]] = {
     "resets": (FOUR, {"H": 32, "B": 5, "resets": True, "directions": 2}),
     "lengths with resets": (TURNS, {"H": 32, "B": 12, "mode": "lengths", "resets": True, "directions": 2}),
     "packed with resets": (FOUR, {"H": 48, "B": 5, "mode": "packed", "resets": True, "directions": 2}),
+    "split over gates": (SPLIT, {"H": 64, "B": 4}),
+    "split over gates, in turns": (SPLIT_TURNS, {"H": 64, "B": 13}),
+    "split over gates, three tiles": (Config(warps=4, tiles=3, held=1, split=True), {"H": 192, "B": 20, "T": 2}),
+    "split over gates, lengths with resets": (
+        SPLIT_TURNS,
+        {"H": 64, "B": 12, "mode": "lengths", "resets": True, "directions": 2},
+    ),
+    "split over gates, packed": (SPLIT, {"H": 64, "B": 5, "T": 5, "mode": "packed", "resets": True, "directions": -1}),
     "members": (FOUR, {"H": 16, "B": 5, "members": 2, "directions": 2}),
 }
 
@@ -69,7 +79,7 @@ def test_error_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1e-3, 30.0])
+@pytest.mark.parametrize("scale", [1e-3, 10.0])
 def test_tiny_and_saturating_numbers(dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     interpret(monkeypatch)
     rule = Rule()
@@ -131,7 +141,10 @@ def test_no_number_hangs_a_kernel(dtype: torch.dtype, where: str, monkeypatch: p
     assert any(v.isnan().any() for v in expected.values())
     ours = {"y": forward.h, "hn": forward.hn, "cn": forward.cn, "dgates": backward.dgates, "dc0": backward.dc0}
     for name, t in ours.items():
-        assert torch.equal(t.isnan(), expected[name].isnan()), name
+        if where == "w_hh":  # which meets the zeros of rows that get no gradient, too
+            assert (t.isnan() | ~expected[name].isnan()).all(), name
+        else:
+            assert torch.equal(t.isnan(), expected[name].isnan()), name
 
 
 def sentinel(t: torch.Tensor) -> torch.Tensor:
@@ -168,6 +181,14 @@ def other_step(by: int) -> Callable:
     return lambda f: lambda buffers, place, s, *more: f(buffers, place, s + by, *more)
 
 
+def keeping_all(step_of: Callable) -> Callable:
+    def changed(*args: Any) -> Any:
+        step = step_of(*args)
+        return step._replace(keep=step.b >= 0)
+
+    return changed
+
+
 def without_settling(_: Callable) -> Callable:
     return lambda begun, source, dtype, *more: tuple(x.to(dtype, bitcast=True) for x in begun)
 
@@ -196,12 +217,7 @@ def test_late_programs_without_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 
 HANGS = {
     "a slot that is never stored": Fault("persistent_forward", "state_before", other_step(1)),
-    "a row past its length is waited for": Fault(
-        "persistent_backward",
-        "gradients_after",
-        lambda f: lambda buffers, place, *more: f(buffers, place._replace(lengths=None), *more),
-        mode="packed",
-    ),
+    "a row past its length is waited for": Fault("persistent_backward", "step_of", keeping_all, mode="packed"),
 }
 
 
@@ -221,11 +237,11 @@ def test_numbers_that_look_like_nothing_hang_a_careless_kernel(fault: str, monke
         module, given = modules["persistent_forward"], {"h0": sentinel(problem.tensors()["h0"])}
         monkeypatch.setattr(module, "source_at", waiting(lambda wait: wait == wait)(module.source_at))
     else:
-        module, given = modules["persistent_forward"], {"gates": sentinel(problem.tensors()["gates"])}
+        module, given = modules["persistent_backward"], {"dcn": sentinel(problem.tensors()["dcn"])}
         monkeypatch.setattr(module, "exchangeable", lambda x, dtype: x.to(dtype))
     interpret(monkeypatch, timeout=5.0, modules=modules)
     with pytest.raises(TimeoutError, match="programs still run"):
-        problem.forward(FOUR, given=given)
+        problem.backward(FOUR, problem.forward(FOUR, given=given), given=given)
 
 
 def gluon_names(module: str) -> set[str]:
