@@ -17,29 +17,38 @@ from torch import Tensor
 from .kernels.fragments import ROWS, Fragments, Sequences, lstm_backward, lstm_forward
 from .kernels.persistent_backward import Backward, lstm_backward_fragments
 from .kernels.persistent_forward import Forward, lstm_forward_fragments
+from .kernels.persistent_local import lstm_backward_local, lstm_forward_local
 from .kernels.persistent_split import lstm_backward_split
 
 KERNELS: dict[str, Any] = {
     "forward": lstm_forward_fragments,
     "backward": lstm_backward_fragments,
-    "split": lstm_backward_split,
+    "backward split": lstm_backward_split,
+    "forward local": lstm_forward_local,
+    "backward local": lstm_backward_local,
 }
-CELLS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward, "split": lstm_backward}
+CELLS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward}
 
 
 @dataclass(frozen=True)
 class Config:
     """How a recurrence is cut into programs."""
 
+    form: str = "whole"  # the reduction of a program: "whole", "split" over four (backward), or "local": of all units
     units: int = 16  # hidden units of a program
     warps: int = 8
     held: int = 64  # chunks of the weights in registers, at most
-    tiles: int = 1  # tiles of 8 rows of a program
-    split: bool = False  # backward: the reduction over four programs
+    tiles: int = 1  # tiles of 8 rows of a program, in turn
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def local(H: int) -> Config:
+    """The configuration whose programs own all units."""
+    units = max(16, 1 << (H - 1).bit_length())
+    return Config("local", units, units // 16)
 
 
 def fragments(config: Config, H: int, R: int, directions: int, max16: bool = True) -> Fragments:
@@ -49,7 +58,7 @@ def fragments(config: Config, H: int, R: int, directions: int, max16: bool = Tru
 
 
 def grid(config: Config, H: int, B: int, R: int) -> tuple[int, int, int]:
-    return H // config.units, ceil_div(ceil_div(B, ROWS), config.tiles), R
+    return ceil_div(H, config.units), ceil_div(ceil_div(B, ROWS), config.tiles), R
 
 
 @lru_cache
@@ -90,12 +99,10 @@ def backward(
     config: Config,
 ) -> None:
     """Fill dgates, h_prev and dc0; the first two are zero past a row's length."""
-    kernel = "backward"
-    if config.split:
+    if config.form == "split":
         R, B, H = buffers.dc0.shape
-        kernel = "split"
         buffers = buffers._replace(box=buffers.dgates.new_zeros(R, 2, H // 16, 3, B, 16, dtype=torch.int64))
-    _run(kernel, buffers, buffers.dgates, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
+    _run("backward", buffers, buffers.dgates, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
 
 
 def _run(
@@ -108,28 +115,28 @@ def _run(
     config: Config,
 ) -> None:
     R, H, B = buffers.w_hh.shape[0], buffers.w_hh.shape[-1], size[1]
-    unwritten(exchanged)
+    if config.form != "local":
+        unwritten(exchanged)
     buffers = buffers._replace(zeros=zeros(exchanged.device, exchanged.dtype, max(4 * H, 512)))
     given = (*size[:2], config.tiles, *size[2:])
-    launch(kernel, grid(config, H, B, R), buffers, sequences, given, fragments(config, H, R, directions, _max16(exchanged)))
+    cut = fragments(config, H, R, directions, _max16(exchanged))
+    name = kernel if config.form == "whole" else f"{kernel} {config.form}"
+    # Programs that wait for one another must all run at once: the driver sees to it, or refuses.
+    waits = config.form != "local" and grid(config, H, B, R)[0] > 1
+    launch(name, grid(config, H, B, R), (buffers, sequences, *given, CELLS[kernel], cut), waits)
 
 
 def _max16(t: Tensor) -> bool:
     return not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] >= 9
 
 
-def launch(
-    kernel: str,
-    grid: tuple[int, int, int],
-    buffers: tuple,
-    sequences: Sequences,
-    size: tuple[int, ...],
-    config: Fragments,
-) -> None:
-    """One launch. All its programs run at once, or the driver refuses."""
-    like = buffers[0]
+def options(warps: int) -> dict[str, Any]:
+    """For the compiler: the registers that there are, which it would else ration to run two programs side by side."""
+    return {"num_warps": warps, "maxnreg": min(255, 65536 // (32 * warps)), "enable_fp_fusion": True}
+
+
+def launch(kernel: str, grid: tuple[int, int, int], args: tuple, cooperative: bool) -> None:
+    """One launch."""
+    like = args[0].zeros
     with torch.cuda.device_of(like) if like.is_cuda else nullcontext():
-        KERNELS[kernel][grid](
-            buffers, sequences, *size, CELLS[kernel], config,
-            num_warps=config.warps, launch_cooperative_grid=True, enable_fp_fusion=True,
-        )  # fmt: skip
+        KERNELS[kernel][grid](*args, launch_cooperative_grid=cooperative, **options(args[-1].warps))

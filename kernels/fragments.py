@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -161,6 +162,12 @@ def along(layout, axis):
     """The layout of one axis of a 3-D one."""
     inner, outer = {0: (1, 2), 1: (0, 2), 2: (0, 1)}[axis]
     return gl.SliceLayout(inner, gl.SliceLayout(outer, layout))
+
+
+@triton.jit
+def barrier():
+    """All threads of the program have stored what they keep in shared memory; at the start, so that no turn need ask."""
+    tl.debug_barrier()
 
 
 @gluon.jit

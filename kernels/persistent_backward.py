@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .fragments import (
     along,
+    barrier,
     begin,
     beyond,
     cell_layout,
@@ -87,6 +88,7 @@ def lstm_backward_fragments(
     begun = ()
     if AHEAD:
         begun = begin(gradients_after(buffers, place, s, tile, k_rows, CONFIG), dtype, 4 * H, CONFIG)
+    barrier()
     for turn in range(T * tiles):
         dc = state.index(tile).load(CELLS)  # so early, the barrier that it needs serves the parts as well
         da = settle(begun, gradients_after(buffers, place, s, tile, k_rows, CONFIG), dtype, 4 * H, CONFIG)
@@ -105,7 +107,8 @@ def lstm_backward_fragments(
         part = parts.index(turn % 2)
         part.store(acc)
         dh = gl.sum(part.load(parts_layout(WARPS, UNITS)), axis=0)
-        step_backward(buffers, place, s, tile, n, u, dh, dc, saved, state.index(tile), CELL, CONFIG)
+        _, dc = step_backward(buffers, place, step_of(place, s, tile, n), s, u, dh, dc, saved, CELL, CONFIG)
+        state.index(tile).store(dc)
         saved = saved_at(buffers, place, s1, tile1, n, u, CELLS, CONFIG)
         s = s1
         tile = tile1
@@ -148,7 +151,7 @@ def initial_gradient(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl
     if buffers.dcn is not None:
         b = place.first + tile * 8 + n
         at = gl.expand_dims((place.r * place.B + b) * CONFIG.H, 0) + u
-        dc = gl.load(buffers.dcn + at, mask=gl.expand_dims(b < place.B, 0) & (u >= 0), other=0.0).to(gl.float32)
+        dc = gl.load(buffers.dcn + at, mask=gl.expand_dims(b < place.B, 0) & (u < CONFIG.H), other=0.0).to(gl.float32)
     return dc
 
 
@@ -175,7 +178,7 @@ class Saved(NamedTuple):
 @gluon.jit
 def saved_at(buffers, place, s, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.constexpr):
     step = step_of(place, s, tile, n)
-    has = gl.expand_dims(step.has, 0) & (u >= 0)
+    has = gl.expand_dims(step.has, 0) & (u < CONFIG.H)
     at = gl.expand_dims((step.row * CONFIG.R + place.r) * CONFIG.H, 0) + u
     gate = buffers.gates + gl.expand_dims((step.row * CONFIG.R + place.r) * (4 * CONFIG.H), 0) + u
     activated = ()
@@ -197,7 +200,7 @@ def saved_at(buffers, place, s, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.cons
 @gluon.jit
 def before(all_ptr, start_ptr, place, step, s, u, CONFIG: gl.constexpr):
     """The state before step s, of (N, R, H) or, before the first step, of (R, B, H)."""
-    keep = gl.expand_dims(step.keep, 0) & (u >= 0)
+    keep = gl.expand_dims(step.keep, 0) & (u < CONFIG.H)
     row = all_ptr + (step.before * CONFIG.R + place.r) * CONFIG.H
     if start_ptr is None:
         keep = keep & (s > 0)
@@ -207,37 +210,39 @@ def before(all_ptr, start_ptr, place, step, s, u, CONFIG: gl.constexpr):
 
 
 @gluon.jit
-def step_backward(buffers, place, s, tile, n, u, dh, dc, saved, state, CELL: gl.constexpr, CONFIG: gl.constexpr):
-    """The gradients of a turn, from dh and dc of the step after it; dgates first, since others wait for them."""
+def step_backward(buffers, place, step, s, u, dh, dc, saved, CELL: gl.constexpr, CONFIG: gl.constexpr):
+    """Store the gradients of a turn, dgates first, which others wait for. Returns dgates, and dc for the step before.
+
+    dh and dc are those that come from the step after.
+    """
     dtype: gl.constexpr = buffers.dgates.dtype.element_ty
-    step = step_of(place, s, tile, n)
-    has = gl.expand_dims(step.has, 0) & (u >= 0)
-    in_batch = gl.expand_dims(step.b < place.B, 0) & (u >= 0)
+    PAST: gl.constexpr = place.lengths is not None and place.starts is None
+    has = gl.expand_dims(step.has, 0) & (u < CONFIG.H)
+    in_batch = gl.expand_dims(step.b < place.B, 0) & (u < CONFIG.H)
     i, f, g, o = saved.activated
     activated = (i.to(gl.float32), f.to(gl.float32), g.to(gl.float32), o.to(gl.float32))
     dh = dh + saved.dy.to(gl.float32) + saved.dhn.to(gl.float32)
     da, dc_prev = CELL(activated, saved.c.to(gl.float32), saved.c_prev.to(gl.float32), dh, dc)
-    PAST: gl.constexpr = place.lengths is not None and place.starts is None
     row = step.row
-    h_prev = saved.h_prev
     if PAST:  # zeros past a row's end, for the products that follow
         row = row_or_past_end(place, step, s)
     gate = buffers.dgates + gl.expand_dims((row * CONFIG.R + place.r) * (4 * CONFIG.H), 0) + u
+    gradients = ()
     for j in gl.static_range(4):
-        of_gate = exchangeable(da[j], dtype)
+        gradients = gradients + (exchangeable(da[j], dtype),)
         if PAST:
-            gl.store(gate + j * CONFIG.H, gl.where(has, of_gate, 0.0).to(dtype), mask=in_batch)
+            gl.store(gate + j * CONFIG.H, gl.where(has, gradients[j], 0.0).to(dtype), mask=in_batch)
         else:
-            gl.store(gate + j * CONFIG.H, of_gate, mask=has)
+            gl.store(gate + j * CONFIG.H, gradients[j], mask=has)
     if place.resets is not None:
-        dc_prev = gl.where(gl.expand_dims(step.keep, 0) & (u >= 0), dc_prev, 0.0)
+        dc_prev = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), dc_prev, 0.0)
     if place.lengths is not None:
         dc_prev = gl.where(has, dc_prev, dc)
-    state.store(dc_prev)
     at = gl.expand_dims((row * CONFIG.R + place.r) * CONFIG.H, 0) + u
     if PAST:
-        gl.store(buffers.h_prev + at, h_prev, mask=in_batch)  # loaded as zero there
+        gl.store(buffers.h_prev + at, saved.h_prev, mask=in_batch)  # loaded as zero there
     else:
-        gl.store(buffers.h_prev + at, h_prev, mask=has)
+        gl.store(buffers.h_prev + at, saved.h_prev, mask=has)
     end = gl.expand_dims((place.r * place.B + step.b) * CONFIG.H, 0) + u
     gl.store(buffers.dc0 + end, dc_prev.to(dtype), mask=in_batch & (s == 0))
+    return gradients, dc_prev

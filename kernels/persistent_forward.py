@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .fragments import (
     along,
+    barrier,
     begin,
     beyond,
     cell_layout,
@@ -89,6 +90,7 @@ def lstm_forward_fragments(
     begun = ()
     if AHEAD:
         begun = begin(state_before(buffers, place, s, tile, k_rows, CONFIG), dtype, H, CONFIG)
+    barrier()
     for turn in range(T * tiles):
         h = settle(begun, state_before(buffers, place, s, tile, k_rows, CONFIG), dtype, H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, 1)
@@ -116,7 +118,7 @@ def lstm_forward_fragments(
         own = state.index(tile)
         c = own.load(CELLS)
         if sequences.resets is not None:
-            c = gl.where(gl.expand_dims(step.keep, 0) & (u >= 0), c, 0.0)
+            c = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), c, 0.0)
         activated, c, h_new = CELL(recurrent, given, c)
         save(buffers, place, step, s, u, activated, c, h_new, CONFIG)
         own.store(c)  # last, since a barrier comes before it
@@ -161,7 +163,7 @@ def initial(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.constexp
     """The cell states of a tile before its first step. A row that has no step keeps its states: they are stored here."""
     b = place.first + tile * 8 + n
     at = gl.expand_dims((place.r * place.B + b) * CONFIG.H, 0) + u  # (R, B, H)
-    mask = gl.expand_dims(b < place.B, 0) & (u >= 0)
+    mask = gl.expand_dims(b < place.B, 0) & (u < CONFIG.H)
     c = gl.zeros([CONFIG.units, 8], gl.float32, CELLS)
     if buffers.c0 is not None:
         c = gl.load(buffers.c0 + at, mask=mask, other=0.0).to(gl.float32)
@@ -193,7 +195,7 @@ def input_at(gates_ptr, place, s, tile, n, u, CONFIG: gl.constexpr):
     """What the input adds to the pre-activations of a turn; beyond the last step, nothing."""
     step = step_of(place, s, tile, n)
     at = gates_ptr + gl.expand_dims((step.row * CONFIG.R + place.r) * (4 * CONFIG.H), 0) + u
-    mask = gl.expand_dims(step.has, 0) & (u >= 0)
+    mask = gl.expand_dims(step.has, 0) & (u < CONFIG.H)
     x = ()
     for g in gl.static_range(4):
         x = x + (gl.load(at + g * CONFIG.H, mask=mask, other=0.0),)
@@ -204,14 +206,16 @@ def input_at(gates_ptr, place, s, tile, n, u, CONFIG: gl.constexpr):
 def save(buffers, place, step, s, u, activated, c, h, CONFIG: gl.constexpr):
     """Store the results of a turn; first of all h, which others wait for."""
     dtype: gl.constexpr = buffers.h.dtype.element_ty
-    has = gl.expand_dims(step.has, 0) & (u >= 0)
+    has = gl.expand_dims(step.has, 0) & (u < CONFIG.H)
     h = exchangeable(h, dtype)
     at = gl.expand_dims((step.row * CONFIG.R + place.r) * CONFIG.H, 0) + u
     if place.lengths is not None and place.starts is None:
         row = row_or_past_end(place, step, s)
         everywhere = gl.expand_dims((row * CONFIG.R + place.r) * CONFIG.H, 0) + u
         gl.store(
-            buffers.h + everywhere, gl.where(has, h, 0.0).to(dtype), mask=gl.expand_dims(step.b < place.B, 0) & (u >= 0)
+            buffers.h + everywhere,
+            gl.where(has, h, 0.0).to(dtype),
+            mask=gl.expand_dims(step.b < place.B, 0) & (u < CONFIG.H),
         )
     else:
         gl.store(buffers.h + at, h, mask=has)

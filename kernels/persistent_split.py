@@ -1,10 +1,10 @@
 """Backward recurrence, persistent, its reduction split over four programs, one for each gate.
 
-A program so reads a quarter of dgates. dh of a unit is the sum over the gates of dgates @ W_hh. Program 4 * block + gate multiplies one gate for the block's 64
-units, keeps the part of its own 16 units and sends the other three to the programs that own them. A word of 8 bytes holds a
-value and the number of its step, so that it too is its own flag; of two steps' words there is room for, and whoever sends
-those of a step has seen that its receivers are done with the one two steps later. Rows that get no gradient from the step
-after are neither sent nor waited for.
+A program so reads a quarter of dgates. dh of a unit is the sum over the gates of dgates @ W_hh. Program 4 * block + gate
+multiplies one gate for the block's 64 units, keeps the part of its own 16 units and sends the other three to the programs
+that own them. A word of 8 bytes holds a value and the number of its step, so that it too is its own flag. There is room for
+the words of two steps: whoever sends those of a step has seen that its receivers are done with the one two steps later. Rows
+that get no gradient from the step after are neither sent nor waited for.
 
 With two tiles or more, the product of a turn comes before the cell of the turn before, whose parts had time to arrive.
 """
@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .fragments import (
     along,
+    barrier,
     begin,
     beyond,
     cell_layout,
@@ -74,6 +75,7 @@ def lstm_backward_split(
     begun = ()
     if TURNS:
         begun = begin(gate_gradients_after(buffers, place, s, tile, gate, k_rows, CONFIG), dtype, H, CONFIG)
+    barrier()
     for turn in range(T * tiles):
         dc = state.index(tile0).load(CELLS)  # so early, the barrier that it needs serves the parts as well
         da = settle(begun, gate_gradients_after(buffers, place, s, tile, gate, k_rows, CONFIG), dtype, H, CONFIG)
@@ -95,14 +97,16 @@ def lstm_backward_split(
         if TURNS:
             if turn > 0:
                 dh = received(box, place, s0, tile0, n, me, own, CONFIG)
-                step_backward(buffers, place, s0, tile0, n, u, dh, dc, saved, state.index(tile0), CELL, CONFIG)
+                _, dc = step_backward(buffers, place, step_of(place, s0, tile0, n), s0, u, dh, dc, saved, CELL, CONFIG)
+                state.index(tile0).store(dc)
                 saved = saved_at(buffers, place, s, tile, n, u, CELLS, CONFIG)
             own = mine
             s0 = s
             tile0 = tile
         else:
             dh = received(box, place, s, tile, n, me, mine, CONFIG)
-            step_backward(buffers, place, s, tile, n, u, dh, dc, saved, state.index(tile0), CELL, CONFIG)
+            _, dc = step_backward(buffers, place, step_of(place, s, tile, n), s, u, dh, dc, saved, CELL, CONFIG)
+            state.index(tile0).store(dc)
             saved = saved_at(buffers, place, s1, tile1, n, u, CELLS, CONFIG)
             tile0 = tile1
         s = s1
@@ -110,7 +114,7 @@ def lstm_backward_split(
     if TURNS:
         dc = state.index(tile0).load(CELLS)
         dh = received(box, place, s0, tile0, n, me, own, CONFIG)
-        step_backward(buffers, place, s0, tile0, n, u, dh, dc, saved, state.index(tile0), CELL, CONFIG)
+        _, dc = step_backward(buffers, place, step_of(place, s0, tile0, n), s0, u, dh, dc, saved, CELL, CONFIG)
 
 
 @gluon.jit

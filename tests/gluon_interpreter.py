@@ -26,7 +26,7 @@ from triton.runtime.interpreter import TensorHandle, interpreter_builder, interp
 
 PACKAGE = "fused_lstm.kernels"
 # The kernels written in Gluon, in the order of their imports.
-MODULES = ("fragments", "persistent_forward", "persistent_backward", "persistent_split")
+MODULES = ("fragments", "persistent_forward", "persistent_backward", "persistent_split", "persistent_local")
 # Names that Triton and Gluon share, each doing the same in both.
 CONSTANTS = ["constexpr", "float32", "int16", "int32", "int64", "uint64"]
 FUNCTIONS = ["load", "store", "sum", "where", "expand_dims", "program_id"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gluon_interpreter
@@ -132,9 +133,9 @@ class Problem:
         results = {"y": y, "hn": hn, "cn": cn, **dict(zip(wanted, grads, strict=True))}
         return {k: v.detach() for k, v in results.items() if v is not None}
 
-    def add(self, rule: Rule, *configs: persistent.Config) -> None:
+    def add(self, rule: Rule, config: persistent.Config) -> None:
         """Judge what the kernels make of it; fp32 is TF32 to them."""
-        ours = self.run(*configs)
+        ours = self.run(config)
         torchs, exact = self.reference(self.dtype, self.dtype == torch.float32), self.reference(torch.float64)
         rule.add(self.what, list(ours), *([r[k] for k in ours] for r in (ours, torchs, exact)))
 
@@ -175,10 +176,10 @@ class Problem:
         persistent.backward(buffers, self.sequences, self.T, self.B, *self.strides, self.directions, config)
         return buffers
 
-    def run(self, config: persistent.Config, back: persistent.Config | None = None) -> dict[str, Tensor]:
+    def run(self, config: persistent.Config) -> dict[str, Tensor]:
         """What :meth:`reference` returns, by the kernels; the gradients of W_hh and h0 by the products that follow them."""
-        f = self.forward(config)
-        b = self.backward(back or config, f)
+        f = self.forward(replace(config, form="whole") if config.form == "split" else config)
+        b = self.backward(config, f)
         results = {"y": f.h, "hn": f.hn, "cn": f.cn, "dgates": b.dgates, "dc0": b.dc0}
         flat = b.dgates.flatten(2).double()
         dw = torch.stack([flat[:, r].t() @ b.h_prev[:, r].double() for r in range(self.R)])
@@ -208,12 +209,13 @@ def interpret(
     modules = modules or gluon_interpreter.interpreted()
     grids: list[Program] = []
 
-    def launch(kernel: str, grid: Program, buffers: tuple, sequences: tuple, size: tuple, config: Any) -> None:
+    def launch(kernel: str, grid: Program, args: tuple, _: bool) -> None:
         grids.append(grid)
-        forked(KERNELS[kernel], grid, (buffers, sequences, *size, CELLS[kernel], config), delays, timeout)
+        *given, cell, config = args
+        forked(KERNELS[kernel], grid, (*given, found[cell.__name__], config), delays, timeout)
 
     found = {name: value for module in modules.values() for name, value in vars(module).items()}
-    KERNELS, CELLS = ({k: found[v.__name__] for k, v in of.items()} for of in (persistent.KERNELS, persistent.CELLS))
+    KERNELS = {name: found[kernel.__name__] for name, kernel in persistent.KERNELS.items()}
     monkeypatch.setattr(persistent, "launch", launch)
     return grids
 

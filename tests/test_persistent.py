@@ -29,8 +29,8 @@ pytestmark = [
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FOUR = Config(warps=4)
 TURNS = Config(warps=4, tiles=2)
-SPLIT = Config(warps=4, split=True)
-SPLIT_TURNS = Config(warps=4, tiles=2, split=True)
+SPLIT = Config("split", warps=4)
+SPLIT_TURNS = Config("split", warps=4, tiles=2)
 
 # A configuration and a problem.
 CASES: dict[str, tuple[Config, dict[str, Any]]] = {
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[Config, dict[str, Any]]] = {
     "packed with resets": (FOUR, {"H": 48, "B": 5, "mode": "packed", "resets": True, "directions": 2}),
     "split over gates": (SPLIT, {"H": 64, "B": 4}),
     "split over gates, in turns": (SPLIT_TURNS, {"H": 64, "B": 13}),
-    "split over gates, three tiles": (Config(warps=4, tiles=3, held=1, split=True), {"H": 192, "B": 20, "T": 2}),
+    "split over gates, three tiles": (Config("split", warps=4, tiles=3, held=1), {"H": 192, "B": 20, "T": 2}),
     "split over gates, lengths with resets": (
         SPLIT_TURNS,
         {"H": 64, "B": 12, "mode": "lengths", "resets": True, "directions": 2},
@@ -66,6 +66,28 @@ CASES: dict[str, tuple[Config, dict[str, Any]]] = {
     "split over gates, packed": (SPLIT, {"H": 64, "B": 5, "T": 5, "mode": "packed", "resets": True, "directions": -1}),
     "members": (FOUR, {"H": 16, "B": 5, "members": 2, "directions": 2}),
 }
+
+
+LOCAL: dict[str, dict[str, Any]] = {
+    "plain": {"H": 32},
+    "units that are none": {"H": 48, "B": 9},
+    "one warp": {"H": 16, "states": False, "bias": False, "T": 1},
+    "eight warps": {"H": 128, "B": 2, "T": 2},
+    "lengths": {"H": 32, "B": 10, "mode": "lengths", "directions": 2, "batch_first": True},
+    "packed": {"H": 48, "B": 5, "T": 5, "mode": "packed", "directions": -1},
+    "lengths with resets": {"H": 32, "B": 12, "mode": "lengths", "resets": True, "directions": 2},
+    "packed with resets": {"H": 16, "B": 5, "mode": "packed", "resets": True, "members": 2},
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_programs_that_own_all_units(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch)
+    rule = Rule()
+    for dtype in (torch.float16, torch.bfloat16):
+        problem = Problem(dtype, **LOCAL[name])
+        problem.add(rule, persistent.local(problem.H))
+    rule.check()
 
 
 @pytest.mark.parametrize("name", CASES)
