@@ -7,18 +7,19 @@ newer; Triton 3.6 and newer.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import Device, Recurrence
 from .kernels.fragments import ROWS, Fragments, Sequences, lstm_backward, lstm_forward
 from .kernels.persistent_backward import Backward, lstm_backward_fragments
 from .kernels.persistent_forward import Forward, lstm_forward_fragments
 from .kernels.persistent_local import lstm_backward_local, lstm_forward_local
-from .kernels.persistent_split import lstm_backward_split
+from .kernels.persistent_split import lstm_backward_split, owners
 
 KERNELS: dict[str, Any] = {
     "forward": lstm_forward_fragments,
@@ -28,6 +29,13 @@ KERNELS: dict[str, Any] = {
     "backward local": lstm_backward_local,
 }
 CELLS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward}
+
+
+@dataclass(frozen=True)
+class Gpu(Device):
+    """A device, and whether it is an NVIDIA GPU: its compute capability, (0, 0) if not."""
+
+    capability: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,128 @@ def local(H: int) -> Config:
     return Config("local", units, units // 16)
 
 
+def room(config: Config) -> int:
+    """Tiles for whose states there is memory: a power of two, so that one binary serves many batches."""
+    return 1 << (config.tiles - 1).bit_length()
+
+
 def fragments(config: Config, H: int, R: int, directions: int, max16: bool = True) -> Fragments:
     """The kernel's constexpr configuration. It knows the number of tiles only roughly: one binary for many batches."""
-    room = 1 << (config.tiles - 1).bit_length()
-    return Fragments(H, R, directions, config.units, config.warps, config.held, room, max16)
+    return Fragments(H, R, directions, config.units, config.warps, config.held, room(config), max16)
 
 
 def grid(config: Config, H: int, B: int, R: int) -> tuple[int, int, int]:
-    return ceil_div(H, config.units), ceil_div(ceil_div(B, ROWS), config.tiles), R
+    programs = owners(H) if config.form == "split" else ceil_div(H, config.units)
+    return programs, ceil_div(ceil_div(B, ROWS), config.tiles), R
+
+
+# What a thread may keep of the weights, in registers, beside the states of a turn, those that are under way, and the rest.
+REGISTERS = 255
+OTHERS = {"forward": 90, "backward": 110, "backward split": 110}
+
+
+def _columns(config: Config, kernel: str) -> int:
+    """Rows of a program's operand A."""
+    return {"forward": 4 * config.units, "backward": config.units}[kernel] if config.form == "whole" else 64
+
+
+def _reduction(config: Config, problem: Recurrence) -> int:
+    return 4 * problem.H if problem.kernel == "backward" and config.form == "whole" else problem.H
+
+
+def _chunks(config: Config, problem: Recurrence) -> int:
+    return ceil_div(_reduction(config, problem), 32 * config.warps)
+
+
+def _held(config: Config, problem: Recurrence) -> int:
+    """Chunks of the weights that fit into the registers."""
+    name = problem.kernel if config.form == "whole" else "backward split"
+    chunks, words = _chunks(config, problem), problem.element_size / 4
+    states = 8 * words * chunks * (1 if config.tiles == 1 else 2)
+    left = REGISTERS - OTHERS[name] - states
+    return max(0, min(chunks, int(left // (_columns(config, problem.kernel) * words))))
+
+
+def shared_memory(config: Config, problem: Recurrence) -> int:
+    """What a program keeps in shared memory, in bytes, at most."""
+    if config.form == "local":  # states or gradients of two steps, and a gate's weights on their way to registers
+        return 128 * config.units + 2 * config.units**2
+    columns = _columns(config, problem.kernel)
+    chunk = config.warps * columns * 32 * problem.element_size
+    parts, states = config.warps * columns * ROWS * 4, room(config) * config.units * ROWS * 4
+    elsewhere = max(0, _chunks(config, problem) - config.held)
+    on_the_way = chunk if problem.kernel == "backward" else 0
+    return parts + states + elsewhere * chunk + on_the_way
+
+
+def refusal(config: Config, problem: Recurrence, gpu: Gpu) -> str | None:
+    """Why a device cannot run a configuration; None if it can."""
+    if gpu.capability < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or newer, {gpu.name} is none"
+    if problem.arithmetic not in ("half", "tf32"):
+        return f"multiplies in half precision and in TF32, not in {problem.arithmetic}"
+    if config.form == "local" and (problem.arithmetic != "half" or problem.H > 128):
+        return "programs that own all units have at most 128, in half precision"
+    x, y, z = grid(config, problem.H, problem.B, problem.R)
+    if config.form != "local" and x * y * z > gpu.multiprocessors:
+        return f"needs {x * y * z} programs at once, {gpu.name} runs {gpu.multiprocessors}"
+    if _held(config, problem) < config.held:
+        return f"{config.held} chunks of the weights do not fit into the registers"
+    need = shared_memory(config, problem)
+    if need > gpu.shared_memory:
+        return f"needs {need} bytes of shared memory for each program, {gpu.name} has {gpu.shared_memory}"
+    return None
+
+
+def candidates(problem: Recurrence, gpu: Gpu) -> list[Config]:
+    """The few configurations that are worth a comparison; some may be refused."""
+    if problem.arithmetic == "half" and problem.H <= 128:
+        return [local(problem.H)]
+    found = []
+    for form in ("whole", "split") if problem.kernel == "backward" else ("whole",):
+        for units in (16, 32) if form == "whole" and problem.H % 32 == 0 else (16,):
+            config = Config(form, units)
+            x, y, z = grid(config, problem.H, problem.B, problem.R)
+            groups = gpu.multiprocessors // (x * z)
+            if groups:
+                config = replace(config, tiles=ceil_div(y, min(groups, y)))
+                found.append(replace(config, held=_held(config, problem)))
+    return found
+
+
+# Measured on an H100 with one tile of rows, in us and bytes: a step's latency, what L2 gives in a us, and a second exchange.
+LATENCY = {"forward": 1.44, "backward": 1.24}
+L2 = 3.9e6
+SECOND_EXCHANGE = 0.9
+TILE = 0.6  # us of work for a tile of rows, where others hide its latency: estimated, not measured
+LOCAL = 0.8  # us of a step without exchange: estimated
+DRAM = 2.5e6  # bytes in a us
+MULTIPLY_ADDS = {"half": 1.5e8, "tf32": 0.75e8}  # of all tensor cores in a us, in tiles as narrow as ours
+
+
+def traffic(config: Config, problem: Recurrence) -> float:
+    """Bytes that all programs together read from L2 in a step."""
+    row = problem.B * problem.R * problem.H * problem.element_size
+    if config.form == "local":
+        return 0.0
+    if config.form == "split":
+        return row * problem.H / 16 + 48 * problem.B * problem.R * problem.H
+    return row * (1 if problem.kernel == "forward" else 4) * problem.H / config.units
+
+
+def estimate(config: Config, problem: Recurrence, gpu: Gpu) -> float:
+    """Microseconds of the whole recurrence, roughly: good for a comparison, not for a promise."""
+    share = gpu.multiprocessors / 132  # of an H100
+    x, y, z = grid(config, problem.H, problem.B, problem.R)
+    if config.form == "local":
+        step = LOCAL * ceil_div(x * y * z, gpu.multiprocessors)
+    else:
+        latency = LATENCY[problem.kernel] + SECOND_EXCHANGE * (config.form == "split" and config.tiles == 1)
+        step = max(latency, TILE * config.tiles * config.units / 16) + traffic(config, problem) / (L2 * share)
+    elements = problem.B * problem.R * problem.H
+    memory = elements * problem.element_size * (10 if problem.kernel == "forward" else 13) / (DRAM * share)
+    multiply = elements * 4 * problem.H / (MULTIPLY_ADDS[problem.arithmetic] * share)
+    return problem.T * max(step, memory, multiply)
 
 
 @lru_cache
@@ -101,7 +223,7 @@ def backward(
     """Fill dgates, h_prev and dc0; the first two are zero past a row's length."""
     if config.form == "split":
         R, B, H = buffers.dc0.shape
-        buffers = buffers._replace(box=buffers.dgates.new_zeros(R, 2, H // 16, 3, B, 16, dtype=torch.int64))
+        buffers = buffers._replace(box=buffers.dgates.new_zeros(R, 2, owners(H), 3, B, 16, dtype=torch.int64))
     _run("backward", buffers, buffers.dgates, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
 
 

@@ -54,7 +54,7 @@ class Backward(NamedTuple):
     h_prev: Any  # (N, R, H) out
     dc0: Any  # (R, B, H) out
     zeros: Any  # (max(4 * H, 512),) zeros of the data's dtype
-    box: Any = None  # (R, 2, H / 16, 3, B, 16) int64, zeros before: what programs send one another (persistent_split.py)
+    box: Any = None  # (R, 2, owners(H), 3, B, 16) int64, zeros before: words on their way (persistent_split.py)
 
 
 @gluon.jit(do_not_specialize=["T", "B", "tiles", "row_stride_t", "row_stride_b"])
@@ -76,7 +76,7 @@ def lstm_backward_fragments(
     u = gl.expand_dims(u0 + gl.arange(0, UNITS, unit_layout(WARPS, UNITS)), 1)
     k_rows = gl.arange(0, 8, along(operand_layout(1, WARPS), 2))
     # before the weights, whose conversion would else share its memory and ask for a barrier in the loop
-    parts = gl.allocate_shared_memory(gl.float32, [2, WARPS, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    parts = gl.allocate_shared_memory(gl.float32, [WARPS, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     state = gl.allocate_shared_memory(gl.float32, [CONFIG.room, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     held, rest = backward_weights(buffers.w_hh + place.r * (4 * H * H), u0, CONFIG)
     for tile in range(tiles):
@@ -89,7 +89,7 @@ def lstm_backward_fragments(
     if AHEAD:
         begun = begin(gradients_after(buffers, place, s, tile, k_rows, CONFIG), dtype, 4 * H, CONFIG)
     barrier()
-    for turn in range(T * tiles):
+    for _ in range(T * tiles):
         dc = state.index(tile).load(CELLS)  # so early, the barrier that it needs serves the parts as well
         da = settle(begun, gradients_after(buffers, place, s, tile, k_rows, CONFIG), dtype, 4 * H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, -1)
@@ -104,9 +104,8 @@ def lstm_backward_fragments(
                 else:
                     of_j = mma_v2(rest[0].index(q - len(held)).load(A), da[q], of_j, input_precision="tf32")
             acc = acc + of_j
-        part = parts.index(turn % 2)
-        part.store(acc)
-        dh = gl.sum(part.load(parts_layout(WARPS, UNITS)), axis=0)
+        parts.store(acc)
+        dh = gl.sum(parts.load(parts_layout(WARPS, UNITS)), axis=0)
         _, dc = step_backward(buffers, place, step_of(place, s, tile, n), s, u, dh, dc, saved, CELL, CONFIG)
         state.index(tile).store(dc)
         saved = saved_at(buffers, place, s1, tile1, n, u, CELLS, CONFIG)

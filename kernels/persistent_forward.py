@@ -73,7 +73,7 @@ def lstm_forward_fragments(
     n = gl.arange(0, 8, row_layout(WARPS, UNITS))
     u = gl.expand_dims(u0 + gl.arange(0, UNITS, unit_layout(WARPS, UNITS)), 1)
     k_rows = gl.arange(0, 8, along(operand_layout(1, WARPS), 2))
-    parts = gl.allocate_shared_memory(gl.float32, [2, WARPS, 4 * UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    parts = gl.allocate_shared_memory(gl.float32, [WARPS, 4 * UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     state = gl.allocate_shared_memory(gl.float32, [CONFIG.room, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for tile in range(tiles):
         state.index(tile).store(initial(buffers, place, gl.to_tensor(tile), n, u, CELLS, CONFIG))
@@ -91,7 +91,7 @@ def lstm_forward_fragments(
     if AHEAD:
         begun = begin(state_before(buffers, place, s, tile, k_rows, CONFIG), dtype, H, CONFIG)
     barrier()
-    for turn in range(T * tiles):
+    for _ in range(T * tiles):
         h = settle(begun, state_before(buffers, place, s, tile, k_rows, CONFIG), dtype, H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, 1)
         s2, tile2 = turn_after(s1, tile1, tiles, 1)
@@ -103,12 +103,11 @@ def lstm_forward_fragments(
                 acc = mma_v2(held[q], h[q], acc, input_precision="tf32")
             else:
                 acc = mma_v2(rest[0].index(q - len(held)).load(A), h[q], acc, input_precision="tf32")
-        part = parts.index(turn % 2)
-        part.store(acc)
+        parts.store(acc)
         recurrent = ()
         given = ()
         for g in gl.static_range(4):
-            of_gate = part.slice(g * UNITS, UNITS, dim=1).load(parts_layout(WARPS, UNITS))
+            of_gate = parts.slice(g * UNITS, UNITS, dim=1).load(parts_layout(WARPS, UNITS))
             recurrent = recurrent + (gl.sum(of_gate, axis=0),)
             if buffers.bias is None:
                 given = given + (x[g].to(gl.float32),)

@@ -40,11 +40,17 @@ from .fragments import (
 from .persistent_backward import initial_gradient, saved_at, step_backward
 
 
+@gluon.constexpr_function
+def owners(H):
+    """Programs of a tile: four for 64 units, the last of them perhaps without any."""
+    return -(-H // 64) * 4
+
+
 @gluon.jit(do_not_specialize=["T", "B", "tiles", "row_stride_t", "row_stride_b"])
 def lstm_backward_split(
     buffers, sequences, T, B, tiles, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
 ):
-    """Grid (H / 16, groups of tiles, R); tiles are those of a program: one, or 2 .. CONFIG.room. H is a multiple of 64."""
+    """Grid (owners(H), groups of tiles, R); tiles are those of a program: one if CONFIG.room is, else 2 .. CONFIG.room."""
     dtype: gl.constexpr = buffers.dgates.dtype.element_ty
     H: gl.constexpr = CONFIG.H
     WARPS: gl.constexpr = CONFIG.warps
@@ -58,9 +64,9 @@ def lstm_backward_split(
     n = gl.arange(0, 8, row_layout(WARPS, 16))
     u = gl.expand_dims(me * 16 + gl.arange(0, 16, unit_layout(WARPS, 16)), 1)
     k_rows = gl.arange(0, 8, along(operand_layout(1, WARPS), 2))
-    box = buffers.box + place.r * (2 * (H // 16) * 3 * 16) * B
+    box = buffers.box + place.r * (2 * owners(H) * 3 * 16) * B
     # before the weights, whose conversion would else share its memory and ask for a barrier in the loop
-    parts = gl.allocate_shared_memory(gl.float32, [2, WARPS, 64, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    parts = gl.allocate_shared_memory(gl.float32, [WARPS, 64, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     state = gl.allocate_shared_memory(gl.float32, [CONFIG.room, 16, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     held, rest = gate_weights(buffers.w_hh + (place.r * 4 + gate) * (H * H), me // 4 * 64, gate, CONFIG)
     for tile in range(tiles):
@@ -88,12 +94,11 @@ def lstm_backward_split(
                 acc = mma_v2(held[q], da[q], acc, input_precision="tf32")
             else:
                 acc = mma_v2(rest[0].index(q - len(held)).load(A), da[q], acc, input_precision="tf32")
-        part = parts.index(turn % 2)
-        part.store(acc)
+        parts.store(acc)
         for j in gl.static_range(1, 4):
-            value = gl.sum(part.slice(16 * j, 16, dim=1).load(parts_layout(WARPS, 16)), axis=0)
+            value = gl.sum(parts.slice(16 * j, 16, dim=1).load(parts_layout(WARPS, 16)), axis=0)
             send(box, place, s, tile, n, (me // 4) * 4 + (gate + j) % 4, j - 1, value, CONFIG)
-        mine = gl.sum(part.slice(0, 16, dim=1).load(parts_layout(WARPS, 16)), axis=0)
+        mine = gl.sum(parts.slice(0, 16, dim=1).load(parts_layout(WARPS, 16)), axis=0)
         if TURNS:
             if turn > 0:
                 dh = received(box, place, s0, tile0, n, me, own, CONFIG)
@@ -135,10 +140,10 @@ def gate_weights(w_ptr, u0, gate, CONFIG: gl.constexpr):
         rest = (gl.allocate_shared_memory(dtype, shape, gl.SwizzledSharedLayout(4, 2, 8, [2, 1, 0])),)
     for q in gl.static_range(CHUNKS):
         first = q * CONFIG.warps * 32
+        inside = cube(unit, 1) < H
         if beyond(q, H, CONFIG):
-            columns = gl.load(w_ptr + at + first * H, mask=(k + first < H) & (cube(m, 1) >= 0), other=0.0)
-        else:
-            columns = gl.load(w_ptr + at + first * H)
+            inside = inside & (k + first < H)
+        columns = gl.load(w_ptr + at + first * H, mask=inside & (k >= 0), other=0.0)
         chunk = operand(gl.convert_layout(columns, operand_layout(0, CONFIG.warps)))
         if q < CONFIG.held:
             held = held + (chunk,)
@@ -160,7 +165,7 @@ def gate_gradients_after(buffers, place, s, tile, gate, n, CONFIG: gl.constexpr)
 def letters(place, s, b, to, sender, CONFIG: gl.constexpr):
     """Where the words of step s lie in the box, for batch rows b and the 16 units of program ``to``."""
     u = gl.expand_dims(gl.arange(0, 16, unit_layout(CONFIG.warps, 16)), 1)
-    return ((s % 2 * (CONFIG.H // 16) + to) * 3 + sender) * (place.B * 16) + gl.expand_dims(b, 0) * 16 + u
+    return ((s % 2 * owners(CONFIG.H) + to) * 3 + sender) * (place.B * 16) + gl.expand_dims(b, 0) * 16 + u
 
 
 @gluon.jit

@@ -177,7 +177,7 @@ class Assembly:
                 taken = self.active & self.value(jump[1])
                 if taken.any():
                     self.active, at = taken, self.labels[jump[2]]
-                    time.sleep(1e-4)  # leave the processor to those that are waited for
+                    time.sleep(5e-4)  # leave the processor to those that are waited for
                 else:
                     self.active = np.ones(self.threads, bool)
             elif jump := re.fullmatch(r"bra.uni (\w+)", line):

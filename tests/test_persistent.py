@@ -58,11 +58,12 @@ CASES: dict[str, tuple[Config, dict[str, Any]]] = {
     "packed with resets": (FOUR, {"H": 48, "B": 5, "mode": "packed", "resets": True, "directions": 2}),
     "split over gates": (SPLIT, {"H": 64, "B": 4}),
     "split over gates, in turns": (SPLIT_TURNS, {"H": 64, "B": 13}),
-    "split over gates, three tiles": (Config("split", warps=4, tiles=3, held=1), {"H": 192, "B": 20, "T": 2}),
+    "split over gates, three tiles": (Config("split", warps=4, tiles=3, held=0), {"H": 64, "B": 20, "T": 2}),
     "split over gates, lengths with resets": (
         SPLIT_TURNS,
         {"H": 64, "B": 12, "mode": "lengths", "resets": True, "directions": 2},
     ),
+    "split over gates, units that are none": (SPLIT, {"H": 80, "B": 4, "T": 3}),
     "split over gates, packed": (SPLIT, {"H": 64, "B": 5, "T": 5, "mode": "packed", "resets": True, "directions": -1}),
     "members": (FOUR, {"H": 16, "B": 5, "members": 2, "directions": 2}),
 }
