@@ -24,7 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .cell import cell_backward, cell_forward
-from .rows import data_rows, kept, row_lengths, runs_backwards
+from .rows import data_rows, kept, row_lengths
 
 ROWS = 8  # batch rows of a tile
 
@@ -64,7 +64,7 @@ class Sequences(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Sequences as one program sees them."""
+    """Sequences as one program sees them. Kernels make it themselves: Triton 3.6 returns no None from a function."""
 
     lengths: Any
     starts: Any
@@ -76,17 +76,6 @@ class Place(NamedTuple):
     r: Any  # its recurrence
     first: Any  # its first batch row
     backwards: Any  # whether r runs backwards in time
-
-
-@gluon.jit
-def place_of(sequences, T, B, tiles, row_stride_t, row_stride_b, CONFIG: gl.constexpr):
-    """The place of a program of a grid (programs of a tile, groups of tiles, R)."""
-    r = gl.program_id(2).to(gl.int64)
-    first = gl.program_id(1) * (tiles * 8)
-    backwards = runs_backwards(r, CONFIG.directions)
-    return Place(
-        sequences.lengths, sequences.starts, sequences.resets, T, B, row_stride_t, row_stride_b, r, first, backwards
-    )
 
 
 class Step(NamedTuple):

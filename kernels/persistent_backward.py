@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .fragments import (
+    Place,
     along,
     barrier,
     begin,
@@ -27,7 +28,6 @@ from .fragments import (
     operand,
     operand_layout,
     parts_layout,
-    place_of,
     row_layout,
     row_or_past_end,
     settle,
@@ -36,6 +36,7 @@ from .fragments import (
     turn_after,
     unit_layout,
 )
+from .rows import runs_backwards
 
 
 class Backward(NamedTuple):
@@ -68,16 +69,19 @@ def lstm_backward_fragments(
     UNITS: gl.constexpr = CONFIG.units
     CHUNKS: gl.constexpr = chunks(4 * H, CONFIG)
     A: gl.constexpr = operand_layout(0, WARPS)
+    ROOM: gl.constexpr = CONFIG.room
     CELLS: gl.constexpr = cell_layout(WARPS, UNITS)
     AHEAD: gl.constexpr = CONFIG.room > 1
-    place = place_of(sequences, T, B, tiles, row_stride_t, row_stride_b, CONFIG)
+    r = gl.program_id(2).to(gl.int64)
+    first = gl.program_id(1) * (tiles * 8)
+    place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     u0 = gl.program_id(0) * UNITS
     n = gl.arange(0, 8, row_layout(WARPS, UNITS))
     u = gl.expand_dims(u0 + gl.arange(0, UNITS, unit_layout(WARPS, UNITS)), 1)
     k_rows = gl.arange(0, 8, along(operand_layout(1, WARPS), 2))
     # before the weights, whose conversion would else share its memory and ask for a barrier in the loop
     parts = gl.allocate_shared_memory(gl.float32, [WARPS, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    state = gl.allocate_shared_memory(gl.float32, [CONFIG.room, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    state = gl.allocate_shared_memory(gl.float32, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     held, rest = backward_weights(buffers.w_hh + place.r * (4 * H * H), u0, CONFIG)
     for tile in range(tiles):
         state.index(tile).store(initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG))
@@ -116,6 +120,9 @@ def lstm_backward_fragments(
 @gluon.jit
 def backward_weights(w_ptr, u0, CONFIG: gl.constexpr):
     """The columns of W_hh of units u0 .., as operands A: the chunks held in registers, and the others in shared memory."""
+    WARPS: gl.constexpr = CONFIG.warps
+    HELD: gl.constexpr = CONFIG.held
+    UNITS: gl.constexpr = CONFIG.units
     H: gl.constexpr = CONFIG.H
     COLUMNS: gl.constexpr = columns_layout(CONFIG.warps, CONFIG.units, w_ptr.dtype.element_ty)
     CHUNKS: gl.constexpr = chunks(4 * H, CONFIG)
@@ -126,7 +133,7 @@ def backward_weights(w_ptr, u0, CONFIG: gl.constexpr):
     held = ()
     rest = ()
     if CONFIG.held < CHUNKS:
-        shape: gl.constexpr = [CHUNKS - CONFIG.held, CONFIG.warps, CONFIG.units, 32]
+        shape: gl.constexpr = [CHUNKS - HELD, WARPS, UNITS, 32]
         rest = (gl.allocate_shared_memory(dtype, shape, gl.SwizzledSharedLayout(4, 2, 8, [2, 1, 0])),)
     for q in gl.static_range(CHUNKS):
         first = q * CONFIG.warps * 32
@@ -146,7 +153,8 @@ def backward_weights(w_ptr, u0, CONFIG: gl.constexpr):
 @gluon.jit
 def initial_gradient(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.constexpr):
     """The gradient by a tile's last cell states that comes from outside."""
-    dc = gl.zeros([CONFIG.units, 8], gl.float32, CELLS)
+    UNITS: gl.constexpr = CONFIG.units
+    dc = gl.zeros([UNITS, 8], gl.float32, CELLS)
     if buffers.dcn is not None:
         b = place.first + tile * 8 + n
         at = gl.expand_dims((place.r * place.B + b) * CONFIG.H, 0) + u
@@ -176,6 +184,7 @@ class Saved(NamedTuple):
 
 @gluon.jit
 def saved_at(buffers, place, s, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.constexpr):
+    UNITS: gl.constexpr = CONFIG.units
     step = step_of(place, s, tile, n)
     has = gl.expand_dims(step.has, 0) & (u < CONFIG.H)
     at = gl.expand_dims((step.row * CONFIG.R + place.r) * CONFIG.H, 0) + u
@@ -186,10 +195,10 @@ def saved_at(buffers, place, s, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.cons
     c = gl.load(buffers.c + at, mask=has, other=0.0)
     c_prev = before(buffers.c, buffers.c0, place, step, s, u, CONFIG)
     h_prev = before(buffers.h, buffers.h0, place, step, s, u, CONFIG)
-    dy = gl.zeros([CONFIG.units, 8], buffers.gates.dtype.element_ty, CELLS)
+    dy = gl.zeros([UNITS, 8], buffers.gates.dtype.element_ty, CELLS)
     if buffers.dy is not None:
         dy = gl.load(buffers.dy + at, mask=has, other=0.0)
-    dhn = gl.zeros([CONFIG.units, 8], buffers.gates.dtype.element_ty, CELLS)
+    dhn = gl.zeros([UNITS, 8], buffers.gates.dtype.element_ty, CELLS)
     if buffers.dhn is not None:
         end = gl.expand_dims((place.r * place.B + step.b) * CONFIG.H, 0) + u
         dhn = gl.load(buffers.dhn + end, mask=has & gl.expand_dims(s == step.lengths - 1, 0), other=0.0)

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .fragments import (
+    Place,
     along,
     barrier,
     begin,
@@ -27,7 +28,6 @@ from .fragments import (
     operand,
     operand_layout,
     parts_layout,
-    place_of,
     row_layout,
     row_or_past_end,
     settle,
@@ -36,6 +36,7 @@ from .fragments import (
     turn_after,
     unit_layout,
 )
+from .rows import runs_backwards
 
 
 class Forward(NamedTuple):
@@ -64,17 +65,19 @@ def lstm_forward_fragments(
     UNITS: gl.constexpr = CONFIG.units
     CHUNKS: gl.constexpr = chunks(H, CONFIG)
     A: gl.constexpr = operand_layout(0, WARPS)
+    ROOM: gl.constexpr = CONFIG.room
     CELLS: gl.constexpr = cell_layout(WARPS, UNITS)
     AHEAD: gl.constexpr = CONFIG.room > 1
-    place = place_of(sequences, T, B, tiles, row_stride_t, row_stride_b, CONFIG)
-    r = place.r
+    r = gl.program_id(2).to(gl.int64)
+    first = gl.program_id(1) * (tiles * 8)
+    place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     u0 = gl.program_id(0) * UNITS
     held, rest = forward_weights(buffers.w_hh + r * (4 * H * H), u0, CONFIG)
     n = gl.arange(0, 8, row_layout(WARPS, UNITS))
     u = gl.expand_dims(u0 + gl.arange(0, UNITS, unit_layout(WARPS, UNITS)), 1)
     k_rows = gl.arange(0, 8, along(operand_layout(1, WARPS), 2))
     parts = gl.allocate_shared_memory(gl.float32, [WARPS, 4 * UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    state = gl.allocate_shared_memory(gl.float32, [CONFIG.room, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    state = gl.allocate_shared_memory(gl.float32, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for tile in range(tiles):
         state.index(tile).store(initial(buffers, place, gl.to_tensor(tile), n, u, CELLS, CONFIG))
 
@@ -130,6 +133,8 @@ def lstm_forward_fragments(
 @gluon.jit
 def forward_weights(w_ptr, u0, CONFIG: gl.constexpr):
     """The rows of W_hh of units u0 .., as operands A: the chunks held in registers, and the others in shared memory."""
+    WARPS: gl.constexpr = CONFIG.warps
+    HELD: gl.constexpr = CONFIG.held
     H: gl.constexpr = CONFIG.H
     A: gl.constexpr = operand_layout(0, CONFIG.warps)
     CHUNKS: gl.constexpr = chunks(H, CONFIG)
@@ -142,7 +147,7 @@ def forward_weights(w_ptr, u0, CONFIG: gl.constexpr):
     held = ()
     rest = ()
     if CONFIG.held < CHUNKS:
-        shape: gl.constexpr = [CHUNKS - CONFIG.held, CONFIG.warps, ROWS, 32]
+        shape: gl.constexpr = [CHUNKS - HELD, WARPS, ROWS, 32]
         rest = (gl.allocate_shared_memory(dtype, shape, gl.SwizzledSharedLayout(4, 2, 8, [2, 1, 0])),)
     for q in gl.static_range(CHUNKS):
         first = q * CONFIG.warps * 32
@@ -160,16 +165,17 @@ def forward_weights(w_ptr, u0, CONFIG: gl.constexpr):
 @gluon.jit
 def initial(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.constexpr):
     """The cell states of a tile before its first step. A row that has no step keeps its states: they are stored here."""
+    UNITS: gl.constexpr = CONFIG.units
     b = place.first + tile * 8 + n
     at = gl.expand_dims((place.r * place.B + b) * CONFIG.H, 0) + u  # (R, B, H)
     mask = gl.expand_dims(b < place.B, 0) & (u < CONFIG.H)
-    c = gl.zeros([CONFIG.units, 8], gl.float32, CELLS)
+    c = gl.zeros([UNITS, 8], gl.float32, CELLS)
     if buffers.c0 is not None:
         c = gl.load(buffers.c0 + at, mask=mask, other=0.0).to(gl.float32)
     if place.lengths is not None:
         without = mask & gl.expand_dims(gl.load(place.lengths + b, mask=b < place.B, other=1) == 0, 0)
         gl.store(buffers.cn + at, c.to(buffers.cn.dtype.element_ty), mask=without)
-        h = gl.zeros([CONFIG.units, 8], gl.float32, CELLS)
+        h = gl.zeros([UNITS, 8], gl.float32, CELLS)
         if buffers.h0 is not None:
             h = gl.load(buffers.h0 + at, mask=without, other=0.0).to(gl.float32)
         gl.store(buffers.hn + at, h.to(buffers.hn.dtype.element_ty), mask=without)

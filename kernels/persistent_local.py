@@ -10,9 +10,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .fragments import barrier, place_of, step_of
+from .fragments import Place, barrier, step_of
 from .persistent_backward import initial_gradient, saved_at, step_backward
 from .persistent_forward import initial, input_at, save
+from .rows import runs_backwards
 
 
 @gluon.constexpr_function
@@ -59,7 +60,9 @@ def lstm_forward_local(
     dtype: gl.constexpr = buffers.h.dtype.element_ty
     UNITS: gl.constexpr = CONFIG.units
     CELLS: gl.constexpr = units_layout(CONFIG.warps)
-    place = place_of(sequences, T, B, tiles, row_stride_t, row_stride_b, CONFIG)
+    r = gl.program_id(2).to(gl.int64)
+    first = gl.program_id(1) * (tiles * 8)
+    place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     n = gl.arange(0, 8, gl.SliceLayout(0, CELLS))
     u = gl.expand_dims(gl.arange(0, UNITS, gl.SliceLayout(1, CELLS)), 1)
     # two steps' states, a row after the other, as the product reads them
@@ -112,28 +115,31 @@ def lstm_backward_local(
     dtype: gl.constexpr = buffers.dgates.dtype.element_ty
     UNITS: gl.constexpr = CONFIG.units
     CELLS: gl.constexpr = units_layout(CONFIG.warps)
-    place = place_of(sequences, T, B, tiles, row_stride_t, row_stride_b, CONFIG)
+    r = gl.program_id(2).to(gl.int64)
+    first = gl.program_id(1) * (tiles * 8)
+    place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     n = gl.arange(0, 8, gl.SliceLayout(0, CELLS))
     u = gl.expand_dims(gl.arange(0, UNITS, gl.SliceLayout(1, CELLS)), 1)
-    # two steps' dgates, gate by gate
-    gradients = gl.allocate_shared_memory(dtype, [8, 8, UNITS], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    gradients = ()
+    for _ in gl.static_range(4):  # for each gate two steps' dgates
+        gradients = gradients + (gl.allocate_shared_memory(dtype, [2, 8, UNITS], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])),)
     weights = local_weights(buffers.w_hh + place.r * (4 * CONFIG.H * CONFIG.H), True, CONFIG)
     tile = gl.to_tensor(0)
     dc = initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG)
     for g in gl.static_range(4):
-        gradients.index(g).permute([1, 0]).store(gl.zeros([UNITS, 8], dtype, CELLS))
+        gradients[g].index(0).permute([1, 0]).store(gl.zeros([UNITS, 8], dtype, CELLS))
     saved = saved_at(buffers, place, tile + T - 1, tile, n, u, CELLS, CONFIG)
     barrier()
     for turn in range(T):
         s = tile + T - 1 - turn
         dh = gl.zeros([UNITS, 8], gl.float32, CELLS)
         for g in gl.static_range(4):
-            after = gradients.index(turn % 2 * 4 + g).permute([1, 0]).load(local_operand(1, CONFIG.warps))
+            after = gradients[g].index(turn % 2).permute([1, 0]).load(local_operand(1, CONFIG.warps))
             dh = mma_v2(weights[g], after, dh)
         step = step_of(place, s, tile, n)
         keep = gl.expand_dims(step.keep, 0) & (u < CONFIG.H)
         da, dc = step_backward(buffers, place, step, s, u, dh, dc, saved, CELL, CONFIG)
         for g in gl.static_range(4):
-            at = gradients.index((turn + 1) % 2 * 4 + g).permute([1, 0])
+            at = gradients[g].index((turn + 1) % 2).permute([1, 0])
             at.store(gl.where(keep, da[g], 0.0).to(dtype))
         saved = saved_at(buffers, place, s - 1, tile, n, u, CELLS, CONFIG)

@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .fragments import (
+    Place,
     along,
     barrier,
     begin,
@@ -29,7 +30,6 @@ from .fragments import (
     operand,
     operand_layout,
     parts_layout,
-    place_of,
     row_layout,
     settle,
     source_at,
@@ -38,6 +38,7 @@ from .fragments import (
     unit_layout,
 )
 from .persistent_backward import initial_gradient, saved_at, step_backward
+from .rows import runs_backwards
 
 
 @gluon.constexpr_function
@@ -56,9 +57,12 @@ def lstm_backward_split(
     WARPS: gl.constexpr = CONFIG.warps
     CHUNKS: gl.constexpr = chunks(H, CONFIG)
     A: gl.constexpr = operand_layout(0, WARPS)
+    ROOM: gl.constexpr = CONFIG.room
     CELLS: gl.constexpr = cell_layout(WARPS, 16)
     TURNS: gl.constexpr = CONFIG.room > 1
-    place = place_of(sequences, T, B, tiles, row_stride_t, row_stride_b, CONFIG)
+    r = gl.program_id(2).to(gl.int64)
+    first = gl.program_id(1) * (tiles * 8)
+    place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     me = gl.program_id(0)
     gate = me % 4
     n = gl.arange(0, 8, row_layout(WARPS, 16))
@@ -67,7 +71,7 @@ def lstm_backward_split(
     box = buffers.box + place.r * (2 * owners(H) * 3 * 16) * B
     # before the weights, whose conversion would else share its memory and ask for a barrier in the loop
     parts = gl.allocate_shared_memory(gl.float32, [WARPS, 64, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    state = gl.allocate_shared_memory(gl.float32, [CONFIG.room, 16, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    state = gl.allocate_shared_memory(gl.float32, [ROOM, 16, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     held, rest = gate_weights(buffers.w_hh + (place.r * 4 + gate) * (H * H), me // 4 * 64, gate, CONFIG)
     for tile in range(tiles):
         state.index(tile).store(initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG))
@@ -125,6 +129,8 @@ def lstm_backward_split(
 @gluon.jit
 def gate_weights(w_ptr, u0, gate, CONFIG: gl.constexpr):
     """One gate's columns of W_hh of units u0 .. u0 + 63 as operands A, in registers and shared memory; own units first."""
+    WARPS: gl.constexpr = CONFIG.warps
+    HELD: gl.constexpr = CONFIG.held
     H: gl.constexpr = CONFIG.H
     COLUMNS: gl.constexpr = columns_layout(CONFIG.warps, 64, w_ptr.dtype.element_ty)
     CHUNKS: gl.constexpr = chunks(H, CONFIG)
@@ -136,7 +142,7 @@ def gate_weights(w_ptr, u0, gate, CONFIG: gl.constexpr):
     held = ()
     rest = ()
     if CONFIG.held < CHUNKS:
-        shape: gl.constexpr = [CHUNKS - CONFIG.held, CONFIG.warps, 64, 32]
+        shape: gl.constexpr = [CHUNKS - HELD, WARPS, 64, 32]
         rest = (gl.allocate_shared_memory(dtype, shape, gl.SwizzledSharedLayout(4, 2, 8, [2, 1, 0])),)
     for q in gl.static_range(CHUNKS):
         first = q * CONFIG.warps * 32
