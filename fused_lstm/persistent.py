@@ -47,6 +47,8 @@ class Config:
     warps: int = 8
     held: int = 64  # chunks of the weights in registers, at most
     tiles: int = 1  # tiles of 8 rows of a program, in turn
+    at_once: int = 0  # recurrences of one launch, where not all find room
+    ahead: bool = False  # a turn's states are asked for while the turn before is computed; with two tiles or more
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -66,17 +68,20 @@ def room(config: Config) -> int:
 
 def fragments(config: Config, H: int, R: int, directions: int, max16: bool = True) -> Fragments:
     """The kernel's constexpr configuration. It knows the number of tiles only roughly: one binary for many batches."""
-    return Fragments(H, R, directions, config.units, config.warps, config.held, room(config), max16)
+    return Fragments(H, R, directions, config.units, config.warps, config.held, room(config), config.ahead, max16)
 
 
 def grid(config: Config, H: int, B: int, R: int) -> tuple[int, int, int]:
+    """Programs of one launch, of at most ``config.at_once`` of R recurrences."""
     programs = owners(H) if config.form == "split" else ceil_div(H, config.units)
-    return programs, ceil_div(ceil_div(B, ROWS), config.tiles), R
+    return programs, ceil_div(ceil_div(B, ROWS), config.tiles), min(R, config.at_once or R)
 
 
-# What a thread may keep of the weights, in registers, beside the states of a turn, those that are under way, and the rest.
-REGISTERS = 255
-OTHERS = {"forward": 90, "backward": 110, "backward split": 110}
+# Registers of a thread for weights and states together without spills, by what compilers make of the kernels: where all
+# weights are in registers, and where some come from shared memory, for which others are needed.
+WHOLLY = {"half": {"forward": 125, "backward": 192, "split": 180}, "tf32": {"forward": 165, "backward": 192, "split": 180}}
+PARTLY = {"forward": 112, "backward": 160, "split": 160}
+TIGHTLY = {"forward": 128, "backward": 192, "split": 160}  # ... where shared memory holds no more
 
 
 def _columns(config: Config, kernel: str) -> int:
@@ -92,13 +97,18 @@ def _chunks(config: Config, problem: Recurrence) -> int:
     return ceil_div(_reduction(config, problem), 32 * config.warps)
 
 
-def _held(config: Config, problem: Recurrence) -> int:
-    """Chunks of the weights that fit into the registers."""
-    name = problem.kernel if config.form == "whole" else "backward split"
+def _held(config: Config, problem: Recurrence, gpu: Gpu) -> int | None:
+    """Chunks of the weights to keep in registers; None where the weights find no room."""
+    kind = "split" if config.form == "split" else problem.kernel
     chunks, words = _chunks(config, problem), problem.element_size / 4
-    states = 8 * words * chunks * (1 if config.tiles == 1 else 2)
-    left = REGISTERS - OTHERS[name] - states
-    return max(0, min(chunks, int(left // (_columns(config, problem.kernel) * words))))
+    chunk, states = _columns(config, problem.kernel) * words, 8 * words * chunks * (2 if config.ahead else 1)
+    if chunks * chunk + states <= WHOLLY[problem.arithmetic][kind]:
+        return chunks
+    if kind == "split" and config.ahead and problem.arithmetic == "tf32":
+        return None
+    least = next((n for n in range(chunks) if shared_memory(replace(config, held=n), problem) <= gpu.shared_memory), chunks)
+    held = max(least, int((PARTLY[kind] - states) // chunk))
+    return held if held * chunk + states <= max(PARTLY[kind], TIGHTLY[kind] if held == least else 0) else None
 
 
 def shared_memory(config: Config, problem: Recurrence) -> int:
@@ -124,8 +134,9 @@ def refusal(config: Config, problem: Recurrence, gpu: Gpu) -> str | None:
     x, y, z = grid(config, problem.H, problem.B, problem.R)
     if config.form != "local" and x * y * z > gpu.multiprocessors:
         return f"needs {x * y * z} programs at once, {gpu.name} runs {gpu.multiprocessors}"
-    if _held(config, problem) < config.held:
-        return f"{config.held} chunks of the weights do not fit into the registers"
+    most = 0 if config.form == "local" else _held(config, problem, gpu)
+    if most is None or (config.form != "local" and most < min(config.held, _chunks(config, problem))):
+        return f"finds no room for the weights of H = {problem.H} on {gpu.name}"
     need = shared_memory(config, problem)
     if need > gpu.shared_memory:
         return f"needs {need} bytes of shared memory for each program, {gpu.name} has {gpu.shared_memory}"
@@ -141,10 +152,17 @@ def candidates(problem: Recurrence, gpu: Gpu) -> list[Config]:
         for units in (16, 32) if form == "whole" and problem.H % 32 == 0 else (16,):
             config = Config(form, units)
             x, y, z = grid(config, problem.H, problem.B, problem.R)
-            groups = gpu.multiprocessors // (x * z)
-            if groups:
-                config = replace(config, tiles=ceil_div(y, min(groups, y)))
-                found.append(replace(config, held=_held(config, problem)))
+            at_once = min(z, gpu.multiprocessors // x)
+            if not at_once:
+                continue
+            groups = gpu.multiprocessors // (x * at_once)
+            tiles = ceil_div(y, min(groups, y))
+            for ahead in (True, False) if tiles > 1 else (False,):
+                config = replace(config, tiles=tiles, ahead=ahead, at_once=at_once)
+                held = _held(config, problem, gpu)
+                if held is not None and (units == 16 or held == _chunks(config, problem)):
+                    found.append(replace(config, held=held))
+                    break
     return found
 
 
@@ -176,11 +194,13 @@ def estimate(config: Config, problem: Recurrence, gpu: Gpu) -> float:
         step = LOCAL * ceil_div(x * y * z, gpu.multiprocessors)
     else:
         latency = LATENCY[problem.kernel] + SECOND_EXCHANGE * (config.form == "split" and config.tiles == 1)
-        step = max(latency, TILE * config.tiles * config.units / 16) + traffic(config, problem) / (L2 * share)
+        work = (TILE * config.units / 16 if config.ahead else latency) * config.tiles
+        step = max(latency, work) + traffic(config, problem) / ceil_div(problem.R, z) / (L2 * share)
     elements = problem.B * problem.R * problem.H
     memory = elements * problem.element_size * (10 if problem.kernel == "forward" else 13) / (DRAM * share)
     multiply = elements * 4 * problem.H / (MULTIPLY_ADDS[problem.arithmetic] * share)
-    return problem.T * max(step, memory, multiply)
+    launches = ceil_div(problem.R, z)
+    return problem.T * max(step * launches, memory, multiply)
 
 
 @lru_cache
@@ -240,12 +260,14 @@ def _run(
     if config.form != "local":
         unwritten(exchanged)
     buffers = buffers._replace(zeros=zeros(exchanged.device, exchanged.dtype, max(4 * H, 512)))
-    given = (*size[:2], config.tiles, *size[2:])
     cut = fragments(config, H, R, directions, _max16(exchanged))
     name = kernel if config.form == "whole" else f"{kernel} {config.form}"
+    x, y, z = grid(config, H, B, R)
     # Programs that wait for one another must all run at once: the driver sees to it, or refuses.
-    waits = config.form != "local" and grid(config, H, B, R)[0] > 1
-    launch(name, grid(config, H, B, R), (buffers, sequences, *given, CELLS[kernel], cut), waits)
+    waits = config.form != "local" and x > 1
+    for first_r in range(0, R, z):
+        given = (*size[:2], config.tiles, first_r, *size[2:])
+        launch(name, (x, y, min(z, R - first_r)), (buffers, sequences, *given, CELLS[kernel], cut), waits)
 
 
 def _max16(t: Tensor) -> bool:

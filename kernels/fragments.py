@@ -40,6 +40,7 @@ class Fragments:
     warps: int = 8  # 4, 8 or 16
     held: int = 64  # chunks of the weights that stay in registers, at most; the others lie in shared memory
     room: int = 1  # tiles of a program, at most
+    ahead: bool = False  # a turn's states are asked for while the turn before is computed; with two tiles or more
     max16: bool = True  # the GPU has max.u16x2 (sm_90 and newer)
 
 

@@ -58,11 +58,11 @@ class Backward(NamedTuple):
     box: Any = None  # (R, 2, owners(H), 3, B, 16) int64, zeros before: words on their way (persistent_split.py)
 
 
-@gluon.jit(do_not_specialize=["T", "B", "tiles", "row_stride_t", "row_stride_b"])
+@gluon.jit(do_not_specialize=["T", "B", "tiles", "first_r", "row_stride_t", "row_stride_b"])
 def lstm_backward_fragments(
-    buffers, sequences, T, B, tiles, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
+    buffers, sequences, T, B, tiles, first_r, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
 ):
-    """Grid (H / units, groups of tiles, R); tiles are those of a program, at most CONFIG.room."""
+    """Grid (H / units, groups of tiles, recurrences first_r ..); tiles are those of a program, at most CONFIG.room."""
     dtype: gl.constexpr = buffers.dgates.dtype.element_ty
     H: gl.constexpr = CONFIG.H
     WARPS: gl.constexpr = CONFIG.warps
@@ -71,8 +71,7 @@ def lstm_backward_fragments(
     A: gl.constexpr = operand_layout(0, WARPS)
     ROOM: gl.constexpr = CONFIG.room
     CELLS: gl.constexpr = cell_layout(WARPS, UNITS)
-    AHEAD: gl.constexpr = CONFIG.room > 1
-    r = gl.program_id(2).to(gl.int64)
+    r = (first_r + gl.program_id(2)).to(gl.int64)
     first = gl.program_id(1) * (tiles * 8)
     place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     u0 = gl.program_id(0) * UNITS
@@ -90,14 +89,14 @@ def lstm_backward_fragments(
     tile = gl.to_tensor(0)
     saved = saved_at(buffers, place, s, tile, n, u, CELLS, CONFIG)
     begun = ()
-    if AHEAD:
+    if CONFIG.ahead:
         begun = begin(gradients_after(buffers, place, s, tile, k_rows, CONFIG), dtype, 4 * H, CONFIG)
     barrier()
     for _ in range(T * tiles):
         dc = state.index(tile).load(CELLS)  # so early, the barrier that it needs serves the parts as well
         da = settle(begun, gradients_after(buffers, place, s, tile, k_rows, CONFIG), dtype, 4 * H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, -1)
-        if AHEAD:
+        if CONFIG.ahead:
             begun = begin(gradients_after(buffers, place, s1, tile1, k_rows, CONFIG), dtype, 4 * H, CONFIG)
         acc = gl.zeros([WARPS, UNITS, 8], gl.float32, mma_layout(WARPS))
         for j in gl.static_range(min(4, CHUNKS)):  # sums of their own, which need not wait for one another

@@ -54,11 +54,11 @@ class Forward(NamedTuple):
     zeros: Any  # (max(4 * H, 512),) zeros of the data's dtype
 
 
-@gluon.jit(do_not_specialize=["T", "B", "tiles", "row_stride_t", "row_stride_b"])
+@gluon.jit(do_not_specialize=["T", "B", "tiles", "first_r", "row_stride_t", "row_stride_b"])
 def lstm_forward_fragments(
-    buffers, sequences, T, B, tiles, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
+    buffers, sequences, T, B, tiles, first_r, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
 ):
-    """Grid (H / units, groups of tiles, R); tiles are those of a program, at most CONFIG.room."""
+    """Grid (H / units, groups of tiles, recurrences first_r ..); tiles are those of a program, at most CONFIG.room."""
     dtype: gl.constexpr = buffers.h.dtype.element_ty
     H: gl.constexpr = CONFIG.H
     WARPS: gl.constexpr = CONFIG.warps
@@ -67,8 +67,7 @@ def lstm_forward_fragments(
     A: gl.constexpr = operand_layout(0, WARPS)
     ROOM: gl.constexpr = CONFIG.room
     CELLS: gl.constexpr = cell_layout(WARPS, UNITS)
-    AHEAD: gl.constexpr = CONFIG.room > 1
-    r = gl.program_id(2).to(gl.int64)
+    r = (first_r + gl.program_id(2)).to(gl.int64)
     first = gl.program_id(1) * (tiles * 8)
     place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     u0 = gl.program_id(0) * UNITS
@@ -91,14 +90,14 @@ def lstm_forward_fragments(
     x = input_at(buffers.gates, place, s, tile, n, u, CONFIG)
     x1 = input_at(buffers.gates, place, s1, tile1, n, u, CONFIG)
     begun = ()
-    if AHEAD:
+    if CONFIG.ahead:
         begun = begin(state_before(buffers, place, s, tile, k_rows, CONFIG), dtype, H, CONFIG)
     barrier()
     for _ in range(T * tiles):
         h = settle(begun, state_before(buffers, place, s, tile, k_rows, CONFIG), dtype, H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, 1)
         s2, tile2 = turn_after(s1, tile1, tiles, 1)
-        if AHEAD:
+        if CONFIG.ahead:
             begun = begin(state_before(buffers, place, s1, tile1, k_rows, CONFIG), dtype, H, CONFIG)
         acc = gl.zeros([WARPS, 4 * UNITS, 8], gl.float32, mma_layout(WARPS))
         for q in gl.static_range(CHUNKS):

@@ -52,15 +52,15 @@ def local_weights(w_ptr, TRANSPOSED: gl.constexpr, CONFIG: gl.constexpr):
     return weights
 
 
-@gluon.jit(do_not_specialize=["T", "B", "tiles", "row_stride_t", "row_stride_b"])
+@gluon.jit(do_not_specialize=["T", "B", "tiles", "first_r", "row_stride_t", "row_stride_b"])
 def lstm_forward_local(
-    buffers, sequences, T, B, tiles, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
+    buffers, sequences, T, B, tiles, first_r, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
 ):
-    """Grid (1, tiles of 8 rows, R), tiles is 1. CONFIG.units is the power of two that holds H, 16 for each warp."""
+    """Grid (1, tiles of 8 rows, recurrences first_r ..), tiles is 1; CONFIG.units is a power of two, 16 for each warp."""
     dtype: gl.constexpr = buffers.h.dtype.element_ty
     UNITS: gl.constexpr = CONFIG.units
     CELLS: gl.constexpr = units_layout(CONFIG.warps)
-    r = gl.program_id(2).to(gl.int64)
+    r = (first_r + gl.program_id(2)).to(gl.int64)
     first = gl.program_id(1) * (tiles * 8)
     place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     n = gl.arange(0, 8, gl.SliceLayout(0, CELLS))
@@ -107,15 +107,15 @@ def lstm_forward_local(
         x1 = input_at(buffers.gates, place, s + 2, tile, n, u, CONFIG)
 
 
-@gluon.jit(do_not_specialize=["T", "B", "tiles", "row_stride_t", "row_stride_b"])
+@gluon.jit(do_not_specialize=["T", "B", "tiles", "first_r", "row_stride_t", "row_stride_b"])
 def lstm_backward_local(
-    buffers, sequences, T, B, tiles, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
+    buffers, sequences, T, B, tiles, first_r, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
 ):
-    """Grid (1, tiles of 8 rows, R), tiles is 1. CONFIG.units is the power of two that holds H, 16 for each warp."""
+    """Grid (1, tiles of 8 rows, recurrences first_r ..), tiles is 1; CONFIG.units is a power of two, 16 for each warp."""
     dtype: gl.constexpr = buffers.dgates.dtype.element_ty
     UNITS: gl.constexpr = CONFIG.units
     CELLS: gl.constexpr = units_layout(CONFIG.warps)
-    r = gl.program_id(2).to(gl.int64)
+    r = (first_r + gl.program_id(2)).to(gl.int64)
     first = gl.program_id(1) * (tiles * 8)
     place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     n = gl.arange(0, 8, gl.SliceLayout(0, CELLS))

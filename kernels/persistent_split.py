@@ -47,11 +47,14 @@ def owners(H):
     return -(-H // 64) * 4
 
 
-@gluon.jit(do_not_specialize=["T", "B", "tiles", "row_stride_t", "row_stride_b"])
+@gluon.jit(do_not_specialize=["T", "B", "tiles", "first_r", "row_stride_t", "row_stride_b"])
 def lstm_backward_split(
-    buffers, sequences, T, B, tiles, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
+    buffers, sequences, T, B, tiles, first_r, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
 ):
-    """Grid (owners(H), groups of tiles, R); tiles are those of a program: one if CONFIG.room is, else 2 .. CONFIG.room."""
+    """Grid (owners(H), groups of tiles, recurrences first_r ..).
+
+    tiles are those of a program: one if CONFIG.room is, else 2 .. CONFIG.room.
+    """
     dtype: gl.constexpr = buffers.dgates.dtype.element_ty
     H: gl.constexpr = CONFIG.H
     WARPS: gl.constexpr = CONFIG.warps
@@ -60,7 +63,7 @@ def lstm_backward_split(
     ROOM: gl.constexpr = CONFIG.room
     CELLS: gl.constexpr = cell_layout(WARPS, 16)
     TURNS: gl.constexpr = CONFIG.room > 1
-    r = gl.program_id(2).to(gl.int64)
+    r = (first_r + gl.program_id(2)).to(gl.int64)
     first = gl.program_id(1) * (tiles * 8)
     place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     me = gl.program_id(0)
@@ -83,14 +86,14 @@ def lstm_backward_split(
     own = gl.zeros([16, 8], gl.float32, CELLS)
     saved = saved_at(buffers, place, s, tile, n, u, CELLS, CONFIG)
     begun = ()
-    if TURNS:
+    if CONFIG.ahead:
         begun = begin(gate_gradients_after(buffers, place, s, tile, gate, k_rows, CONFIG), dtype, H, CONFIG)
     barrier()
     for turn in range(T * tiles):
         dc = state.index(tile0).load(CELLS)  # so early, the barrier that it needs serves the parts as well
         da = settle(begun, gate_gradients_after(buffers, place, s, tile, gate, k_rows, CONFIG), dtype, H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, -1)
-        if TURNS:
+        if CONFIG.ahead:
             begun = begin(gate_gradients_after(buffers, place, s1, tile1, gate, k_rows, CONFIG), dtype, H, CONFIG)
         acc = gl.zeros([WARPS, 64, 8], gl.float32, mma_layout(WARPS))
         for q in gl.static_range(CHUNKS):

@@ -28,9 +28,9 @@ pytestmark = [
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FOUR = Config(warps=4)
-TURNS = Config(warps=4, tiles=2)
+TURNS = Config(warps=4, tiles=2, ahead=True)
 SPLIT = Config("split", warps=4)
-SPLIT_TURNS = Config("split", warps=4, tiles=2)
+SPLIT_TURNS = Config("split", warps=4, tiles=2, ahead=True)
 
 # A configuration and a problem.
 CASES: dict[str, tuple[Config, dict[str, Any]]] = {
@@ -40,12 +40,14 @@ CASES: dict[str, tuple[Config, dict[str, Any]]] = {
     "no states, no bias": (FOUR, {"H": 32, "states": False, "bias": False}),
     "beyond the last chunk": (FOUR, {"H": 48, "B": 9}),
     "two tiles in turn": (TURNS, {"H": 32, "B": 13}),
-    "three tiles in turn, two groups": (Config(warps=4, tiles=3), {"H": 32, "B": 35, "T": 3}),
+    "three tiles in turn, two groups": (Config(warps=4, tiles=3, ahead=True), {"H": 32, "B": 35, "T": 3}),
+    "tiles in turn, nothing ahead": (Config(warps=4, tiles=2), {"H": 32, "B": 13, "T": 3}),
+    "split over gates, nothing ahead": (Config("split", warps=4, tiles=2), {"H": 64, "B": 13, "T": 3}),
     "tiles that are empty": (Config(warps=4, tiles=4), {"H": 32, "B": 13, "T": 2}),
     "eight warps": (Config(warps=8), {"H": 48, "B": 4}),
-    "32 units": (Config(warps=4, units=32, tiles=2), {"H": 64, "B": 10}),
+    "32 units": (Config(warps=4, units=32, tiles=2, ahead=True), {"H": 64, "B": 10}),
     "weights in shared memory": (Config(warps=4, held=0), {"H": 48, "B": 4}),
-    "weights in both": (Config(warps=4, held=1, tiles=2), {"H": 144, "B": 10, "T": 2}),
+    "weights in both": (Config(warps=4, held=1, tiles=2, ahead=True), {"H": 144, "B": 10, "T": 2}),
     "lengths": (FOUR, {"H": 32, "B": 6, "mode": "lengths"}),
     "lengths, batch first, both directions": (
         TURNS,
@@ -58,7 +60,7 @@ CASES: dict[str, tuple[Config, dict[str, Any]]] = {
     "packed with resets": (FOUR, {"H": 48, "B": 5, "mode": "packed", "resets": True, "directions": 2}),
     "split over gates": (SPLIT, {"H": 64, "B": 4}),
     "split over gates, in turns": (SPLIT_TURNS, {"H": 64, "B": 13}),
-    "split over gates, three tiles": (Config("split", warps=4, tiles=3, held=0), {"H": 64, "B": 20, "T": 2}),
+    "split over gates, three tiles": (Config("split", warps=4, tiles=3, held=0, ahead=True), {"H": 64, "B": 20, "T": 2}),
     "split over gates, lengths with resets": (
         SPLIT_TURNS,
         {"H": 64, "B": 12, "mode": "lengths", "resets": True, "directions": 2},
