@@ -80,8 +80,8 @@ def grid(config: Config, H: int, B: int, R: int) -> tuple[int, int, int]:
 # Registers of a thread for weights and states together without spills, by what compilers make of the kernels: where all
 # weights are in registers, and where some come from shared memory, for which others are needed.
 WHOLLY = {"half": {"forward": 125, "backward": 192, "split": 180}, "tf32": {"forward": 165, "backward": 192, "split": 180}}
-PARTLY = {"forward": 112, "backward": 160, "split": 160}
-TIGHTLY = {"forward": 128, "backward": 192, "split": 160}  # ... where shared memory holds no more
+PARTLY = {"half": {"forward": 112, "backward": 160, "split": 150}, "tf32": {"forward": 112, "backward": 140, "split": 160}}
+TIGHTLY = {"forward": 120, "backward": 192, "split": 150}  # ... where shared memory holds no more
 
 
 def _columns(config: Config, kernel: str) -> int:
@@ -107,8 +107,9 @@ def _held(config: Config, problem: Recurrence, gpu: Gpu) -> int | None:
     if kind == "split" and config.ahead and problem.arithmetic == "tf32":
         return None
     least = next((n for n in range(chunks) if shared_memory(replace(config, held=n), problem) <= gpu.shared_memory), chunks)
-    held = max(least, int((PARTLY[kind] - states) // chunk))
-    return held if held * chunk + states <= max(PARTLY[kind], TIGHTLY[kind] if held == least else 0) else None
+    partly = PARTLY[problem.arithmetic][kind]
+    held = max(least, int((partly - states) // chunk))
+    return held if held * chunk + states <= max(partly, TIGHTLY[kind] if held == least else 0) else None
 
 
 def shared_memory(config: Config, problem: Recurrence) -> int:
@@ -257,6 +258,8 @@ def _run(
     config: Config,
 ) -> None:
     R, H, B = buffers.w_hh.shape[0], buffers.w_hh.shape[-1], size[1]
+    if not B:
+        return
     if config.form != "local":
         unwritten(exchanged)
     buffers = buffers._replace(zeros=zeros(exchanged.device, exchanged.dtype, max(4 * H, 512)))

@@ -200,6 +200,40 @@ def operand(x):
     return x
 
 
+@gluon.jit
+def weight_chunk(w_ptr, k, inside, stride, q: gl.constexpr, K: gl.constexpr, CONFIG: gl.constexpr):
+    """Chunk q of a program's weights as operand A: w_ptr points at the elements of chunk 0, zero where not inside."""
+    at = w_ptr + q * CONFIG.warps * 32 * stride
+    if beyond(q, K, CONFIG):
+        chunk = gl.load(at, mask=inside & (k + q * CONFIG.warps * 32 < K), other=0.0)
+    else:
+        chunk = gl.load(at, mask=inside, other=0.0)
+    return operand(gl.convert_layout(chunk, operand_layout(0, CONFIG.warps)))
+
+
+@gluon.jit
+def load_weights(w_ptr, k, inside, stride, ROWS: gl.constexpr, K: gl.constexpr, CONFIG: gl.constexpr):
+    """A program's weights, (warps, ROWS, 32) for each chunk: those held in registers, and the others in shared memory.
+
+    w_ptr points at the elements of chunk 0, k is their place in the reduction over K, and stride what lies between two k.
+    """
+    dtype: gl.constexpr = w_ptr.dtype.element_ty
+    WARPS: gl.constexpr = CONFIG.warps
+    CHUNKS: gl.constexpr = chunks(K, CONFIG)
+    HELD: gl.constexpr = min(CONFIG.held, CHUNKS)
+    held = ()
+    rest = ()
+    if HELD < CHUNKS:
+        shape: gl.constexpr = [CHUNKS - HELD, WARPS, ROWS, 32]
+        rest = (gl.allocate_shared_memory(dtype, shape, gl.SwizzledSharedLayout(4, 2, 8, [2, 1, 0])),)
+        for q in gl.static_range(HELD, CHUNKS):
+            rest[0].index(q - HELD).store(weight_chunk(w_ptr, k, inside, stride, q, K, CONFIG))
+            barrier()  # else the compiler loads all of them before it stores any
+    for q in gl.static_range(HELD):
+        held = held + (weight_chunk(w_ptr, k, inside, stride, q, K, CONFIG),)
+    return held, rest
+
+
 @gluon.constexpr_function
 def registers(dtype):
     """32-bit registers of 8 elements, those that a thread has of a chunk."""

@@ -17,15 +17,14 @@ from .fragments import (
     along,
     barrier,
     begin,
-    beyond,
     cell_layout,
     chunks,
     columns_layout,
     cube,
     exchangeable,
     k_of,
+    load_weights,
     mma_layout,
-    operand,
     operand_layout,
     parts_layout,
     row_layout,
@@ -118,35 +117,12 @@ def lstm_backward_fragments(
 
 @gluon.jit
 def backward_weights(w_ptr, u0, CONFIG: gl.constexpr):
-    """The columns of W_hh of units u0 .., as operands A: the chunks held in registers, and the others in shared memory."""
-    WARPS: gl.constexpr = CONFIG.warps
-    HELD: gl.constexpr = CONFIG.held
-    UNITS: gl.constexpr = CONFIG.units
-    H: gl.constexpr = CONFIG.H
+    """The columns of W_hh of units u0 .. ."""
     COLUMNS: gl.constexpr = columns_layout(CONFIG.warps, CONFIG.units, w_ptr.dtype.element_ty)
-    CHUNKS: gl.constexpr = chunks(4 * H, CONFIG)
-    dtype: gl.constexpr = w_ptr.dtype.element_ty
-    m = gl.arange(0, CONFIG.units, along(COLUMNS, 1))
+    unit = cube(u0 + gl.arange(0, CONFIG.units, along(COLUMNS, 1)), 1)
     k = cube(gl.arange(0, CONFIG.warps, along(COLUMNS, 0)) * 32, 0) + cube(k_of(gl.arange(0, 32, along(COLUMNS, 2))), 2)
-    at = cube(u0 + m, 1) + k * H
-    held = ()
-    rest = ()
-    if CONFIG.held < CHUNKS:
-        shape: gl.constexpr = [CHUNKS - HELD, WARPS, UNITS, 32]
-        rest = (gl.allocate_shared_memory(dtype, shape, gl.SwizzledSharedLayout(4, 2, 8, [2, 1, 0])),)
-    for q in gl.static_range(CHUNKS):
-        first = q * CONFIG.warps * 32
-        if beyond(q, 4 * H, CONFIG):
-            inside = (k + first < 4 * H) & (cube(m, 1) >= 0)
-            columns = gl.load(w_ptr + at + first * H, mask=inside, other=0.0)
-        else:
-            columns = gl.load(w_ptr + at + first * H)
-        chunk = operand(gl.convert_layout(columns, operand_layout(0, CONFIG.warps)))
-        if q < CONFIG.held:
-            held = held + (chunk,)
-        else:
-            rest[0].index(q - CONFIG.held).store(chunk)
-    return held, rest
+    inside = (unit < CONFIG.H) & (k >= 0)
+    return load_weights(w_ptr + unit + k * CONFIG.H, k, inside, CONFIG.H, CONFIG.units, 4 * CONFIG.H, CONFIG)
 
 
 @gluon.jit

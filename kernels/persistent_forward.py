@@ -18,14 +18,13 @@ from .fragments import (
     along,
     barrier,
     begin,
-    beyond,
     cell_layout,
     chunks,
     cube,
     exchangeable,
     k_of,
+    load_weights,
     mma_layout,
-    operand,
     operand_layout,
     parts_layout,
     row_layout,
@@ -131,34 +130,13 @@ def lstm_forward_fragments(
 
 @gluon.jit
 def forward_weights(w_ptr, u0, CONFIG: gl.constexpr):
-    """The rows of W_hh of units u0 .., as operands A: the chunks held in registers, and the others in shared memory."""
-    WARPS: gl.constexpr = CONFIG.warps
-    HELD: gl.constexpr = CONFIG.held
-    H: gl.constexpr = CONFIG.H
+    """The rows of W_hh of units u0 .., gate after gate."""
     A: gl.constexpr = operand_layout(0, CONFIG.warps)
-    CHUNKS: gl.constexpr = chunks(H, CONFIG)
-    ROWS: gl.constexpr = 4 * CONFIG.units
-    dtype: gl.constexpr = w_ptr.dtype.element_ty
-    m = gl.arange(0, ROWS, along(A, 1))
-    row = (m // CONFIG.units) * H + u0 + m % CONFIG.units
+    m = gl.arange(0, 4 * CONFIG.units, along(A, 1))
+    row = cube((m // CONFIG.units) * CONFIG.H + u0 + m % CONFIG.units, 1)
     k = cube(gl.arange(0, CONFIG.warps, along(A, 0)) * 32, 0) + cube(k_of(gl.arange(0, 32, along(A, 2))), 2)
-    at = cube(row, 1) * H + k
-    held = ()
-    rest = ()
-    if CONFIG.held < CHUNKS:
-        shape: gl.constexpr = [CHUNKS - HELD, WARPS, ROWS, 32]
-        rest = (gl.allocate_shared_memory(dtype, shape, gl.SwizzledSharedLayout(4, 2, 8, [2, 1, 0])),)
-    for q in gl.static_range(CHUNKS):
-        first = q * CONFIG.warps * 32
-        if beyond(q, H, CONFIG):
-            chunk = operand(gl.load(w_ptr + at + first, mask=(k + first < H) & (cube(m, 1) >= 0), other=0.0))
-        else:
-            chunk = operand(gl.load(w_ptr + at + first))
-        if q < CONFIG.held:
-            held = held + (chunk,)
-        else:
-            rest[0].index(q - CONFIG.held).store(chunk)
-    return held, rest
+    inside = row < 4 * CONFIG.H
+    return load_weights(w_ptr + row * CONFIG.H + k, k, inside & (k >= 0), 1, 4 * CONFIG.units, CONFIG.H, CONFIG)
 
 
 @gluon.jit

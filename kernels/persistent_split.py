@@ -20,14 +20,13 @@ from .fragments import (
     along,
     barrier,
     begin,
-    beyond,
     cell_layout,
     chunks,
     columns_layout,
     cube,
     k_of,
+    load_weights,
     mma_layout,
-    operand,
     operand_layout,
     parts_layout,
     row_layout,
@@ -131,34 +130,13 @@ def lstm_backward_split(
 
 @gluon.jit
 def gate_weights(w_ptr, u0, gate, CONFIG: gl.constexpr):
-    """One gate's columns of W_hh of units u0 .. u0 + 63 as operands A, in registers and shared memory; own units first."""
-    WARPS: gl.constexpr = CONFIG.warps
-    HELD: gl.constexpr = CONFIG.held
-    H: gl.constexpr = CONFIG.H
+    """One gate's columns of W_hh of units u0 .. u0 + 63, the program's own units first."""
     COLUMNS: gl.constexpr = columns_layout(CONFIG.warps, 64, w_ptr.dtype.element_ty)
-    CHUNKS: gl.constexpr = chunks(H, CONFIG)
-    dtype: gl.constexpr = w_ptr.dtype.element_ty
     m = gl.arange(0, 64, along(COLUMNS, 1))
-    unit = u0 + (gate + m // 16) % 4 * 16 + m % 16
+    unit = cube(u0 + (gate + m // 16) % 4 * 16 + m % 16, 1)
     k = cube(gl.arange(0, CONFIG.warps, along(COLUMNS, 0)) * 32, 0) + cube(k_of(gl.arange(0, 32, along(COLUMNS, 2))), 2)
-    at = cube(unit, 1) + k * H
-    held = ()
-    rest = ()
-    if CONFIG.held < CHUNKS:
-        shape: gl.constexpr = [CHUNKS - HELD, WARPS, 64, 32]
-        rest = (gl.allocate_shared_memory(dtype, shape, gl.SwizzledSharedLayout(4, 2, 8, [2, 1, 0])),)
-    for q in gl.static_range(CHUNKS):
-        first = q * CONFIG.warps * 32
-        inside = cube(unit, 1) < H
-        if beyond(q, H, CONFIG):
-            inside = inside & (k + first < H)
-        columns = gl.load(w_ptr + at + first * H, mask=inside & (k >= 0), other=0.0)
-        chunk = operand(gl.convert_layout(columns, operand_layout(0, CONFIG.warps)))
-        if q < CONFIG.held:
-            held = held + (chunk,)
-        else:
-            rest[0].index(q - CONFIG.held).store(chunk)
-    return held, rest
+    inside = (unit < CONFIG.H) & (k >= 0)
+    return load_weights(w_ptr + unit + k * CONFIG.H, k, inside, CONFIG.H, 64, CONFIG.H, CONFIG)
 
 
 @gluon.jit

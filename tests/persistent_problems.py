@@ -9,7 +9,7 @@ from typing import Any
 import gluon_interpreter
 import pytest
 import torch
-from checks import Rule
+from checks import DEVICE, Rule
 from forked import Delays, Program, run_forked
 from fused_lstm.kernels.fragments import Sequences
 from fused_lstm.kernels.persistent_backward import Backward
@@ -149,32 +149,27 @@ class Problem:
     def forward(self, config: persistent.Config, save: bool = True, given: dict[str, Any] | None = None) -> Forward:
         """The buffers after the forward kernel; before it, what it is to write holds NaN."""
         t = self.tensors() | (given or {})
-        out = {k: torch.full((n, self.R, self.H), torch.nan, dtype=self.dtype) for k, n in (("h", self.N), ("c", self.N))}
-        ends = {k: torch.full((self.R, self.B, self.H), torch.nan, dtype=self.dtype) for k in ("hn", "cn")}
-        buffers = Forward(
-            t["gates"].clone(),
-            t["w_hh"],
-            t["bias"],
-            out["h"],
-            out["c"] if save else None,
-            t["h0"],
-            t["c0"],
-            **ends,
-            zeros=None,
-        )
-        persistent.forward(buffers, self.sequences, self.T, self.B, *self.strides, self.directions, config)
-        return buffers
+        new = {k: (n, self.R, self.H) for k, n in (("h", self.N), ("c", self.N))}
+        new |= {k: (self.R, self.B, self.H) for k in ("hn", "cn")}
+        out = {k: torch.full(shape, torch.nan, dtype=self.dtype) for k, shape in new.items()}
+        if not save:
+            del out["c"]
+        fields = {**t, "gates": t["gates"].clone(), **out}
+        return self._launch(persistent.forward, Forward(*(fields.get(k) for k in Forward._fields)), config)
 
     def backward(self, config: persistent.Config, forward: Forward, given: dict[str, Any] | None = None) -> Backward:
         """The buffers after the backward kernel, from those of the forward one."""
-        t = self.tensors() | (given or {})
-        out = {"dgates": (self.N, self.R, 4, self.H), "h_prev": (self.N, self.R, self.H), "dc0": (self.R, self.B, self.H)}
-        buffers = Backward(
-            t["dy"], t["dhn"], t["dcn"], *(getattr(forward, k) for k in ("gates", "c", "h", "h0", "c0", "w_hh")),
-            **{k: torch.full(shape, torch.nan, dtype=self.dtype) for k, shape in out.items()}, zeros=None,
-        )  # fmt: skip
-        persistent.backward(buffers, self.sequences, self.T, self.B, *self.strides, self.directions, config)
-        return buffers
+        new = {"dgates": (self.N, self.R, 4, self.H), "h_prev": (self.N, self.R, self.H), "dc0": (self.R, self.B, self.H)}
+        out = {k: torch.full(shape, torch.nan, dtype=self.dtype) for k, shape in new.items()}
+        fields = {**self.tensors(), **(given or {}), **forward._asdict(), **out}
+        return self._launch(persistent.backward, Backward(*(fields.get(k) for k in Backward._fields)), config)
+
+    def _launch(self, run: Callable, buffers: Any, config: persistent.Config) -> Any:
+        """Run a kernel on copies of the buffers, where there is a GPU there, and return them."""
+        buffers = type(buffers)(*(None if t is None else t.to(DEVICE) for t in buffers))
+        sequences = Sequences(*(None if t is None else t.to(DEVICE) for t in self.sequences))
+        run(buffers, sequences, self.T, self.B, *self.strides, self.directions, config)
+        return type(buffers)(*(None if t is None else t.cpu() for t in buffers))
 
     def run(self, config: persistent.Config) -> dict[str, Tensor]:
         """What :meth:`reference` returns, by the kernels; the gradients of W_hh and h0 by the products that follow them."""
@@ -204,10 +199,17 @@ def interpret(
 ) -> list[Program]:
     """Launches of the persistent kernels run in the interpreter from now on, a process for each program.
 
-    Returns the list that their grids are added to. ``modules`` are those of gluon_interpreter.interpreted(), with a fault.
+    Where there is a GPU, they run there. Returns the list that their grids are added to. ``modules`` are those of
+    gluon_interpreter.interpreted(), with a fault.
     """
-    modules = modules or gluon_interpreter.interpreted()
     grids: list[Program] = []
+    if DEVICE != "cpu":
+        real = persistent.launch
+        monkeypatch.setattr(
+            persistent, "launch", lambda kernel, grid, *more: (grids.append(grid), real(kernel, grid, *more))
+        )
+        return grids
+    modules = modules or gluon_interpreter.interpreted()
 
     def launch(kernel: str, grid: Program, args: tuple, _: bool) -> None:
         grids.append(grid)

@@ -22,7 +22,6 @@ from fused_lstm.persistent import Config
 
 pytestmark = [
     pytest.mark.kernels,
-    IN_INTERPRETER,
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # NumPy's
 ]
 
@@ -97,10 +96,33 @@ def test_programs_that_own_all_units(name: str, monkeypatch: pytest.MonkeyPatch)
 def test_error_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, options = CASES[name]
     interpret(monkeypatch)
-    rule = Rule()
-    for dtype in DTYPES:
+    rule, n = Rule(), list(CASES).index(name) % 3
+    for dtype in DTYPES if name in ("plain", "two tiles in turn", "split over gates") else DTYPES[n : n + 1]:
         Problem(dtype, **options).add(rule, config)
     rule.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_halves_equal_the_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch)
+    whole, half = Problem(dtype, T=6, H=32, B=9), Problem(dtype, T=3, H=32, B=9)
+    expected, given = whole.forward(FOUR), whole.tensors()
+    first = half.forward(FOUR, given={**given, "gates": given["gates"][: half.N]})
+    second = half.forward(FOUR, given={**given, "gates": given["gates"][half.N :], "h0": first.hn, "c0": first.cn})
+    close = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps}  # not bit for bit: c crosses the cut in dtype
+    torch.testing.assert_close(torch.cat((first.h, second.h)), expected.h, **close)
+    torch.testing.assert_close(second.hn, expected.hn, **close)
+    torch.testing.assert_close(second.cn, expected.cn, **close)
+
+
+def test_recurrences_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions and members that do not fit together take several launches, to the same bits."""
+    grids = interpret(monkeypatch)
+    problem = Problem(torch.float16, H=32, B=4, T=3, directions=2, members=2, mode="lengths")
+    together = list(problem.run(FOUR).values())
+    in_turn = list(problem.run(Config(warps=4, at_once=3)).values())
+    assert grids == [(2, 1, 4)] * 2 + [(2, 1, 3), (2, 1, 1)] * 2
+    assert all_equal(in_turn, together)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -229,12 +251,14 @@ WRONG = {
 }
 
 
+@IN_INTERPRETER
 @pytest.mark.parametrize("name", WRONG)
 def test_faults_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # In half a second the other programs do many steps; where the machine is very busy, they take longer.
     assert any(WRONG[name].run(monkeypatch, seconds, 60.0) for seconds in (0.5, 4.0, 20.0))
 
 
+@IN_INTERPRETER
 def test_late_programs_without_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """What shows the faults is not the delay."""
     assert not Fault("host", "unwritten", lambda f: f).run(monkeypatch, 0.5, 60.0)
@@ -246,6 +270,7 @@ HANGS = {
 }
 
 
+@IN_INTERPRETER
 @pytest.mark.parametrize("name", HANGS)
 def test_waiting_in_vain_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begin = time.monotonic()
@@ -254,6 +279,7 @@ def test_waiting_in_vain_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - begin < 60
 
 
+@IN_INTERPRETER
 @pytest.mark.parametrize("fault", ["h0 is waited for", "results are stored as they are"])
 def test_numbers_that_look_like_nothing_hang_a_careless_kernel(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What test_no_number_hangs_a_kernel guards against happens in kernels with these faults."""
