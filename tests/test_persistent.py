@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gluon_interpreter
+import numpy as np
 import pytest
 import torch
 from checks import Rule
@@ -293,6 +294,37 @@ def test_numbers_that_look_like_nothing_hang_a_careless_kernel(fault: str, monke
     interpret(monkeypatch, timeout=5.0, modules=modules)
     with pytest.raises(TimeoutError, match="programs still run"):
         problem.backward(FOUR, problem.forward(FOUR, given=given), given=given)
+
+
+@pytest.mark.parametrize(("each", "max16"), [(4, True), (4, False), (8, True)])
+def test_the_pattern_is_found_wherever_it_is(each: int, max16: bool) -> None:
+    """The assembly that decides whether all elements are there, for random words and such as are like it."""
+    from fused_lstm.kernels.fragments import exchange_code
+
+    code = exchange_code(1, 0, each, False, True, True, max16).removesuffix("@p bra again;\n}")
+    rng = np.random.default_rng(0)
+    near = [0xFFFF, 0xFFFE, 0x7FFF, 0, 1, 0x8000, 0xFEFF] if each == 4 else [0xFFFFFFFF, 0xFFFFFFFE, 0x7FFFFFFF, 0xFFFF]
+    kind = np.uint16 if each == 4 else np.uint32
+    words = np.where(rng.random((4096, 8)) < 0.1, rng.choice(near, (4096, 8)), rng.integers(0, 1 << 8, (4096, 8))).astype(
+        kind
+    )
+    found = list(np.ascontiguousarray(words).view(np.uint32).T)
+    for wait in (0, 0xFFFFFFFF):
+        tied, address = [np.zeros(4096, np.uint32)] * each, [np.zeros(4096, np.uint64)] * 8
+        assembly = gluon_interpreter.Assembly(code, [*found, *tied, *address, *[np.full(4096, wait, np.uint32)] * 8])
+        assembly.run()
+        expected = (words == kind(near[0])).any(1) & (wait != 0)
+        assert (assembly.named["p"] == expected).all()
+        assert expected.any() == (wait != 0)
+
+
+def test_error_rule_by_the_older_test_of_the_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on sm_80."""
+    monkeypatch.setattr(persistent, "_max16", lambda _: False)
+    interpret(monkeypatch)
+    rule = Rule()
+    Problem(torch.float16, H=48, B=12, mode="lengths").add(rule, TURNS)
+    rule.check()
 
 
 def gluon_names(module: str) -> set[str]:
