@@ -1,0 +1,289 @@
+"""The persistent schedule: which configurations it has, what they take, and their launches.
+
+One launch for the sequence, in which programs wait for one another's results (kernels/fragments.py). NVIDIA GPUs, sm_80 and
+newer; Triton 3.6 and newer.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Device, Recurrence
+from .kernels.fragments import ROWS, Fragments, Sequences, lstm_backward, lstm_forward
+from .kernels.persistent_backward import Backward, lstm_backward_fragments
+from .kernels.persistent_forward import Forward, lstm_forward_fragments
+from .kernels.persistent_local import lstm_backward_local, lstm_forward_local
+from .kernels.persistent_split import lstm_backward_split, owners
+
+KERNELS: dict[str, Any] = {
+    "forward": lstm_forward_fragments,
+    "backward": lstm_backward_fragments,
+    "backward split": lstm_backward_split,
+    "forward local": lstm_forward_local,
+    "backward local": lstm_backward_local,
+}
+CELLS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward}
+
+
+@dataclass(frozen=True)
+class Gpu(Device):
+    """A device, and whether it is an NVIDIA GPU: its compute capability, (0, 0) if not."""
+
+    capability: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a recurrence is cut into programs."""
+
+    form: str = "whole"  # the reduction of a program: "whole", "split" over four (backward), or "local": of all units
+    units: int = 16  # hidden units of a program
+    warps: int = 8
+    held: int = 64  # chunks of the weights in registers, at most
+    tiles: int = 1  # tiles of 8 rows of a program, in turn
+    at_once: int = 0  # recurrences of one launch, where not all find room
+    ahead: bool = False  # a turn's states are asked for while the turn before is computed; with two tiles or more
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def local(H: int) -> Config:
+    """The configuration whose programs own all units."""
+    units = max(16, 1 << (H - 1).bit_length())
+    return Config("local", units, units // 16)
+
+
+def room(config: Config) -> int:
+    """Tiles for whose states there is memory: a power of two, so that one binary serves many batches."""
+    return 1 << (config.tiles - 1).bit_length()
+
+
+def fragments(config: Config, H: int, R: int, directions: int, max16: bool = True) -> Fragments:
+    """The kernel's constexpr configuration. It knows the number of tiles only roughly: one binary for many batches."""
+    return Fragments(H, R, directions, config.units, config.warps, config.held, room(config), config.ahead, max16)
+
+
+def grid(config: Config, H: int, B: int, R: int) -> tuple[int, int, int]:
+    """Programs of one launch, of at most ``config.at_once`` of R recurrences."""
+    programs = owners(H) if config.form == "split" else ceil_div(H, config.units)
+    return programs, ceil_div(ceil_div(B, ROWS), config.tiles), min(R, config.at_once or R)
+
+
+# Registers of a thread for weights and states together without spills, by what compilers make of the kernels: where all
+# weights are in registers, and where some come from shared memory, for which others are needed.
+WHOLLY = {"half": {"forward": 125, "backward": 192, "split": 180}, "tf32": {"forward": 165, "backward": 192, "split": 180}}
+PARTLY = {"half": {"forward": 112, "backward": 160, "split": 150}, "tf32": {"forward": 112, "backward": 140, "split": 160}}
+TIGHTLY = {"forward": 120, "backward": 192, "split": 150}  # ... where shared memory holds no more
+
+
+def _columns(config: Config, kernel: str) -> int:
+    """Rows of a program's operand A."""
+    return {"forward": 4 * config.units, "backward": config.units}[kernel] if config.form == "whole" else 64
+
+
+def _reduction(config: Config, problem: Recurrence) -> int:
+    return 4 * problem.H if problem.kernel == "backward" and config.form == "whole" else problem.H
+
+
+def _chunks(config: Config, problem: Recurrence) -> int:
+    return ceil_div(_reduction(config, problem), 32 * config.warps)
+
+
+def _held(config: Config, problem: Recurrence, gpu: Gpu) -> int | None:
+    """Chunks of the weights to keep in registers; None where the weights find no room."""
+    kind = "split" if config.form == "split" else problem.kernel
+    chunks, words = _chunks(config, problem), problem.element_size / 4
+    chunk, states = _columns(config, problem.kernel) * words, 8 * words * chunks * (2 if config.ahead else 1)
+    if chunks * chunk + states <= WHOLLY[problem.arithmetic][kind]:
+        return chunks
+    if kind == "split" and config.ahead and problem.arithmetic == "tf32":
+        return None
+    least = next((n for n in range(chunks) if shared_memory(replace(config, held=n), problem) <= gpu.shared_memory), chunks)
+    partly = PARTLY[problem.arithmetic][kind]
+    held = max(least, int((partly - states) // chunk))
+    return held if held * chunk + states <= max(partly, TIGHTLY[kind] if held == least else 0) else None
+
+
+def shared_memory(config: Config, problem: Recurrence) -> int:
+    """What a program keeps in shared memory, in bytes, at most."""
+    if config.form == "local":  # states or gradients of two steps, and a gate's weights on their way to registers
+        return 128 * config.units + 2 * config.units**2
+    columns = _columns(config, problem.kernel)
+    chunk = config.warps * columns * 32 * problem.element_size
+    parts, states = config.warps * columns * ROWS * 4, room(config) * config.units * ROWS * 4
+    elsewhere = max(0, _chunks(config, problem) - config.held)
+    on_the_way = chunk if problem.kernel == "backward" else 0
+    return parts + states + elsewhere * chunk + on_the_way
+
+
+def refusal(config: Config, problem: Recurrence, gpu: Gpu) -> str | None:
+    """Why a device cannot run a configuration; None if it can."""
+    if gpu.capability < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or newer, {gpu.name} is none"
+    if problem.arithmetic not in ("half", "tf32"):
+        return f"multiplies in half precision and in TF32, not in {problem.arithmetic}"
+    if config.form == "local" and (problem.arithmetic != "half" or problem.H > 128):
+        return "programs that own all units have at most 128, in half precision"
+    x, y, z = grid(config, problem.H, problem.B, problem.R)
+    if config.form != "local" and x * y * z > gpu.multiprocessors:
+        return f"needs {x * y * z} programs at once, {gpu.name} runs {gpu.multiprocessors}"
+    most = 0 if config.form == "local" else _held(config, problem, gpu)
+    if most is None or (config.form != "local" and most < min(config.held, _chunks(config, problem))):
+        return f"finds no room for the weights of H = {problem.H} on {gpu.name}"
+    need = shared_memory(config, problem)
+    if need > gpu.shared_memory:
+        return f"needs {need} bytes of shared memory for each program, {gpu.name} has {gpu.shared_memory}"
+    return None
+
+
+def candidates(problem: Recurrence, gpu: Gpu) -> list[Config]:
+    """The few configurations that are worth a comparison; some may be refused."""
+    if problem.arithmetic == "half" and problem.H <= 128:
+        return [local(problem.H)]
+    found = []
+    for form in ("whole", "split") if problem.kernel == "backward" else ("whole",):
+        for units in (16, 32) if form == "whole" and problem.H % 32 == 0 else (16,):
+            config = Config(form, units)
+            x, y, z = grid(config, problem.H, problem.B, problem.R)
+            at_once = min(z, gpu.multiprocessors // x)
+            if not at_once:
+                continue
+            groups = gpu.multiprocessors // (x * at_once)
+            tiles = ceil_div(y, min(groups, y))
+            for ahead in (True, False) if tiles > 1 else (False,):
+                config = replace(config, tiles=tiles, ahead=ahead, at_once=at_once)
+                held = _held(config, problem, gpu)
+                if held is not None and (units == 16 or held == _chunks(config, problem)):
+                    found.append(replace(config, held=held))
+                    break
+    return found
+
+
+# Measured on an H100 with one tile of rows, in us and bytes: a step's latency, what L2 gives in a us, and a second exchange.
+LATENCY = {"forward": 1.44, "backward": 1.24}
+L2 = 3.9e6
+SECOND_EXCHANGE = 0.9
+TILE = 0.6  # us of work for a tile of rows, where others hide its latency: estimated, not measured
+LOCAL = 0.8  # us of a step without exchange: estimated
+DRAM = 2.5e6  # bytes in a us
+MULTIPLY_ADDS = {"half": 1.5e8, "tf32": 0.75e8}  # of all tensor cores in a us, in tiles as narrow as ours
+
+
+def traffic(config: Config, problem: Recurrence) -> float:
+    """Bytes that all programs together read from L2 in a step."""
+    row = problem.B * problem.R * problem.H * problem.element_size
+    if config.form == "local":
+        return 0.0
+    if config.form == "split":
+        return row * problem.H / 16 + 48 * problem.B * problem.R * problem.H
+    return row * (1 if problem.kernel == "forward" else 4) * problem.H / config.units
+
+
+def estimate(config: Config, problem: Recurrence, gpu: Gpu) -> float:
+    """Microseconds of the whole recurrence, roughly: good for a comparison, not for a promise."""
+    share = gpu.multiprocessors / 132  # of an H100
+    x, y, z = grid(config, problem.H, problem.B, problem.R)
+    if config.form == "local":
+        step = LOCAL * ceil_div(x * y * z, gpu.multiprocessors)
+    else:
+        latency = LATENCY[problem.kernel] + SECOND_EXCHANGE * (config.form == "split" and config.tiles == 1)
+        work = (TILE * config.units / 16 if config.ahead else latency) * config.tiles
+        step = max(latency, work) + traffic(config, problem) / ceil_div(problem.R, z) / (L2 * share)
+    elements = problem.B * problem.R * problem.H
+    memory = elements * problem.element_size * (10 if problem.kernel == "forward" else 13) / (DRAM * share)
+    multiply = elements * 4 * problem.H / (MULTIPLY_ADDS[problem.arithmetic] * share)
+    launches = ceil_div(problem.R, z)
+    return problem.T * max(step * launches, memory, multiply)
+
+
+@lru_cache
+def zeros(device: torch.device, dtype: torch.dtype, n: int) -> Tensor:
+    """Zeros that nobody writes: the state before the first step. Kept, so that they cost nothing."""
+    return torch.zeros(n, device=device, dtype=dtype)
+
+
+def unwritten(t: Tensor) -> Tensor:
+    """Fill t with the bits that mean "not there yet"."""
+    bits = {2: torch.int16, 4: torch.int32}[t.element_size()]
+    t.view(bits).fill_(-1)
+    return t
+
+
+def forward(
+    buffers: Forward,  # tensors, h allocated; zeros may be None
+    sequences: Sequences,
+    T: int,
+    B: int,
+    row_stride_t: int,
+    row_stride_b: int,
+    directions: int,
+    config: Config,
+) -> None:
+    """Fill h, hn and cn, and where there is c, that and the activated gates. h is zero past a row's length."""
+    _run("forward", buffers, buffers.h, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
+
+
+def backward(
+    buffers: Backward,  # tensors, dgates allocated: not the memory of gates; zeros may be None
+    sequences: Sequences,
+    T: int,
+    B: int,
+    row_stride_t: int,
+    row_stride_b: int,
+    directions: int,
+    config: Config,
+) -> None:
+    """Fill dgates, h_prev and dc0; the first two are zero past a row's length."""
+    if config.form == "split":
+        R, B, H = buffers.dc0.shape
+        buffers = buffers._replace(box=buffers.dgates.new_zeros(R, 2, owners(H), 3, B, 16, dtype=torch.int64))
+    _run("backward", buffers, buffers.dgates, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
+
+
+def _run(
+    kernel: str,
+    buffers: Any,
+    exchanged: Tensor,
+    sequences: Sequences,
+    size: tuple[int, int, int, int],
+    directions: int,
+    config: Config,
+) -> None:
+    R, H, B = buffers.w_hh.shape[0], buffers.w_hh.shape[-1], size[1]
+    if not B:
+        return
+    if config.form != "local":
+        unwritten(exchanged)
+    buffers = buffers._replace(zeros=zeros(exchanged.device, exchanged.dtype, max(4 * H, 512)))
+    cut = fragments(config, H, R, directions, _max16(exchanged))
+    name = kernel if config.form == "whole" else f"{kernel} {config.form}"
+    x, y, z = grid(config, H, B, R)
+    # Programs that wait for one another must all run at once: the driver sees to it, or refuses.
+    waits = config.form != "local" and x > 1
+    for first_r in range(0, R, z):
+        given = (*size[:2], config.tiles, first_r, *size[2:])
+        launch(name, (x, y, min(z, R - first_r)), (buffers, sequences, *given, CELLS[kernel], cut), waits)
+
+
+def _max16(t: Tensor) -> bool:
+    return not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] >= 9
+
+
+def options(warps: int) -> dict[str, Any]:
+    """For the compiler: the registers that there are, which it would else ration to run two programs side by side."""
+    return {"num_warps": warps, "maxnreg": min(255, 65536 // (32 * warps)), "enable_fp_fusion": True}
+
+
+def launch(kernel: str, grid: tuple[int, int, int], args: tuple, cooperative: bool) -> None:
+    """One launch."""
+    like = args[0].zeros
+    with torch.cuda.device_of(like) if like.is_cuda else nullcontext():
+        KERNELS[kernel][grid](*args, launch_cooperative_grid=cooperative, **options(args[-1].warps))

@@ -1,0 +1,349 @@
+"""The persistent kernels in Triton's interpreter, a process for each program, and faults that must show there."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gluon_interpreter
+import numpy as np
+import pytest
+import torch
+from checks import Rule
+from forked import late_store, random_delays
+from pairs import IN_INTERPRETER, all_equal
+from persistent_problems import Problem, interpret
+
+from fused_lstm import persistent
+from fused_lstm.persistent import Config
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # NumPy's
+]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FOUR = Config(warps=4)
+TURNS = Config(warps=4, tiles=2, ahead=True)
+SPLIT = Config("split", warps=4)
+SPLIT_TURNS = Config("split", warps=4, tiles=2, ahead=True)
+
+# A configuration and a problem.
+CASES: dict[str, tuple[Config, dict[str, Any]]] = {
+    "plain": (FOUR, {"H": 32}),
+    "one unit block": (FOUR, {"H": 16, "T": 2}),
+    "one step": (FOUR, {"H": 32, "T": 1}),
+    "no states, no bias": (FOUR, {"H": 32, "states": False, "bias": False}),
+    "beyond the last chunk": (FOUR, {"H": 48, "B": 9}),
+    "two tiles in turn": (TURNS, {"H": 32, "B": 13}),
+    "three tiles in turn, two groups": (Config(warps=4, tiles=3, ahead=True), {"H": 32, "B": 35, "T": 3}),
+    "tiles in turn, nothing ahead": (Config(warps=4, tiles=2), {"H": 32, "B": 13, "T": 3}),
+    "split over gates, nothing ahead": (Config("split", warps=4, tiles=2), {"H": 64, "B": 13, "T": 3}),
+    "tiles that are empty": (Config(warps=4, tiles=4), {"H": 32, "B": 13, "T": 2}),
+    "eight warps": (Config(warps=8), {"H": 48, "B": 4}),
+    "32 units": (Config(warps=4, units=32, tiles=2, ahead=True), {"H": 64, "B": 10}),
+    "weights in shared memory": (Config(warps=4, held=0), {"H": 48, "B": 4}),
+    "weights in both": (Config(warps=4, held=1, tiles=2, ahead=True), {"H": 144, "B": 10, "T": 2}),
+    "lengths": (FOUR, {"H": 32, "B": 6, "mode": "lengths"}),
+    "lengths, batch first, both directions": (
+        TURNS,
+        {"H": 32, "B": 10, "mode": "lengths", "directions": 2, "batch_first": True},
+    ),
+    "packed": (FOUR, {"H": 32, "B": 5, "mode": "packed"}),
+    "packed, backwards": (TURNS, {"H": 32, "B": 11, "T": 5, "mode": "packed", "directions": -1}),
+    "resets": (FOUR, {"H": 32, "B": 5, "resets": True, "directions": 2}),
+    "lengths with resets": (TURNS, {"H": 32, "B": 12, "mode": "lengths", "resets": True, "directions": 2}),
+    "packed with resets": (FOUR, {"H": 48, "B": 5, "mode": "packed", "resets": True, "directions": 2}),
+    "split over gates": (SPLIT, {"H": 64, "B": 4}),
+    "split over gates, in turns": (SPLIT_TURNS, {"H": 64, "B": 13}),
+    "split over gates, three tiles": (Config("split", warps=4, tiles=3, held=0, ahead=True), {"H": 64, "B": 20, "T": 2}),
+    "split over gates, lengths with resets": (
+        SPLIT_TURNS,
+        {"H": 64, "B": 12, "mode": "lengths", "resets": True, "directions": 2},
+    ),
+    "split over gates, units that are none": (SPLIT, {"H": 80, "B": 4, "T": 3}),
+    "split over gates, packed": (SPLIT, {"H": 64, "B": 5, "T": 5, "mode": "packed", "resets": True, "directions": -1}),
+    "members": (FOUR, {"H": 16, "B": 5, "members": 2, "directions": 2}),
+}
+
+
+LOCAL: dict[str, dict[str, Any]] = {
+    "plain": {"H": 32},
+    "units that are none": {"H": 48, "B": 9},
+    "one warp": {"H": 16, "states": False, "bias": False, "T": 1},
+    "eight warps": {"H": 128, "B": 2, "T": 2},
+    "lengths": {"H": 32, "B": 10, "mode": "lengths", "directions": 2, "batch_first": True},
+    "packed": {"H": 48, "B": 5, "T": 5, "mode": "packed", "directions": -1},
+    "lengths with resets": {"H": 32, "B": 12, "mode": "lengths", "resets": True, "directions": 2},
+    "packed with resets": {"H": 16, "B": 5, "mode": "packed", "resets": True, "members": 2},
+}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_programs_that_own_all_units(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch)
+    rule = Rule()
+    for dtype in (torch.float16, torch.bfloat16):
+        problem = Problem(dtype, **LOCAL[name])
+        problem.add(rule, persistent.local(problem.H))
+    rule.check()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_error_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, options = CASES[name]
+    interpret(monkeypatch)
+    rule, n = Rule(), list(CASES).index(name) % 3
+    for dtype in DTYPES if name in ("plain", "two tiles in turn", "split over gates") else DTYPES[n : n + 1]:
+        Problem(dtype, **options).add(rule, config)
+    rule.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_halves_equal_the_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch)
+    whole, half = Problem(dtype, T=6, H=32, B=9), Problem(dtype, T=3, H=32, B=9)
+    expected, given = whole.forward(FOUR), whole.tensors()
+    first = half.forward(FOUR, given={**given, "gates": given["gates"][: half.N]})
+    second = half.forward(FOUR, given={**given, "gates": given["gates"][half.N :], "h0": first.hn, "c0": first.cn})
+    close = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps}  # not bit for bit: c crosses the cut in dtype
+    torch.testing.assert_close(torch.cat((first.h, second.h)), expected.h, **close)
+    torch.testing.assert_close(second.hn, expected.hn, **close)
+    torch.testing.assert_close(second.cn, expected.cn, **close)
+
+
+def test_recurrences_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions and members that do not fit together take several launches, to the same bits."""
+    grids = interpret(monkeypatch)
+    problem = Problem(torch.float16, H=32, B=4, T=3, directions=2, members=2, mode="lengths")
+    together = list(problem.run(FOUR).values())
+    in_turn = list(problem.run(Config(warps=4, at_once=3)).values())
+    assert grids == [(2, 1, 4)] * 2 + [(2, 1, 3), (2, 1, 1)] * 2
+    assert all_equal(in_turn, together)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-3, 10.0])
+def test_tiny_and_saturating_numbers(dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch)
+    rule = Rule()
+    Problem(dtype, H=16, scale=scale).add(rule, FOUR)
+    rule.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_bits_on_every_run(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, options = CASES["lengths with resets"]
+    problem, results = Problem(dtype, **options), []
+    for seed in range(3):
+        with monkeypatch.context() as patch:
+            grids = interpret(patch, random_delays(seed))
+            results.append(list(problem.run(config).values()))
+        assert grids == [(2, 1, 2), (2, 1, 2)]
+    assert all_equal(results[1], results[0])
+    assert all_equal(results[2], results[0])
+
+
+def test_inference_keeps_nothing_and_agrees_with_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret(monkeypatch)
+    problem = Problem(torch.float16, H=32, mode="lengths", B=6)
+    saved, plain = problem.forward(FOUR), problem.forward(FOUR, save=False)
+    assert plain.c is None
+    assert torch.equal(plain.gates, problem.tensors()["gates"])
+    assert all_equal([saved.h, saved.hn, saved.cn], [plain.h, plain.hn, plain.cn])
+
+
+def patterns(dtype: torch.dtype) -> torch.Tensor:
+    """NaN of several payloads and both signs, all bits set among them, and both infinities."""
+    if dtype == torch.float32:
+        words = [-1, 0x7FFFFFFF, 0x7FC00000, 0x7F800001, -0x400000, -0x7FFFFF, 0x7F800000, -0x800000]
+        return torch.tensor(words, dtype=torch.int32).view(dtype)
+    inf = 0x7C00 if dtype == torch.float16 else 0x7F80
+    words = [-1, 0x7FFF, inf + 0x40, inf + 1, inf + 1 - 0x8000, inf + 0x41 - 0x8000, inf, inf - 0x8000]
+    return torch.tensor(words, dtype=torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ["gates", "w_hh", "bias", "h0", "c0", "dy", "dhn", "dcn"])
+def test_no_number_hangs_a_kernel(dtype: torch.dtype, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a user's numbers are, the programs end, and what they have touched is NaN as in torch."""
+    interpret(monkeypatch, timeout=30.0)
+    problem = Problem(dtype, H=32, B=12, T=3, resets=True)
+    dirty = problem.tensors()[where].clone()
+    if where == "w_hh":
+        dirty[0, :, 3, :8] = patterns(dtype)
+    elif where == "bias":
+        dirty[0, :, :8] = patterns(dtype)
+    else:  # in some rows, of one batch tile and of the next
+        for b in (1, 9):
+            dirty[(b, 0) if where in ("gates", "dy") else (0, b)] = patterns(dtype).repeat(4)
+    forward = problem.forward(TURNS, given={where: dirty})
+    backward = problem.backward(TURNS, forward, given={where: dirty})
+    problem.inputs.update({where: dirty.double()} if where in problem.inputs else {})
+    problem.cotangents.update({where: dirty.double()} if where in problem.cotangents else {})
+    expected = problem.reference(torch.float64)
+    assert any(v.isnan().any() for v in expected.values())
+    ours = {"y": forward.h, "hn": forward.hn, "cn": forward.cn, "dgates": backward.dgates, "dc0": backward.dc0}
+    for name, t in ours.items():
+        if where == "w_hh":  # which meets the zeros of rows that get no gradient, too
+            assert (t.isnan() | ~expected[name].isnan()).all(), name
+        else:
+            assert torch.equal(t.isnan(), expected[name].isnan()), name
+
+
+def sentinel(t: torch.Tensor) -> torch.Tensor:
+    return persistent.unwritten(t.clone())
+
+
+class Fault:
+    """A function of the kernels' modules, or of the host's, replaced by another."""
+
+    def __init__(self, where: str, name: str, change: Callable[[Callable], Callable], **options: Any) -> None:
+        self.where, self.name, self.change, self.options = where, name, change, options
+
+    def run(self, monkeypatch: pytest.MonkeyPatch, late: float, timeout: float, config: Config = TURNS) -> bool:
+        """Whether the results of a run, in which one program is late, are wrong; a hang is a TimeoutError."""
+        problem = Problem(torch.float16, **{"H": 32, "B": 12, "T": 3, **self.options})
+        with monkeypatch.context() as patch:
+            interpret(patch)
+            expected = problem.run(config)
+        with monkeypatch.context() as patch:
+            modules = gluon_interpreter.interpreted()
+            module = persistent if self.where == "host" else modules[self.where]
+            patch.setattr(module, self.name, self.change(getattr(module, self.name)))
+            interpret(patch, late_store((0, 0, 0), 2, late), timeout, modules)
+            results = problem.run(config)
+        return not all_equal(list(results.values()), list(expected.values()))
+
+
+def waiting(condition: Callable) -> Callable:
+    """source_at with another condition for waiting."""
+    return lambda source_at: lambda rows, zeros, wait, *more: source_at(rows, zeros, condition(wait), *more)
+
+
+def other_step(by: int) -> Callable:
+    return lambda f: lambda buffers, place, s, *more: f(buffers, place, s + by, *more)
+
+
+def keeping_all(step_of: Callable) -> Callable:
+    def changed(*args: Any) -> Any:
+        step = step_of(*args)
+        return step._replace(keep=step.b >= 0)
+
+    return changed
+
+
+def without_settling(_: Callable) -> Callable:
+    return lambda begun, source, dtype, *more: tuple(x.to(dtype, bitcast=True) for x in begun)
+
+
+WRONG = {
+    "a prefill left out": Fault("host", "unwritten", lambda _: lambda t: t.zero_()),
+    "nothing is waited for": Fault("persistent_forward", "source_at", waiting(lambda wait: wait != wait)),
+    "nothing is waited for, backward": Fault("persistent_backward", "source_at", waiting(lambda wait: wait != wait)),
+    "a wrong slot": Fault("persistent_forward", "state_before", other_step(-1)),
+    "a wrong slot, backward": Fault("persistent_backward", "gradients_after", other_step(1)),
+    "a load too early": Fault("persistent_forward", "settle", without_settling),
+    "a load too early, backward": Fault("persistent_backward", "settle", without_settling),
+}
+
+
+@IN_INTERPRETER
+@pytest.mark.parametrize("name", WRONG)
+def test_faults_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In half a second the other programs do many steps; where the machine is very busy, they take longer.
+    assert any(WRONG[name].run(monkeypatch, seconds, 60.0) for seconds in (0.5, 4.0, 20.0))
+
+
+@IN_INTERPRETER
+def test_late_programs_without_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shows the faults is not the delay."""
+    assert not Fault("host", "unwritten", lambda f: f).run(monkeypatch, 0.5, 60.0)
+
+
+HANGS = {
+    "a slot that is never stored": Fault("persistent_forward", "state_before", other_step(1)),
+    "a row past its length is waited for": Fault("persistent_backward", "step_of", keeping_all, mode="packed"),
+}
+
+
+@IN_INTERPRETER
+@pytest.mark.parametrize("name", HANGS)
+def test_waiting_in_vain_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match="programs still run"):
+        HANGS[name].run(monkeypatch, 0.0, 5.0)
+    assert time.monotonic() - begin < 60
+
+
+@IN_INTERPRETER
+@pytest.mark.parametrize("fault", ["h0 is waited for", "results are stored as they are"])
+def test_numbers_that_look_like_nothing_hang_a_careless_kernel(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What test_no_number_hangs_a_kernel guards against happens in kernels with these faults."""
+    problem, modules = Problem(torch.float16, H=32), gluon_interpreter.interpreted()
+    if fault == "h0 is waited for":
+        module, given = modules["persistent_forward"], {"h0": sentinel(problem.tensors()["h0"])}
+        monkeypatch.setattr(module, "source_at", waiting(lambda wait: wait == wait)(module.source_at))
+    else:
+        module, given = modules["persistent_backward"], {"dcn": sentinel(problem.tensors()["dcn"])}
+        monkeypatch.setattr(module, "exchangeable", lambda x, dtype: x.to(dtype))
+    interpret(monkeypatch, timeout=5.0, modules=modules)
+    with pytest.raises(TimeoutError, match="programs still run"):
+        problem.backward(FOUR, problem.forward(FOUR, given=given), given=given)
+
+
+@pytest.mark.parametrize(("each", "max16"), [(4, True), (4, False), (8, True)])
+def test_the_pattern_is_found_wherever_it_is(each: int, max16: bool) -> None:
+    """The assembly that decides whether all elements are there, for random words and such as are like it."""
+    from fused_lstm.kernels.fragments import exchange_code
+
+    code = exchange_code(1, 0, each, False, True, True, max16).removesuffix("@p bra again;\n}")
+    rng = np.random.default_rng(0)
+    near = [0xFFFF, 0xFFFE, 0x7FFF, 0, 1, 0x8000, 0xFEFF] if each == 4 else [0xFFFFFFFF, 0xFFFFFFFE, 0x7FFFFFFF, 0xFFFF]
+    kind = np.uint16 if each == 4 else np.uint32
+    words = np.where(rng.random((4096, 8)) < 0.1, rng.choice(near, (4096, 8)), rng.integers(0, 1 << 8, (4096, 8))).astype(
+        kind
+    )
+    found = list(np.ascontiguousarray(words).view(np.uint32).T)
+    for wait in (0, 0xFFFFFFFF):
+        tied, address = [np.zeros(4096, np.uint32)] * each, [np.zeros(4096, np.uint64)] * 8
+        assembly = gluon_interpreter.Assembly(code, [*found, *tied, *address, *[np.full(4096, wait, np.uint32)] * 8])
+        assembly.run()
+        expected = (words == kind(near[0])).any(1) & (wait != 0)
+        assert (assembly.named["p"] == expected).all()
+        assert expected.any() == (wait != 0)
+
+
+def test_error_rule_by_the_older_test_of_the_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on sm_80."""
+    monkeypatch.setattr(persistent, "_max16", lambda _: False)
+    interpret(monkeypatch)
+    rule = Rule()
+    Problem(torch.float16, H=48, B=12, mode="lengths").add(rule, TURNS)
+    rule.check()
+
+
+def gluon_names(module: str) -> set[str]:
+    """What a module of kernels uses of gluon.language."""
+    tree = ast.parse((Path(importlib.import_module("fused_lstm.kernels").__path__[0]) / f"{module}.py").read_text())
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    return {n.attr for n in nodes if n.value.id == "gl"}
+
+
+@pytest.mark.parametrize("module", gluon_interpreter.MODULES)
+def test_the_stand_in_has_what_the_kernels_use(module: str) -> None:
+    from triton.experimental.gluon import language as real
+
+    used, stand_in = gluon_names(module), gluon_interpreter.language()
+    assert used
+    assert not {name for name in used if not hasattr(stand_in, name)}
+    assert not {name for name in used if not hasattr(real, name)}
+
+
+def test_the_stand_in_has_nothing_else() -> None:
+    used = set().union(*(gluon_names(module) for module in gluon_interpreter.MODULES))
+    assert {name for name in vars(gluon_interpreter.language()) if not name.startswith("_")} <= used

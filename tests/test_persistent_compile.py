@@ -1,0 +1,91 @@
+"""The persistent kernels compile for every NVIDIA target, without a GPU, within the target's resources."""
+
+from __future__ import annotations
+
+import pytest
+import triton
+from fused_lstm.kernels import fragments
+from persistent_build import GPUS, PACKED, PLAIN, RAGGED, WORKLOADS, build, chosen, total
+from triton.backends.compiler import GPUTarget
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from fused_lstm import persistent
+from fused_lstm.config import Recurrence
+from fused_lstm.persistent import Config
+
+pytestmark = pytest.mark.compile
+
+SECONDS = 8.0  # of processors' time for a kernel, Triton and ptxas; about 1 on a quiet machine
+
+
+def check(kernel: str, config: Config, H: int, B: int, R: int, dtype: str, target: str, flags: dict) -> None:
+    built, what = (
+        build(kernel, config, H, R, dtype, target, **flags),
+        f"{kernel} {H} {B} {R} {dtype} {config} {flags} {target}",
+    )
+    problem = Recurrence(kernel, "tf32" if dtype == "fp32" else "half", 100, H, B, R)
+    assert built.spills == 0, f"{what}: {built.spills} bytes spilled"
+    assert built.seconds < SECONDS, f"{what}: {built.seconds} s"
+    assert built.shared <= persistent.shared_memory(config, problem), f"{what}: {built.shared} bytes of shared memory"
+    assert total(built.loop, "HMMA") > 0
+    assert 0 < total(built.loop, "BAR") <= 2, f"{what}: {total(built.loop, 'BAR')} barriers for a tile of rows"
+    polled = total(built.loop, "LDG", "128", "STRONG")
+    if config.form == "local":
+        assert polled == 0
+        return
+    # Every piece is 16 bytes wide, and there are two loads for it: before its turn, and while it is not there.
+    reduction = 4 * H if kernel == "backward" and config.form == "whole" else H
+    pieces = -(-reduction // (32 * config.warps)) * (2 if dtype == "fp32" else 1)
+    assert polled == pieces * (2 if config.ahead else 1), f"{what}: {polled} loads of 16 bytes"
+    assert total(built.loop, "LDG", "STRONG") == polled + 3 * (config.form == "split")
+
+
+@pytest.mark.parametrize(("H", "B", "R", "dtype"), WORKLOADS)
+def test_what_an_h100_runs(H: int, B: int, R: int, dtype: str) -> None:
+    done = set()
+    for kernel, config in chosen(H, B, R, dtype, "sm_90"):
+        if kernel not in done:
+            done.add(kernel)
+            for flags in (PLAIN, RAGGED, PACKED):
+                check(kernel, config, H, B, R, dtype, "sm_90", flags)
+    assert done == {"forward", "backward"}
+
+
+@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize(("H", "B", "R", "dtype"), [(256, 48, 2, "fp16"), (512, 64, 1, "fp32"), (128, 9, 1, "bf16")])
+def test_other_targets(H: int, B: int, R: int, dtype: str, target: str) -> None:
+    for kernel, config in chosen(H, B, R, dtype, target):
+        check(kernel, config, H, B, R, dtype, target, RAGGED)
+
+
+def test_spills_are_seen() -> None:
+    assert build("forward", Config(tiles=2, ahead=True), 1024, 1, "fp16", "sm_90", **PLAIN).spills > 0
+
+
+@gluon.jit
+def has_layout(LAYOUT: gl.constexpr, SHAPE: gl.constexpr, EXPECTED: gl.constexpr):
+    gl.static_assert(gl.to_linear_layout(LAYOUT, SHAPE) == EXPECTED)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_elements_of_a_thread(swapped: bool) -> None:
+    """Which elements of an operand B a thread has, in which registers: what gluon_interpreter.to_threads assumes."""
+    registers = [[0, 1, 0], [0, 2, 0], [0, 16, 0]]
+    lanes = [[0, 4, 0], [0, 8, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
+    if swapped:
+        registers[1:] = registers[:0:-1]
+    warps = [[1, 0, 0], [2, 0, 0]]
+    expected = gl.DistributedLinearLayout(registers, lanes, warps, [], [4, 32, 8])
+    constants = {"LAYOUT": fragments.operand_layout(1, 4), "SHAPE": [4, 32, 8], "EXPECTED": expected}
+    source = GluonASTSource(fn=has_layout, signature=dict.fromkeys(constants, "constexpr"), constexprs=constants)
+
+    def compiled() -> None:
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+    if swapped:
+        with pytest.raises(Exception, match=r"static_assert|CompileTimeAssertionFailure"):
+            compiled()
+    else:
+        compiled()
