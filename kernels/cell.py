@@ -7,6 +7,12 @@ import triton
 import triton.language as tl
 
 
+@triton.constexpr_function
+def accumulator(dtype):
+    """What the kernels add up in, and keep the running cell state in."""
+    return tl.float64 if dtype == tl.float64 else tl.float32
+
+
 @triton.jit
 def tanh(x):
     """tanh without libdevice, so that it also runs in the interpreter; right at saturation and near zero."""

@@ -23,8 +23,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .cell import cell_backward, cell_forward
-from .rows import data_rows, kept, row_lengths
+from .rows import BatchRows, carried, data_rows, row_lengths
 
 ROWS = 8  # batch rows of a tile
 
@@ -56,20 +55,12 @@ def beyond(q, k, config):
     return (q + 1) * config.warps * 32 > k
 
 
-class Sequences(NamedTuple):
-    """Where the steps of a batch row lie among the data rows; None where there is no such thing."""
-
-    lengths: Any = None  # (B,) int64
-    starts: Any = None  # (T,) int64: packed
-    resets: Any = None  # (N,) uint8
-
-
 class Place(NamedTuple):
     """Sequences as one program sees them. Kernels make it themselves: Triton 3.6 returns no None from a function."""
 
-    lengths: Any
-    starts: Any
-    resets: Any
+    lengths_ptr: Any
+    starts_ptr: Any
+    resets_ptr: Any
     T: Any
     B: Any
     row_stride_t: Any
@@ -94,15 +85,12 @@ class Step(NamedTuple):
 def step_of(place, s, tile, n):
     """Step s of rows n (0 .. 7) of a program's tile."""
     b = place.first + tile * 8 + n
-    lengths = row_lengths(b, b < place.B, place.T, place.lengths, place.lengths is not None)
-    row = data_rows(
-        s, b, lengths, place.backwards, place.starts, place.row_stride_t, place.row_stride_b, place.starts is not None
-    )
-    before = data_rows(
-        s - 1, b, lengths, place.backwards, place.starts, place.row_stride_t, place.row_stride_b, place.starts is not None
-    )
+    lengths = row_lengths(place, b, b < place.B, place.T)
+    batch = BatchRows(b, b < place.B, lengths, place.backwards, place.row_stride_t, place.row_stride_b)
+    row = data_rows(place, batch, s)
+    before = data_rows(place, batch, s - 1)
     has = (s >= 0) & (s < lengths)
-    keep = kept(s, row, before, has, lengths, place.backwards, place.resets, place.resets is not None)
+    keep = carried(place, batch, s, row, before) & has
     return Step(b, lengths, row, before, has, keep)
 
 
@@ -353,20 +341,3 @@ def turn_after(s, tile, tiles, step: gl.constexpr):
     """The (step, tile) pair that follows: all tiles of a step, then those of the next one."""
     last = tile + 1 == tiles
     return gl.where(last, s + step, s), gl.where(last, 0, tile + 1)
-
-
-@triton.jit
-def lstm_forward(recurrent, given, c):
-    """One step from both parts of the pre-activations and the cell state before: (i, f, g, o), c, h."""
-    i, f, g, o, c, h = cell_forward(
-        recurrent[0] + given[0], recurrent[1] + given[1], recurrent[2] + given[2], recurrent[3] + given[3], c
-    )
-    return (i, f, g, o), c, h
-
-
-@triton.jit
-def lstm_backward(activated, c, c_prev, dh, dc):
-    """Gradients by the pre-activations, four of them, and by c_prev."""
-    i, f, g, o = activated
-    da_i, da_f, da_g, da_o, dc = cell_backward(i, f, g, o, c, c_prev, dh, dc)
-    return (da_i, da_f, da_g, da_o), dc

@@ -38,31 +38,12 @@ from .fragments import (
 from .rows import runs_backwards
 
 
-class Backward(NamedTuple):
-    """Buffers; None where there is none."""
-
-    dy: Any  # (N, R, H)
-    dhn: Any  # (R, B, H)
-    dcn: Any  # (R, B, H)
-    gates: Any  # (N, R, 4, H) activated; not dgates' memory, which is full of 0xFF before
-    c: Any  # (N, R, H)
-    h: Any  # (N, R, H)
-    h0: Any  # (R, B, H), None: zero
-    c0: Any  # (R, B, H), None: zero
-    w_hh: Any  # (R, 4, H, H)
-    dgates: Any  # (N, R, 4, H) out; full of 0xFF before
-    h_prev: Any  # (N, R, H) out
-    dc0: Any  # (R, B, H) out
-    zeros: Any  # (max(4 * H, 512),) zeros of the data's dtype
-    box: Any = None  # (R, 2, owners(H), 3, B, 16) int64, zeros before: words on their way (persistent_split.py)
-
-
 @gluon.jit(do_not_specialize=["T", "B", "tiles", "first_r", "row_stride_t", "row_stride_b"])
 def lstm_backward_fragments(
     buffers, sequences, T, B, tiles, first_r, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
 ):
     """Grid (H / units, groups of tiles, recurrences first_r ..); tiles are those of a program, at most CONFIG.room."""
-    dtype: gl.constexpr = buffers.dgates.dtype.element_ty
+    dtype: gl.constexpr = buffers.dgates_ptr.dtype.element_ty
     H: gl.constexpr = CONFIG.H
     WARPS: gl.constexpr = CONFIG.warps
     UNITS: gl.constexpr = CONFIG.units
@@ -80,7 +61,7 @@ def lstm_backward_fragments(
     # before the weights, whose conversion would else share its memory and ask for a barrier in the loop
     parts = gl.allocate_shared_memory(gl.float32, [WARPS, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     state = gl.allocate_shared_memory(gl.float32, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    held, rest = backward_weights(buffers.w_hh + place.r * (4 * H * H), u0, CONFIG)
+    held, rest = backward_weights(buffers.w_hh_ptr + place.r * (4 * H * H), u0, CONFIG)
     for tile in range(tiles):
         state.index(tile).store(initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG))
 
@@ -130,10 +111,10 @@ def initial_gradient(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl
     """The gradient by a tile's last cell states that comes from outside."""
     UNITS: gl.constexpr = CONFIG.units
     dc = gl.zeros([UNITS, 8], gl.float32, CELLS)
-    if buffers.dcn is not None:
+    if buffers.dcn_ptr is not None:
         b = place.first + tile * 8 + n
         at = gl.expand_dims((place.r * place.B + b) * CONFIG.H, 0) + u
-        dc = gl.load(buffers.dcn + at, mask=gl.expand_dims(b < place.B, 0) & (u < CONFIG.H), other=0.0).to(gl.float32)
+        dc = gl.load(buffers.dcn_ptr + at, mask=gl.expand_dims(b < place.B, 0) & (u < CONFIG.H), other=0.0).to(gl.float32)
     return dc
 
 
@@ -141,9 +122,9 @@ def initial_gradient(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl
 def gradients_after(buffers, place, s, tile, n, CONFIG: gl.constexpr):
     """Where step s finds the dgates of the step after it: at its data row, or at zeros if no gradient comes from there."""
     step = step_of(place, s + 1, tile, n)
-    rows = buffers.dgates + (step.row * CONFIG.R + place.r) * (4 * CONFIG.H)
-    rows = gl.where(step.keep, rows, buffers.zeros + step.row * 0)
-    return source_at(rows, buffers.zeros, step.keep, 4 * CONFIG.H, CONFIG)
+    rows = buffers.dgates_ptr + (step.row * CONFIG.R + place.r) * (4 * CONFIG.H)
+    rows = gl.where(step.keep, rows, buffers.zeros_ptr + step.row * 0)
+    return source_at(rows, buffers.zeros_ptr, step.keep, 4 * CONFIG.H, CONFIG)
 
 
 class Saved(NamedTuple):
@@ -163,20 +144,20 @@ def saved_at(buffers, place, s, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.cons
     step = step_of(place, s, tile, n)
     has = gl.expand_dims(step.has, 0) & (u < CONFIG.H)
     at = gl.expand_dims((step.row * CONFIG.R + place.r) * CONFIG.H, 0) + u
-    gate = buffers.gates + gl.expand_dims((step.row * CONFIG.R + place.r) * (4 * CONFIG.H), 0) + u
+    gate = buffers.gates_ptr + gl.expand_dims((step.row * CONFIG.R + place.r) * (4 * CONFIG.H), 0) + u
     activated = ()
     for g in gl.static_range(4):
         activated = activated + (gl.load(gate + g * CONFIG.H, mask=has, other=0.0),)
-    c = gl.load(buffers.c + at, mask=has, other=0.0)
-    c_prev = before(buffers.c, buffers.c0, place, step, s, u, CONFIG)
-    h_prev = before(buffers.h, buffers.h0, place, step, s, u, CONFIG)
-    dy = gl.zeros([UNITS, 8], buffers.gates.dtype.element_ty, CELLS)
-    if buffers.dy is not None:
-        dy = gl.load(buffers.dy + at, mask=has, other=0.0)
-    dhn = gl.zeros([UNITS, 8], buffers.gates.dtype.element_ty, CELLS)
-    if buffers.dhn is not None:
+    c = gl.load(buffers.c_ptr + at, mask=has, other=0.0)
+    c_prev = before(buffers.c_ptr, buffers.c0_ptr, place, step, s, u, CONFIG)
+    h_prev = before(buffers.h_ptr, buffers.h0_ptr, place, step, s, u, CONFIG)
+    dy = gl.zeros([UNITS, 8], buffers.gates_ptr.dtype.element_ty, CELLS)
+    if buffers.dy_ptr is not None:
+        dy = gl.load(buffers.dy_ptr + at, mask=has, other=0.0)
+    dhn = gl.zeros([UNITS, 8], buffers.gates_ptr.dtype.element_ty, CELLS)
+    if buffers.dhn_ptr is not None:
         end = gl.expand_dims((place.r * place.B + step.b) * CONFIG.H, 0) + u
-        dhn = gl.load(buffers.dhn + end, mask=has & gl.expand_dims(s == step.lengths - 1, 0), other=0.0)
+        dhn = gl.load(buffers.dhn_ptr + end, mask=has & gl.expand_dims(s == step.lengths - 1, 0), other=0.0)
     return Saved(activated, c, c_prev, h_prev, dy, dhn)
 
 
@@ -198,8 +179,8 @@ def step_backward(buffers, place, step, s, u, dh, dc, saved, CELL: gl.constexpr,
 
     dh and dc are those that come from the step after.
     """
-    dtype: gl.constexpr = buffers.dgates.dtype.element_ty
-    PAST: gl.constexpr = place.lengths is not None and place.starts is None
+    dtype: gl.constexpr = buffers.dgates_ptr.dtype.element_ty
+    PAST: gl.constexpr = place.lengths_ptr is not None and place.starts_ptr is None
     has = gl.expand_dims(step.has, 0) & (u < CONFIG.H)
     in_batch = gl.expand_dims(step.b < place.B, 0) & (u < CONFIG.H)
     i, f, g, o = saved.activated
@@ -209,7 +190,7 @@ def step_backward(buffers, place, step, s, u, dh, dc, saved, CELL: gl.constexpr,
     row = step.row
     if PAST:  # zeros past a row's end, for the products that follow
         row = row_or_past_end(place, step, s)
-    gate = buffers.dgates + gl.expand_dims((row * CONFIG.R + place.r) * (4 * CONFIG.H), 0) + u
+    gate = buffers.dgates_ptr + gl.expand_dims((row * CONFIG.R + place.r) * (4 * CONFIG.H), 0) + u
     gradients = ()
     for j in gl.static_range(4):
         gradients = gradients + (exchangeable(da[j], dtype),)
@@ -217,15 +198,15 @@ def step_backward(buffers, place, step, s, u, dh, dc, saved, CELL: gl.constexpr,
             gl.store(gate + j * CONFIG.H, gl.where(has, gradients[j], 0.0).to(dtype), mask=in_batch)
         else:
             gl.store(gate + j * CONFIG.H, gradients[j], mask=has)
-    if place.resets is not None:
+    if place.resets_ptr is not None:
         dc_prev = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), dc_prev, 0.0)
-    if place.lengths is not None:
+    if place.lengths_ptr is not None:
         dc_prev = gl.where(has, dc_prev, dc)
     at = gl.expand_dims((row * CONFIG.R + place.r) * CONFIG.H, 0) + u
     if PAST:
-        gl.store(buffers.h_prev + at, saved.h_prev, mask=in_batch)  # loaded as zero there
+        gl.store(buffers.h_prev_ptr + at, saved.h_prev, mask=in_batch)  # loaded as zero there
     else:
-        gl.store(buffers.h_prev + at, saved.h_prev, mask=has)
+        gl.store(buffers.h_prev_ptr + at, saved.h_prev, mask=has)
     end = gl.expand_dims((place.r * place.B + step.b) * CONFIG.H, 0) + u
-    gl.store(buffers.dc0 + end, dc_prev.to(dtype), mask=in_batch & (s == 0))
+    gl.store(buffers.dc0_ptr + end, dc_prev.to(dtype), mask=in_batch & (s == 0))
     return gradients, dc_prev

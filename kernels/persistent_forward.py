@@ -7,8 +7,6 @@ shared memory, fp32.
 
 # ruff: noqa: RUF005 - Triton knows no starred elements of a tuple
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -38,27 +36,12 @@ from .fragments import (
 from .rows import runs_backwards
 
 
-class Forward(NamedTuple):
-    """Buffers; None where there is none."""
-
-    gates: Any  # (N, R, 4, H) in: x @ W_ih^T; out, if c: activated gates
-    w_hh: Any  # (R, 4, H, H)
-    bias: Any  # (R, 4, H) added to the pre-activations
-    h: Any  # (N, R, H) out; full of 0xFF before
-    c: Any  # (N, R, H) out
-    h0: Any  # (R, B, H), None: zero
-    c0: Any  # (R, B, H), None: zero
-    hn: Any  # (R, B, H) out
-    cn: Any  # (R, B, H) out
-    zeros: Any  # (max(4 * H, 512),) zeros of the data's dtype
-
-
 @gluon.jit(do_not_specialize=["T", "B", "tiles", "first_r", "row_stride_t", "row_stride_b"])
 def lstm_forward_fragments(
     buffers, sequences, T, B, tiles, first_r, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
 ):
     """Grid (H / units, groups of tiles, recurrences first_r ..); tiles are those of a program, at most CONFIG.room."""
-    dtype: gl.constexpr = buffers.h.dtype.element_ty
+    dtype: gl.constexpr = buffers.h_ptr.dtype.element_ty
     H: gl.constexpr = CONFIG.H
     WARPS: gl.constexpr = CONFIG.warps
     UNITS: gl.constexpr = CONFIG.units
@@ -70,7 +53,7 @@ def lstm_forward_fragments(
     first = gl.program_id(1) * (tiles * 8)
     place = Place(*sequences, T, B, row_stride_t, row_stride_b, r, first, runs_backwards(r, CONFIG.directions))
     u0 = gl.program_id(0) * UNITS
-    held, rest = forward_weights(buffers.w_hh + r * (4 * H * H), u0, CONFIG)
+    held, rest = forward_weights(buffers.w_hh_ptr + r * (4 * H * H), u0, CONFIG)
     n = gl.arange(0, 8, row_layout(WARPS, UNITS))
     u = gl.expand_dims(u0 + gl.arange(0, UNITS, unit_layout(WARPS, UNITS)), 1)
     k_rows = gl.arange(0, 8, along(operand_layout(1, WARPS), 2))
@@ -80,14 +63,14 @@ def lstm_forward_fragments(
         state.index(tile).store(initial(buffers, place, gl.to_tensor(tile), n, u, CELLS, CONFIG))
 
     bias = ()
-    if buffers.bias is not None:
+    if buffers.b_hh_ptr is not None:
         for g in gl.static_range(4):
-            bias = bias + (gl.load(buffers.bias + (r * 4 + g) * H + u).to(gl.float32),)
+            bias = bias + (gl.load(buffers.b_hh_ptr + (r * 4 + g) * H + u).to(gl.float32),)
     s = gl.to_tensor(0)
     tile = gl.to_tensor(0)
     s1, tile1 = turn_after(s, tile, tiles, 1)
-    x = input_at(buffers.gates, place, s, tile, n, u, CONFIG)
-    x1 = input_at(buffers.gates, place, s1, tile1, n, u, CONFIG)
+    x = input_at(buffers.gates_ptr, place, s, tile, n, u, CONFIG)
+    x1 = input_at(buffers.gates_ptr, place, s1, tile1, n, u, CONFIG)
     begun = ()
     if CONFIG.ahead:
         begun = begin(state_before(buffers, place, s, tile, k_rows, CONFIG), dtype, H, CONFIG)
@@ -110,20 +93,20 @@ def lstm_forward_fragments(
         for g in gl.static_range(4):
             of_gate = parts.slice(g * UNITS, UNITS, dim=1).load(parts_layout(WARPS, UNITS))
             recurrent = recurrent + (gl.sum(of_gate, axis=0),)
-            if buffers.bias is None:
+            if buffers.b_hh_ptr is None:
                 given = given + (x[g].to(gl.float32),)
             else:
                 given = given + (x[g].to(gl.float32) + bias[g],)
         step = step_of(place, s, tile, n)
         own = state.index(tile)
         c = own.load(CELLS)
-        if sequences.resets is not None:
+        if sequences.resets_ptr is not None:
             c = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), c, 0.0)
         activated, c, h_new = CELL(recurrent, given, c)
         save(buffers, place, step, s, u, activated, c, h_new, CONFIG)
         own.store(c)  # last, since a barrier comes before it
         x = x1
-        x1 = input_at(buffers.gates, place, s2, tile2, n, u, CONFIG)
+        x1 = input_at(buffers.gates_ptr, place, s2, tile2, n, u, CONFIG)
         s = s1
         tile = tile1
 
@@ -147,15 +130,15 @@ def initial(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.constexp
     at = gl.expand_dims((place.r * place.B + b) * CONFIG.H, 0) + u  # (R, B, H)
     mask = gl.expand_dims(b < place.B, 0) & (u < CONFIG.H)
     c = gl.zeros([UNITS, 8], gl.float32, CELLS)
-    if buffers.c0 is not None:
-        c = gl.load(buffers.c0 + at, mask=mask, other=0.0).to(gl.float32)
-    if place.lengths is not None:
-        without = mask & gl.expand_dims(gl.load(place.lengths + b, mask=b < place.B, other=1) == 0, 0)
-        gl.store(buffers.cn + at, c.to(buffers.cn.dtype.element_ty), mask=without)
+    if buffers.c0_ptr is not None:
+        c = gl.load(buffers.c0_ptr + at, mask=mask, other=0.0).to(gl.float32)
+    if place.lengths_ptr is not None:
+        without = mask & gl.expand_dims(gl.load(place.lengths_ptr + b, mask=b < place.B, other=1) == 0, 0)
+        gl.store(buffers.cn_ptr + at, c.to(buffers.cn_ptr.dtype.element_ty), mask=without)
         h = gl.zeros([UNITS, 8], gl.float32, CELLS)
-        if buffers.h0 is not None:
-            h = gl.load(buffers.h0 + at, mask=without, other=0.0).to(gl.float32)
-        gl.store(buffers.hn + at, h.to(buffers.hn.dtype.element_ty), mask=without)
+        if buffers.h0_ptr is not None:
+            h = gl.load(buffers.h0_ptr + at, mask=without, other=0.0).to(gl.float32)
+        gl.store(buffers.hn_ptr + at, h.to(buffers.hn_ptr.dtype.element_ty), mask=without)
     return c
 
 
@@ -163,13 +146,13 @@ def initial(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.constexp
 def state_before(buffers, place, s, tile, n, CONFIG: gl.constexpr):
     """Where step s finds the h of the step before it: at its data row, or in h0, or at zeros."""
     step = step_of(place, s, tile, n)
-    start = buffers.zeros + step.before * 0
-    if buffers.h0 is not None:
-        start = buffers.h0 + (place.r * place.B + step.b) * CONFIG.H
-    start = gl.where(step.keep, start, buffers.zeros + step.before * 0)
+    start = buffers.zeros_ptr + step.before * 0
+    if buffers.h0_ptr is not None:
+        start = buffers.h0_ptr + (place.r * place.B + step.b) * CONFIG.H
+    start = gl.where(step.keep, start, buffers.zeros_ptr + step.before * 0)
     wait = step.keep & (s > 0)
-    rows = gl.where(wait, buffers.h + (step.before * CONFIG.R + place.r) * CONFIG.H, start)
-    return source_at(rows, buffers.zeros, wait, CONFIG.H, CONFIG)
+    rows = gl.where(wait, buffers.h_ptr + (step.before * CONFIG.R + place.r) * CONFIG.H, start)
+    return source_at(rows, buffers.zeros_ptr, wait, CONFIG.H, CONFIG)
 
 
 @gluon.jit
@@ -187,26 +170,26 @@ def input_at(gates_ptr, place, s, tile, n, u, CONFIG: gl.constexpr):
 @gluon.jit
 def save(buffers, place, step, s, u, activated, c, h, CONFIG: gl.constexpr):
     """Store the results of a turn; first of all h, which others wait for."""
-    dtype: gl.constexpr = buffers.h.dtype.element_ty
+    dtype: gl.constexpr = buffers.h_ptr.dtype.element_ty
     has = gl.expand_dims(step.has, 0) & (u < CONFIG.H)
     h = exchangeable(h, dtype)
     at = gl.expand_dims((step.row * CONFIG.R + place.r) * CONFIG.H, 0) + u
-    if place.lengths is not None and place.starts is None:
+    if place.lengths_ptr is not None and place.starts_ptr is None:
         row = row_or_past_end(place, step, s)
         everywhere = gl.expand_dims((row * CONFIG.R + place.r) * CONFIG.H, 0) + u
         gl.store(
-            buffers.h + everywhere,
+            buffers.h_ptr + everywhere,
             gl.where(has, h, 0.0).to(dtype),
             mask=gl.expand_dims(step.b < place.B, 0) & (u < CONFIG.H),
         )
     else:
-        gl.store(buffers.h + at, h, mask=has)
+        gl.store(buffers.h_ptr + at, h, mask=has)
     last = has & gl.expand_dims(s == step.lengths - 1, 0)
     end = gl.expand_dims((place.r * place.B + step.b) * CONFIG.H, 0) + u
-    gl.store(buffers.hn + end, h, mask=last)
-    gl.store(buffers.cn + end, c.to(dtype), mask=last)
-    if buffers.c is not None:
-        gl.store(buffers.c + at, c.to(dtype), mask=has)
-        gate = buffers.gates + gl.expand_dims((step.row * CONFIG.R + place.r) * (4 * CONFIG.H), 0) + u
+    gl.store(buffers.hn_ptr + end, h, mask=last)
+    gl.store(buffers.cn_ptr + end, c.to(dtype), mask=last)
+    if buffers.c_ptr is not None:
+        gl.store(buffers.c_ptr + at, c.to(dtype), mask=has)
+        gate = buffers.gates_ptr + gl.expand_dims((step.row * CONFIG.R + place.r) * (4 * CONFIG.H), 0) + u
         for g in gl.static_range(4):
             gl.store(gate + g * CONFIG.H, activated[g].to(dtype), mask=has)

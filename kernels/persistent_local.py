@@ -57,7 +57,7 @@ def lstm_forward_local(
     buffers, sequences, T, B, tiles, first_r, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
 ):
     """Grid (1, tiles of 8 rows, recurrences first_r ..), tiles is 1; CONFIG.units is a power of two, 16 for each warp."""
-    dtype: gl.constexpr = buffers.h.dtype.element_ty
+    dtype: gl.constexpr = buffers.h_ptr.dtype.element_ty
     UNITS: gl.constexpr = CONFIG.units
     CELLS: gl.constexpr = units_layout(CONFIG.warps)
     r = (first_r + gl.program_id(2)).to(gl.int64)
@@ -67,22 +67,22 @@ def lstm_forward_local(
     u = gl.expand_dims(gl.arange(0, UNITS, gl.SliceLayout(1, CELLS)), 1)
     # two steps' states, a row after the other, as the product reads them
     states = gl.allocate_shared_memory(dtype, [2, 8, UNITS], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    weights = local_weights(buffers.w_hh + place.r * (4 * CONFIG.H * CONFIG.H), False, CONFIG)
+    weights = local_weights(buffers.w_hh_ptr + place.r * (4 * CONFIG.H * CONFIG.H), False, CONFIG)
     tile = gl.to_tensor(0)
     c = initial(buffers, place, tile, n, u, CELLS, CONFIG)
     h = gl.zeros([UNITS, 8], dtype, CELLS)
     step = step_of(place, tile, tile, n)
-    if buffers.h0 is not None:
+    if buffers.h0_ptr is not None:
         at = gl.expand_dims((place.r * B + step.b) * CONFIG.H, 0) + u
-        h = gl.load(buffers.h0 + at, mask=gl.expand_dims(step.keep, 0) & (u < CONFIG.H), other=0.0)
+        h = gl.load(buffers.h0_ptr + at, mask=gl.expand_dims(step.keep, 0) & (u < CONFIG.H), other=0.0)
     states.index(0).permute([1, 0]).store(h)
     bias = ()
-    if buffers.bias is not None:
+    if buffers.b_hh_ptr is not None:
         for g in gl.static_range(4):
-            at = buffers.bias + (place.r * 4 + g) * CONFIG.H + u
+            at = buffers.b_hh_ptr + (place.r * 4 + g) * CONFIG.H + u
             bias = bias + (gl.load(at, mask=u < CONFIG.H, other=0.0).to(gl.float32),)
-    x = input_at(buffers.gates, place, tile, tile, n, u, CONFIG)
-    x1 = input_at(buffers.gates, place, tile + 1, tile, n, u, CONFIG)
+    x = input_at(buffers.gates_ptr, place, tile, tile, n, u, CONFIG)
+    x1 = input_at(buffers.gates_ptr, place, tile + 1, tile, n, u, CONFIG)
     barrier()
     for turn in range(T):
         s = gl.to_tensor(turn)
@@ -91,12 +91,12 @@ def lstm_forward_local(
         given = ()
         for g in gl.static_range(4):
             recurrent = recurrent + (mma_v2(weights[g], before, gl.zeros([UNITS, 8], gl.float32, CELLS)),)
-            if buffers.bias is None:
+            if buffers.b_hh_ptr is None:
                 given = given + (x[g].to(gl.float32),)
             else:
                 given = given + (x[g].to(gl.float32) + bias[g],)
         step = step_of(place, s, tile, n)
-        if sequences.resets is not None:
+        if sequences.resets_ptr is not None:
             c = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), c, 0.0)
         activated, c, h_new = CELL(recurrent, given, c)
         keep = step_of(place, s + 1, tile, n).keep
@@ -104,7 +104,7 @@ def lstm_forward_local(
         states.index((s + 1) % 2).permute([1, 0]).store(after)
         save(buffers, place, step, s, u, activated, c, h_new, CONFIG)
         x = x1
-        x1 = input_at(buffers.gates, place, s + 2, tile, n, u, CONFIG)
+        x1 = input_at(buffers.gates_ptr, place, s + 2, tile, n, u, CONFIG)
 
 
 @gluon.jit(do_not_specialize=["T", "B", "tiles", "first_r", "row_stride_t", "row_stride_b"])
@@ -112,7 +112,7 @@ def lstm_backward_local(
     buffers, sequences, T, B, tiles, first_r, row_stride_t, row_stride_b, CELL: gl.constexpr, CONFIG: gl.constexpr
 ):
     """Grid (1, tiles of 8 rows, recurrences first_r ..), tiles is 1; CONFIG.units is a power of two, 16 for each warp."""
-    dtype: gl.constexpr = buffers.dgates.dtype.element_ty
+    dtype: gl.constexpr = buffers.dgates_ptr.dtype.element_ty
     UNITS: gl.constexpr = CONFIG.units
     CELLS: gl.constexpr = units_layout(CONFIG.warps)
     r = (first_r + gl.program_id(2)).to(gl.int64)
@@ -123,7 +123,7 @@ def lstm_backward_local(
     gradients = ()
     for _ in gl.static_range(4):  # for each gate two steps' dgates
         gradients = gradients + (gl.allocate_shared_memory(dtype, [2, 8, UNITS], gl.SwizzledSharedLayout(8, 1, 8, [1, 0])),)
-    weights = local_weights(buffers.w_hh + place.r * (4 * CONFIG.H * CONFIG.H), True, CONFIG)
+    weights = local_weights(buffers.w_hh_ptr + place.r * (4 * CONFIG.H * CONFIG.H), True, CONFIG)
     tile = gl.to_tensor(0)
     dc = initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG)
     for g in gl.static_range(4):

@@ -54,7 +54,7 @@ def lstm_backward_split(
 
     tiles are those of a program: one if CONFIG.room is, else 2 .. CONFIG.room.
     """
-    dtype: gl.constexpr = buffers.dgates.dtype.element_ty
+    dtype: gl.constexpr = buffers.dgates_ptr.dtype.element_ty
     H: gl.constexpr = CONFIG.H
     WARPS: gl.constexpr = CONFIG.warps
     CHUNKS: gl.constexpr = chunks(H, CONFIG)
@@ -70,11 +70,11 @@ def lstm_backward_split(
     n = gl.arange(0, 8, row_layout(WARPS, 16))
     u = gl.expand_dims(me * 16 + gl.arange(0, 16, unit_layout(WARPS, 16)), 1)
     k_rows = gl.arange(0, 8, along(operand_layout(1, WARPS), 2))
-    box = buffers.box + place.r * (2 * owners(H) * 3 * 16) * B
+    box = buffers.box_ptr + place.r * (2 * owners(H) * 3 * 16) * B
     # before the weights, whose conversion would else share its memory and ask for a barrier in the loop
     parts = gl.allocate_shared_memory(gl.float32, [WARPS, 64, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     state = gl.allocate_shared_memory(gl.float32, [ROOM, 16, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    held, rest = gate_weights(buffers.w_hh + (place.r * 4 + gate) * (H * H), me // 4 * 64, gate, CONFIG)
+    held, rest = gate_weights(buffers.w_hh_ptr + (place.r * 4 + gate) * (H * H), me // 4 * 64, gate, CONFIG)
     for tile in range(tiles):
         state.index(tile).store(initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG))
 
@@ -143,9 +143,9 @@ def gate_weights(w_ptr, u0, gate, CONFIG: gl.constexpr):
 def gate_gradients_after(buffers, place, s, tile, gate, n, CONFIG: gl.constexpr):
     """Where step s finds one gate of the dgates of the step after it."""
     step = step_of(place, s + 1, tile, n)
-    rows = buffers.dgates + ((step.row * CONFIG.R + place.r) * 4 + gate) * CONFIG.H
-    rows = gl.where(step.keep, rows, buffers.zeros + step.row * 0)
-    return source_at(rows, buffers.zeros, step.keep, CONFIG.H, CONFIG)
+    rows = buffers.dgates_ptr + ((step.row * CONFIG.R + place.r) * 4 + gate) * CONFIG.H
+    rows = gl.where(step.keep, rows, buffers.zeros_ptr + step.row * 0)
+    return source_at(rows, buffers.zeros_ptr, step.keep, CONFIG.H, CONFIG)
 
 
 @gluon.jit

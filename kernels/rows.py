@@ -26,17 +26,30 @@ class BatchRows(NamedTuple):
 
 
 @triton.jit
-def batch_rows(sequences, offs_b, mask, r, T, row_stride_t, row_stride_b, DIRECTIONS: tl.constexpr):
-    """The batch rows ``offs_b`` of recurrence r."""
+def runs_backwards(r, DIRECTIONS: tl.constexpr):
+    """Whether recurrence r runs from the end of time."""
     if DIRECTIONS == 2:
         backwards = r % 2 == 1
     else:
         backwards = r * 0 != DIRECTIONS - 1  # DIRECTIONS is 1 (never) or -1 (always); a tensor, as above
+    return backwards
+
+
+@triton.jit
+def row_lengths(sequences, offs_b, mask, T):
+    """Steps of each batch row, int64; 0 where not in ``mask``."""
     if sequences.lengths_ptr is None:
         lengths = tl.where(mask, T, 0).to(tl.int64)
     else:
         lengths = tl.load(sequences.lengths_ptr + offs_b, mask=mask, other=0)
-    return BatchRows(offs_b, mask, lengths, backwards, row_stride_t, row_stride_b)
+    return lengths
+
+
+@triton.jit
+def batch_rows(sequences, offs_b, mask, r, T, row_stride_t, row_stride_b, DIRECTIONS: tl.constexpr):
+    """The batch rows ``offs_b`` of recurrence r."""
+    lengths = row_lengths(sequences, offs_b, mask, T)
+    return BatchRows(offs_b, mask, lengths, runs_backwards(r, DIRECTIONS), row_stride_t, row_stride_b)
 
 
 @triton.jit

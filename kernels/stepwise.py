@@ -11,41 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .cell import narrow
+from .cell import accumulator, narrow
 from .rows import batch_rows, carried, data_rows, padding_rows
-
-
-class Forward(NamedTuple):
-    """Pointers of the forward pass; None for an initial state of zero, no bias, and what is not to be saved."""
-
-    gates_ptr: Any  # (N, R, 4, H) in: input pre-activations; out, if c_ptr is given: activated gates
-    w_hh_ptr: Any  # (R, 4, H, H)
-    b_hh_ptr: Any  # (R, 4, H)
-    h_ptr: Any  # (N, R, H) out; read at the previous step's rows
-    c_ptr: Any  # (N, R, H) out
-    h0_ptr: Any  # (R, B, H)
-    c0_ptr: Any  # (R, B, H)
-    hn_ptr: Any  # (R, B, H) out
-    cn_ptr: Any  # (R, B, H) out
-    running_ptr: Any  # (R, B, H) the cell state between launches, in the accumulator's dtype; may be cn_ptr
-
-
-class Backward(NamedTuple):
-    """Pointers of the backward pass; None for a gradient or an initial state of zero."""
-
-    dy_ptr: Any  # (N, R, H)
-    dhn_ptr: Any  # (R, B, H)
-    dcn_ptr: Any  # (R, B, H)
-    gates_ptr: Any  # (N, R, 4, H) activated; may be dgates_ptr
-    c_ptr: Any  # (N, R, H)
-    h_ptr: Any  # (N, R, H)
-    h0_ptr: Any  # (R, B, H)
-    c0_ptr: Any  # (R, B, H)
-    w_hh_ptr: Any  # (R, 4, H, H)
-    dgates_ptr: Any  # (N, R, 4, H) out; read at the next step's rows
-    h_prev_ptr: Any  # (N, R, H) out
-    dc0_ptr: Any  # (R, B, H) out
-    running_ptr: Any  # (R, B, H) the gradient by the cell state between launches, in the accumulator's dtype; may be dc0_ptr
 
 
 @dataclass(frozen=True)
@@ -98,7 +65,7 @@ def lstm_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     H: tl.constexpr = config.H
     BLOCK_B: tl.constexpr = config.BLOCK_B
     BLOCK_H: tl.constexpr = config.BLOCK_H
-    ACC: tl.constexpr = buffers.running_ptr.dtype.element_ty
+    ACC: tl.constexpr = accumulator(buffers.gates_ptr.dtype.element_ty)
     BF16: tl.constexpr = config.INTERPRET_BF16
     dtype: tl.constexpr = buffers.h_ptr.dtype.element_ty
     at = place_of(sequences, T, B, row_stride_t, row_stride_b, config)
@@ -119,7 +86,9 @@ def lstm_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
         else:
             c = tl.load(buffers.c0_ptr + at.state, mask=mask_keep, other=0.0).to(ACC)
     else:
-        c = tl.load(buffers.running_ptr + at.state, mask=mask_keep, other=0.0)
+        c = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+        if buffers.running_ptr is not None:
+            c = tl.load(buffers.running_ptr + at.state, mask=mask_keep, other=0.0)
 
     unit, gate = at.unit, tl.arange(0, 4 * BLOCK_H) % 4
     w_rows = buffers.w_hh_ptr + ((at.r * 4 + gate) * H + unit) * H
@@ -136,7 +105,8 @@ def lstm_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
 
     h, c_out = narrow(h, dtype, BF16), narrow(c, dtype, BF16)
     tl.store(buffers.h_ptr + offs, h, mask=mask)
-    tl.store(buffers.running_ptr + at.state, c, mask=mask)
+    if buffers.running_ptr is not None:
+        tl.store(buffers.running_ptr + at.state, c, mask=mask)
     last = mask & (s == batch.lengths - 1)[:, None]
     tl.store(buffers.hn_ptr + at.state, h, mask=last)
     tl.store(buffers.cn_ptr + at.state, c_out, mask=last)
@@ -160,7 +130,7 @@ def lstm_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     H: tl.constexpr = config.H
     BLOCK_B: tl.constexpr = config.BLOCK_B
     BLOCK_H: tl.constexpr = config.BLOCK_H
-    ACC: tl.constexpr = buffers.running_ptr.dtype.element_ty
+    ACC: tl.constexpr = accumulator(buffers.gates_ptr.dtype.element_ty)
     BF16: tl.constexpr = config.INTERPRET_BF16
     dtype: tl.constexpr = buffers.dgates_ptr.dtype.element_ty
     at = place_of(sequences, T, B, row_stride_t, row_stride_b, config)
@@ -184,7 +154,9 @@ def lstm_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
         dh += tl.load(buffers.dy_ptr + offs, mask=mask, other=0.0).to(ACC)
     if buffers.dhn_ptr is not None:
         dh += tl.load(buffers.dhn_ptr + at.state, mask=last, other=0.0).to(ACC)
-    dc = tl.load(buffers.running_ptr + at.state, mask=mask & (s + 1 < batch.lengths)[:, None], other=0.0)
+    dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
+    if buffers.running_ptr is not None:
+        dc = tl.load(buffers.running_ptr + at.state, mask=mask & (s + 1 < batch.lengths)[:, None], other=0.0)
     if buffers.dcn_ptr is not None:
         dc = tl.where(last, tl.load(buffers.dcn_ptr + at.state, mask=last, other=0.0).to(ACC), dc)
 
@@ -205,7 +177,8 @@ def lstm_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
 
     store_gates(buffers.dgates_ptr + gate_offs, dgates, mask, H, dtype, BF16)
     tl.store(buffers.h_prev_ptr + offs, h_prev, mask=mask)
-    tl.store(buffers.running_ptr + at.state, dc, mask=mask)
+    if buffers.running_ptr is not None:
+        tl.store(buffers.running_ptr + at.state, dc, mask=mask)
     if s == 0:
         tl.store(buffers.dc0_ptr + at.state, narrow(dc, dtype, BF16), mask=mask)
     if sequences.lengths_ptr is not None:

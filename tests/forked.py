@@ -170,8 +170,9 @@ class Redirected:
 
 def redirect_launches(monkeypatch: pytest.MonkeyPatch, schedule: str, run: Callable[..., None]) -> None:
     """Have :class:`Redirected` launch the kernels of a schedule from now on."""
-    from fused_lstm import launch
     from fused_lstm.launch.schedules import SCHEDULES
+
+    from fused_lstm import launch
 
     monkeypatch.setattr(launch, "_prepare", lru_cache(launch._prepare.__wrapped__))  # what it kept has kernels in it
     kernels = SCHEDULES[schedule].kernels

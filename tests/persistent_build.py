@@ -19,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from fused_lstm.kernels.fragments import Sequences
-from fused_lstm.kernels.persistent_backward import Backward
-from fused_lstm.kernels.persistent_forward import Forward
+from fused_lstm.kernels.buffers import Backward, Forward
+from fused_lstm.kernels.rows import Sequences
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fused_lstm import persistent
-from fused_lstm.config import Recurrence
-from fused_lstm.persistent import Config, Gpu
+from fused_lstm.launch import persistent
+from fused_lstm.launch.config import Device, Recurrence
+from fused_lstm.launch.persistent import Config
 
 GPUS = {
-    "sm_80": Gpu("A100", 108, 163 * 1024, False, (8, 0)),
-    "sm_90": Gpu("H100", 132, 227 * 1024, True, (9, 0)),
-    "sm_100": Gpu("B200", 148, 227 * 1024, True, (10, 0)),
-    "sm_120": Gpu("RTX 5090", 170, 99 * 1024, False, (12, 0)),
+    "sm_80": Device("A100", 108, 163 * 1024, (8, 0)),
+    "sm_90": Device("H100", 132, 227 * 1024, (9, 0)),
+    "sm_100": Device("B200", 148, 227 * 1024, (10, 0)),
+    "sm_120": Device("RTX 5090", 170, 99 * 1024, (12, 0)),
 }
 # H as padded, B, recurrences and dtype of the shapes of bench/workloads.py.
 WORKLOADS = [
@@ -44,7 +43,7 @@ WORKLOADS = [
 ]  # fmt: skip
 PLAIN: dict[str, Any] = {"directions": 1, "absent": ()}
 RAGGED: dict[str, Any] = {"directions": 2, "absent": ("starts",)}
-PACKED: dict[str, Any] = {"directions": -1, "absent": ("resets", "h0", "c0", "bias", "dhn", "dcn")}
+PACKED: dict[str, Any] = {"directions": -1, "absent": ("resets", "h0", "c0", "b_hh", "dhn", "dcn")}
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ def build(kernel: str, config: Config, H: int, R: int, dtype: str, target: str, 
         absent = (*absent, "lengths", "starts", "resets")
     if config.form != "split":
         absent = (*absent, "box")
+    absent = (*absent, "running")
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {"CELL": persistent.CELLS[kernel], "CONFIG": cut}
     aligned = {}
@@ -73,9 +73,10 @@ def build(kernel: str, config: Config, H: int, R: int, dtype: str, target: str, 
         if name in constants:
             signature[name] = "constexpr"
         elif kind := {"buffers": Forward if kernel == "forward" else Backward, "sequences": Sequences}.get(name):
-            signature[name] = kind(**{f: "constexpr" if f in absent else types.get(f, f"*{dtype}") for f in kind._fields})
-            constants |= {(i, j): None for j, f in enumerate(kind._fields) if f in absent}
-            aligned |= {(i, j): [["tt.divisibility", 16]] for j, f in enumerate(kind._fields) if f not in absent}
+            fields = [field.removesuffix("_ptr") for field in kind._fields]
+            signature[name] = kind(*("constexpr" if f in absent else types.get(f, f"*{dtype}") for f in fields))
+            constants |= {(i, j): None for j, f in enumerate(fields) if f in absent}
+            aligned |= {(i, j): [["tt.divisibility", 16]] for j, f in enumerate(fields) if f not in absent}
         else:
             signature[name] = "i32"
     source = GluonASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)

@@ -11,17 +11,21 @@ import pytest
 import torch
 from checks import DEVICE, Rule
 from forked import Delays, Program, run_forked
-from fused_lstm.kernels.fragments import Sequences
-from fused_lstm.kernels.persistent_backward import Backward
-from fused_lstm.kernels.persistent_forward import Forward
+from fused_lstm.kernels.buffers import Backward, Forward
+from fused_lstm.kernels.rows import Sequences
 from torch import Tensor
 
-from fused_lstm import persistent
+from fused_lstm.launch import persistent
 
 
 def rounded(x: Tensor, tf32: bool) -> Tensor:
     """x rounded to TF32, to nearest."""
     return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32) if tf32 else x
+
+
+def buffers(kind: type, tensors: dict[str, Any]) -> Any:
+    """A Forward or Backward of tensors named without their ending."""
+    return kind(*(tensors.get(field.removesuffix("_ptr")) for field in kind._fields))
 
 
 class Product(torch.autograd.Function):
@@ -80,7 +84,7 @@ class Problem:
         self.inputs = {
             "gates": numbers(N, R, 4, H, scale=scale * max(scale, 1)),
             "w_hh": numbers(R, 4, H, H, scale=scale * H**-0.5 * 2),
-            "bias": numbers(R, 4, H) if bias else None,
+            "b_hh": numbers(R, 4, H) if bias else None,
             "h0": numbers(R, B, H) if states else None,
             "c0": numbers(R, B, H) if states else None,
         }
@@ -115,8 +119,8 @@ class Problem:
                 h_before, c_before = (torch.where(keep[s, :, None], t, 0) for t in (h, c))
                 product = Product.apply(h_before, given["w_hh"][r].flatten(0, 1), tf32)
                 a = given["gates"][rows[s], r] + product.view(-1, 4, self.H)
-                if given["bias"] is not None:
-                    a = a + given["bias"][r]
+                if given["b_hh"] is not None:
+                    a = a + given["b_hh"][r]
                 i, f, g, o = a.unbind(1)
                 c_new = f.sigmoid() * c_before + i.sigmoid() * g.tanh()
                 h_new = o.sigmoid() * c_new.tanh()
@@ -154,15 +158,16 @@ class Problem:
         out = {k: torch.full(shape, torch.nan, dtype=self.dtype) for k, shape in new.items()}
         if not save:
             del out["c"]
-        fields = {**t, "gates": t["gates"].clone(), **out}
-        return self._launch(persistent.forward, Forward(*(fields.get(k) for k in Forward._fields)), config)
+        return self._launch(persistent.forward, buffers(Forward, {**t, "gates": t["gates"].clone(), **out}), config)
 
     def backward(self, config: persistent.Config, forward: Forward, given: dict[str, Any] | None = None) -> Backward:
         """The buffers after the backward kernel, from those of the forward one."""
         new = {"dgates": (self.N, self.R, 4, self.H), "h_prev": (self.N, self.R, self.H), "dc0": (self.R, self.B, self.H)}
         out = {k: torch.full(shape, torch.nan, dtype=self.dtype) for k, shape in new.items()}
-        fields = {**self.tensors(), **(given or {}), **forward._asdict(), **out}
-        return self._launch(persistent.backward, Backward(*(fields.get(k) for k in Backward._fields)), config)
+        saved = {k.removesuffix("_ptr"): t for k, t in forward._asdict().items()}
+        return self._launch(
+            persistent.backward, buffers(Backward, {**self.tensors(), **(given or {}), **saved, **out}), config
+        )
 
     def _launch(self, run: Callable, buffers: Any, config: persistent.Config) -> Any:
         """Run a kernel on copies of the buffers, where there is a GPU there, and return them."""
@@ -175,14 +180,14 @@ class Problem:
         """What :meth:`reference` returns, by the kernels; the gradients of W_hh and h0 by the products that follow them."""
         f = self.forward(replace(config, form="whole") if config.form == "split" else config)
         b = self.backward(config, f)
-        results = {"y": f.h, "hn": f.hn, "cn": f.cn, "dgates": b.dgates, "dc0": b.dc0}
-        flat = b.dgates.flatten(2).double()
-        dw = torch.stack([flat[:, r].t() @ b.h_prev[:, r].double() for r in range(self.R)])
+        results = {"y": f.h_ptr, "hn": f.hn_ptr, "cn": f.cn_ptr, "dgates": b.dgates_ptr, "dc0": b.dc0_ptr}
+        flat = b.dgates_ptr.flatten(2).double()
+        dw = torch.stack([flat[:, r].t() @ b.h_prev_ptr[:, r].double() for r in range(self.R)])
         results["dw_hh"] = dw.view(self.R, 4, self.H, self.H).to(self.dtype)
-        if f.h0 is not None:
+        if f.h0_ptr is not None:
             dh0 = []
             for r, (rows, _, keep) in enumerate(self.maps):
-                through = torch.where(keep[0, :, None], flat[rows[0], r] @ f.w_hh[r].flatten(0, 1).double(), 0)
+                through = torch.where(keep[0, :, None], flat[rows[0], r] @ f.w_hh_ptr[r].flatten(0, 1).double(), 0)
                 without = torch.zeros(self.B, dtype=torch.bool) if self.lengths is None else self.lengths == 0
                 dh0.append(torch.where(without[:, None], self.cotangents["dhn"][r], through))
             results["dh0"] = torch.stack(dh0).to(self.dtype)
@@ -205,34 +210,28 @@ def interpret(
     grids: list[Program] = []
     if DEVICE != "cpu":
         real = persistent.launch
-        monkeypatch.setattr(
-            persistent, "launch", lambda kernel, grid, *more: (grids.append(grid), real(kernel, grid, *more))
-        )
+        monkeypatch.setattr(persistent, "launch", lambda name, grid, *more: (grids.append(grid), real(name, grid, *more)))
         return grids
     modules = modules or gluon_interpreter.interpreted()
-
-    def launch(kernel: str, grid: Program, args: tuple, _: bool) -> None:
-        grids.append(grid)
-        *given, cell, config = args
-        forked(KERNELS[kernel], grid, (*given, found[cell.__name__], config), delays, timeout)
-
     found = {name: value for module in modules.values() for name, value in vars(module).items()}
-    KERNELS = {name: found[kernel.__name__] for name, kernel in persistent.KERNELS.items()}
+
+    def launch(name: str, grid: Program, buffers: Any, sequences: Sequences, numbers: tuple, cut: Any, _: bool) -> None:
+        grids.append(grid)
+        kernel, cell = found[persistent.KERNELS[name].__name__], persistent.CELLS[name.split()[0]]
+        forked(kernel, grid, (buffers, sequences, *numbers, cell, cut), delays, timeout)
+
     monkeypatch.setattr(persistent, "launch", launch)
     return grids
 
 
 def forked(kernel: Any, grid: Program, args: tuple, delays: Delays | None = None, timeout: float = 60.0) -> None:
     """Run an interpreted kernel in a process for each program."""
-    from fused_lstm import launch
-
-    flat = [t for arg in args for t in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(t, Tensor)]
 
     class Run:
+        __name__ = kernel.__name__
+
         def __getitem__(self, _: Program) -> Callable[..., None]:
             gluon_interpreter.prepare()
-            return lambda *_: kernel[(1, 1, 1)](*args)
+            return lambda *args, **_: kernel[(1, 1, 1)](*args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(launch.KERNELS, "persistent", Run())
-        run_forked("persistent", grid, tuple(flat), {}, delays=delays, timeout=timeout)
+    run_forked(Run(), grid, args, {}, delays=delays, timeout=timeout)

@@ -8,9 +8,10 @@ import torch
 from checks import skip_unless_it_compiles
 
 pytest.importorskip("triton")
+from fused_lstm.launch.schedules import persistent, refusal, stepwise_candidates
+
 from fused_lstm.launch.choose import choose
 from fused_lstm.launch.config import LaunchConfig, Recurrence
-from fused_lstm.launch.schedules import persistent, refusal, stepwise_candidates
 
 pytestmark = pytest.mark.compile
 

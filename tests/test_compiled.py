@@ -17,6 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from fused_lstm.kernels import stepwise
 from fused_lstm.kernels.rows import Sequences
+from fused_lstm.launch.schedules import Launch
 from triton import knobs
 from triton.runtime import driver
 
@@ -24,7 +25,6 @@ from fused_lstm import launch
 from fused_lstm.call import Rows
 from fused_lstm.launch import compiled
 from fused_lstm.launch.config import LaunchConfig, Recurrence, arithmetic
-from fused_lstm.launch.schedules import Launch
 
 pytestmark = pytest.mark.compile
 

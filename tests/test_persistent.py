@@ -18,8 +18,8 @@ from forked import late_store, random_delays
 from pairs import IN_INTERPRETER, all_equal
 from persistent_problems import Problem, interpret
 
-from fused_lstm import persistent
-from fused_lstm.persistent import Config
+from fused_lstm.launch import persistent
+from fused_lstm.launch.persistent import Config
 
 pytestmark = [
     pytest.mark.kernels,
@@ -109,11 +109,11 @@ def test_two_halves_equal_the_whole(dtype: torch.dtype, monkeypatch: pytest.Monk
     whole, half = Problem(dtype, T=6, H=32, B=9), Problem(dtype, T=3, H=32, B=9)
     expected, given = whole.forward(FOUR), whole.tensors()
     first = half.forward(FOUR, given={**given, "gates": given["gates"][: half.N]})
-    second = half.forward(FOUR, given={**given, "gates": given["gates"][half.N :], "h0": first.hn, "c0": first.cn})
+    second = half.forward(FOUR, given={**given, "gates": given["gates"][half.N :], "h0": first.hn_ptr, "c0": first.cn_ptr})
     close = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps}  # not bit for bit: c crosses the cut in dtype
-    torch.testing.assert_close(torch.cat((first.h, second.h)), expected.h, **close)
-    torch.testing.assert_close(second.hn, expected.hn, **close)
-    torch.testing.assert_close(second.cn, expected.cn, **close)
+    torch.testing.assert_close(torch.cat((first.h_ptr, second.h_ptr)), expected.h_ptr, **close)
+    torch.testing.assert_close(second.hn_ptr, expected.hn_ptr, **close)
+    torch.testing.assert_close(second.cn_ptr, expected.cn_ptr, **close)
 
 
 def test_recurrences_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,9 +152,9 @@ def test_inference_keeps_nothing_and_agrees_with_training(monkeypatch: pytest.Mo
     interpret(monkeypatch)
     problem = Problem(torch.float16, H=32, mode="lengths", B=6)
     saved, plain = problem.forward(FOUR), problem.forward(FOUR, save=False)
-    assert plain.c is None
-    assert torch.equal(plain.gates, problem.tensors()["gates"])
-    assert all_equal([saved.h, saved.hn, saved.cn], [plain.h, plain.hn, plain.cn])
+    assert plain.c_ptr is None
+    assert torch.equal(plain.gates_ptr, problem.tensors()["gates"])
+    assert all_equal([saved.h_ptr, saved.hn_ptr, saved.cn_ptr], [plain.h_ptr, plain.hn_ptr, plain.cn_ptr])
 
 
 def patterns(dtype: torch.dtype) -> torch.Tensor:
@@ -168,7 +168,7 @@ def patterns(dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("where", ["gates", "w_hh", "bias", "h0", "c0", "dy", "dhn", "dcn"])
+@pytest.mark.parametrize("where", ["gates", "w_hh", "b_hh", "h0", "c0", "dy", "dhn", "dcn"])
 def test_no_number_hangs_a_kernel(dtype: torch.dtype, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a user's numbers are, the programs end, and what they have touched is NaN as in torch."""
     interpret(monkeypatch, timeout=30.0)
@@ -176,7 +176,7 @@ def test_no_number_hangs_a_kernel(dtype: torch.dtype, where: str, monkeypatch: p
     dirty = problem.tensors()[where].clone()
     if where == "w_hh":
         dirty[0, :, 3, :8] = patterns(dtype)
-    elif where == "bias":
+    elif where == "b_hh":
         dirty[0, :, :8] = patterns(dtype)
     else:  # in some rows, of one batch tile and of the next
         for b in (1, 9):
@@ -187,7 +187,13 @@ def test_no_number_hangs_a_kernel(dtype: torch.dtype, where: str, monkeypatch: p
     problem.cotangents.update({where: dirty.double()} if where in problem.cotangents else {})
     expected = problem.reference(torch.float64)
     assert any(v.isnan().any() for v in expected.values())
-    ours = {"y": forward.h, "hn": forward.hn, "cn": forward.cn, "dgates": backward.dgates, "dc0": backward.dc0}
+    ours = {
+        "y": forward.h_ptr,
+        "hn": forward.hn_ptr,
+        "cn": forward.cn_ptr,
+        "dgates": backward.dgates_ptr,
+        "dc0": backward.dc0_ptr,
+    }
     for name, t in ours.items():
         if where == "w_hh":  # which meets the zeros of rows that get no gradient, too
             assert (t.isnan() | ~expected[name].isnan()).all(), name

@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 
 from persistent_build import GPUS, WORKLOADS
 
-from fused_lstm import persistent
-from fused_lstm.config import Recurrence
-from fused_lstm.persistent import Config, Gpu, candidates, estimate, grid, local, refusal
+from fused_lstm.launch import persistent
+from fused_lstm.launch.config import Device, Recurrence
+from fused_lstm.launch.persistent import Config, candidates, estimate, grid, local, refusal
 
 H100 = GPUS["sm_90"]
 KERNELS = ("forward", "backward")
@@ -24,7 +24,7 @@ def recurrence(kernel: str = "forward", arithmetic: str = "half", H: int = 768, 
     return Recurrence(kernel, arithmetic, 100, H, B, R)
 
 
-def best(problem: Recurrence, gpu: Gpu = H100) -> Config:
+def best(problem: Recurrence, gpu: Device = H100) -> Config:
     able = [c for c in candidates(problem, gpu) if refusal(c, problem, gpu) is None]
     return min(able, key=lambda c: estimate(c, problem, gpu))
 
@@ -65,7 +65,7 @@ def test_sizes_that_fit_nowhere_have_none(kernel: str) -> None:
         (None, Config(held=3), {}, H100),
     ],
 )
-def test_refusals(reason: str | None, config: Config, problem: dict[str, Any], gpu: Gpu) -> None:
+def test_refusals(reason: str | None, config: Config, problem: dict[str, Any], gpu: Device) -> None:
     said = refusal(config, recurrence(**problem), gpu)
     assert (said is None) if reason is None else reason in said
 

@@ -11,9 +11,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fused_lstm import persistent
-from fused_lstm.config import Recurrence
-from fused_lstm.persistent import Config
+from fused_lstm.launch import persistent
+from fused_lstm.launch.config import Recurrence
+from fused_lstm.launch.persistent import Config
 
 pytestmark = pytest.mark.compile
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..call import ALIGNMENT, Problem, Rows, accumulator_dtype
+from ..call import ALIGNMENT, Problem, Rows
 from ..gemm import tf32_allowed
-from ..kernels import stepwise
-from .choose import choose, describe, tables
-from .compiled import INTERPRETED
-from .config import KERNELS, Device, LaunchConfig, Recurrence, arithmetic, ceil_div
-from .schedules import Launch
+from ..kernels.buffers import Backward, Forward
+from .choose import BY_NAME, choose, describe, tables
+from .compiled import INTERPRETED, Launch
+from .config import KERNELS, Device, LaunchConfig, Recurrence, arithmetic, ceil_div  # noqa: F401
 
 # Triton 3.6's compiler stops at some fp64 products ("fp64 don't support largeK MMA"); 3.9's takes them all.
 FP64 = INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
@@ -30,15 +30,15 @@ def device(index: int) -> Device:
         properties.name,
         properties.multi_processor_count,
         getattr(properties, "shared_memory_per_block_optin", 0),
-        wgmma=torch.version.hip is None and properties.major in (9, 10),
+        (0, 0) if torch.version.hip else (properties.major, properties.minor),
     )
 
 
-_forced: dict[str, LaunchConfig] = {}
+_forced: dict[str, Any] = {}
 
 
 @contextmanager
-def forced(forward: LaunchConfig, backward: LaunchConfig | None = None) -> Iterator[None]:
+def forced(forward: Any, backward: Any = None) -> Iterator[None]:
     """Launch every recurrence by these configurations, in all threads; ``backward`` is ``forward`` unless given."""
     before = dict(_forced)
     _forced.update(forward=forward, backward=backward or forward)
@@ -72,7 +72,7 @@ def prepare(kernel: str, like: Tensor, rows: Rows, R: int, H: int) -> Launch:
 @lru_cache(maxsize=4096)
 def _prepare(
     kernel: str, dtype: torch.dtype, tf32: bool, single: bool, H: int, B: int, R: int, index: int | None, directions: int,
-    config: LaunchConfig | None,
+    config: Any,
 ) -> Launch:  # fmt: skip
     problem = Recurrence(kernel, arithmetic(dtype, tf32), 1 if single else 2, H, B, R)
     gpu = None if index is None else device(index)
@@ -80,12 +80,13 @@ def _prepare(
     return Launch(problem, config, gpu, directions, dtype)
 
 
-def _run(launch: Launch, buffers: stepwise.Forward | stepwise.Backward, rows: Rows) -> None:
+def _run(launch: Launch, buffers: Forward | Backward, rows: Rows) -> None:
+    run = BY_NAME[launch.config.schedule].launch
     if launch.device is None:
-        launch.schedule.launch(launch, buffers, rows)
+        run(launch, buffers, rows)
         return
     with torch.cuda._DeviceGuard(buffers.w_hh_ptr.device.index):  # Triton launches on the current device
-        launch.schedule.launch(launch, buffers, rows)
+        run(launch, buffers, rows)
 
 
 def recurrence_forward(
@@ -105,7 +106,7 @@ def recurrence_forward(
     c_n = torch.empty_like(h_n)
     if rows.B:
         launch = prepare("forward", gates, rows, R, H)
-        buffers = stepwise.Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n, _running(c_n))
+        buffers = Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n)
         _run(launch, buffers, rows)
     return h_n, c_n
 
@@ -130,14 +131,6 @@ def recurrence_backward(
     dc0 = gates.new_empty((R, rows.B, H))
     if rows.B:
         launch = prepare("backward", gates, rows, R, H)
-        buffers = stepwise.Backward(
-            dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0, _running(dc0)
-        )  # fmt: skip
+        buffers = Backward(dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0)
         _run(launch, buffers, rows)
     return dc0
-
-
-def _running(like: Tensor) -> Tensor:
-    """Where the kernels keep the running (gradient by the) cell state: in ``like`` itself if that is wide enough."""
-    dtype = accumulator_dtype(like.dtype)
-    return like if like.dtype == dtype else torch.empty_like(like, dtype=dtype)

@@ -11,17 +11,120 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .config import SMALLEST, Device, LaunchConfig, Recurrence, power_of_two
-from .schedules import SCHEDULES
+import torch
+import triton
+from torch import Tensor
+
+from ..call import Rows, accumulator_dtype
+from ..kernels.cell import lstm_backward, lstm_forward
+from ..kernels.stepwise import Config, lstm_backward_step, lstm_forward_step
+from .compiled import INTERPRETED, Kernel, Launch, Schedule, pointers
+from .config import SMALLEST, Device, LaunchConfig, Recurrence, ceil_div, power_of_two
+
+
+class Tiles(NamedTuple):
+    """The tiles open to the stepwise schedule for one kind of arithmetic; none of them spills on sm_90."""
+
+    min_block_b: int
+    max_block_b: int
+    blocks_h: tuple[int, ...]
+    block_k: int
+    num_warps: int = 8
+    max_registers: int | None = None
+
+
+TILES = {
+    "half": Tiles(SMALLEST, 64, (32, 16), 64),
+    "tf32": Tiles(64, 64, (32, 16), 32),
+    "fp32": Tiles(SMALLEST, 64, (16,), 16, max_registers=255),
+    "fp64": Tiles(SMALLEST, 16, (16,), 16, num_warps=4),
+}
+
+
+def candidates(problem: Recurrence, device: Device | None = None) -> list[LaunchConfig]:
+    """Every configuration with a launch for each time step."""
+    tiles = TILES[problem.arithmetic]
+    block_b = min(max(power_of_two(problem.B), tiles.min_block_b), tiles.max_block_b)
+    return [
+        LaunchConfig(block_b, block_h, tiles.block_k, tiles.num_warps, max_registers=tiles.max_registers)
+        for block_h in tiles.blocks_h
+        if block_h <= max(problem.H, SMALLEST)
+    ]
+
+
+def refusal(config: LaunchConfig, problem: Recurrence, device: Device) -> None:
+    """Nothing: any device runs a launch for each step."""
+
+
+# What the model below reckons with, in microseconds and bytes or multiply-adds per microsecond: public numbers of H100s.
+LAUNCH, STEP = 2.5, 0.7  # STEP: a step's own latencies, whatever its size
+L2_PROGRAM, L2_DEVICE = 42e3, 5.5e6  # bytes
+MULTIPLY_ADDS = {"half": 1.7e6, "tf32": 0.85e6, "fp32": 0.2e6, "fp64": 0.1e6}  # of a multiprocessor
+
+
+def estimate(config: LaunchConfig, problem: Recurrence, device: Device) -> float:
+    """Microseconds of the whole recurrence, roughly: good for a comparison, not for a promise."""
+    x, y, z = config.grid(problem.H, problem.B, problem.R)
+    segments, width = (1, 4) if problem.kernel == "forward" else (4, 1)
+    K, N = segments * ceil_div(problem.H, config.block_k) * config.block_k, width * config.block_h
+    M = max(config.block_b, 64) if device.wgmma and problem.arithmetic in ("half", "tf32") else config.block_b
+    multiply = M * N * K / MULTIPLY_ADDS[problem.arithmetic]
+    states = min(config.block_b, problem.B) * segments * problem.H * problem.element_size
+    weights = ceil_div(problem.H, config.block_k) * config.block_k * 4 * config.block_h * problem.element_size
+    waves = ceil_div(x * y * z, device.multiprocessors)
+    moved = max((states + weights) / L2_PROGRAM, x * y * z * (states + weights) / L2_DEVICE / waves)
+    return problem.T * (LAUNCH + waves * (STEP + multiply + moved))
+
+
+def describe_stepwise(config: LaunchConfig, problem: Recurrence) -> str:
+    x, y, z = config.grid(problem.H, problem.B, problem.R)
+    programs = f"{x} x {y} x {z} programs of {config.block_h} units x {config.block_b} rows"
+    return f"{problem.T} launches, one for each time step; {programs}"
+
+
+def launch_stepwise(launch: Launch, buffers: Any, rows: Rows) -> None:
+    p, c, T, B = launch.problem, launch.config, rows.T, rows.B
+    if launch.kernel is None:
+        precision = "tf32" if p.arithmetic == "tf32" else "ieee"
+        bf16 = INTERPRETED and launch.dtype == torch.bfloat16
+        constants = CELL[p.kernel], Config(p.R, p.H, launch.directions, precision, bf16, c.block_b, c.block_h, c.block_k)
+        only_nvidia = {} if torch.version.hip else {"maxnreg": c.max_registers}
+        options = dict(num_warps=c.num_warps, num_stages=c.num_stages, enable_fp_fusion=True, **only_nvidia)
+        launch.kernel = Kernel(STEPWISE.kernels, p.kernel, constants, options)
+    if T > 1:
+        ends = buffers.cn_ptr if p.kernel == "forward" else buffers.dc0_ptr
+        buffers = buffers._replace(running_ptr=wide(ends))
+    steps = range(T) if p.kernel == "forward" else range(T - 1, -1, -1)
+    size = T, B, rows.stride_t, rows.stride_b
+    launch.kernel.run(c.grid(p.H, B, p.R), buffers, pointers(rows), [(s, *size) for s in steps])
+
+
+def wide(like: Tensor) -> Tensor:
+    """A tensor of the accumulator's dtype: ``like`` itself if it has that."""
+    dtype = accumulator_dtype(like.dtype)
+    return like if like.dtype == dtype else torch.empty_like(like, dtype=dtype)
+
+
+CELL = {"forward": lstm_forward, "backward": lstm_backward}
+STEPWISE = Schedule(
+    "stepwise", LaunchConfig, {"forward": lstm_forward_step, "backward": lstm_backward_step},
+    candidates, refusal, estimate, describe_stepwise, launch_stepwise,
+)  # fmt: skip
+PERSISTENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # Gluon is there
+if PERSISTENT:
+    from . import persistent
+
+SCHEDULES = (STEPWISE, persistent.PERSISTENT) if PERSISTENT else (STEPWISE,)
+BY_NAME = {schedule.name: schedule for schedule in SCHEDULES}
 
 
 @dataclass(frozen=True)
 class Choice:
     """A configuration and where it comes from."""
 
-    config: LaunchConfig
+    config: Any  # of one of the schedules
     reason: str
     measured: bool = False
 
@@ -38,39 +141,35 @@ def choose(problem: Recurrence, device: Device | None, tables: Sequence[Table] =
         return _interpreted(problem)
     for table in tables:
         config = table.configs.get(key_of(problem))
-        if config is not None and SCHEDULES[config.schedule].refusal(config, problem, device) is None:
+        if config is not None and BY_NAME[config.schedule].refusal(config, problem, device) is None:
             return Choice(config, f"measured on {device.name}, {table.source}", measured=True)
-    best: dict[str, LaunchConfig] = {}
-    refused = []
-    for schedule in SCHEDULES.values():
+    best: dict[str, Any] = {}
+    refused = [] if PERSISTENT else ["the persistent one needs Triton 3.6 or newer"]
+    for schedule in SCHEDULES:
         candidates = schedule.candidates(problem, device)
-        if isinstance(candidates, str):
-            refused.append(candidates)
+        refusals = [schedule.refusal(config, problem, device) for config in candidates]
+        able = [config for config, why in zip(candidates, refusals, strict=True) if why is None]
+        if able:
+            best[schedule.name] = min(able, key=lambda config: schedule.estimate(config, problem, device))
         else:
-            best[schedule.name] = min(candidates, key=lambda config: schedule.estimate(config, problem, device))
+            refused.append(f"the {schedule.name} one {refusals[0] if refusals else f'has none for H = {problem.H}'}")
     if problem.T == 1:
         return Choice(best["stepwise"], "one step, one launch")
     if len(best) == 1:
-        return Choice(best["stepwise"], f"a launch for each step, since {'; '.join(refused)}")
-    name = min(best, key=lambda name: SCHEDULES[name].estimate(best[name], problem, device))
-    return Choice(best[name], f"the {name} schedule that the model of its time prefers at this size")
+        return Choice(best["stepwise"], f"a launch for each step, since no other schedule fits: {'; '.join(refused)}")
+    name = min(best, key=lambda name: BY_NAME[name].estimate(best[name], problem, device))
+    return Choice(best[name], f"the {name} schedule, which the model of its time prefers at this size")
 
 
 def _interpreted(problem: Recurrence) -> Choice:
     """For Triton's interpreter, whose time goes by the number of operations, not by their size."""
-    if problem.H <= 64:
-        block = max(power_of_two(problem.H), SMALLEST)
-        config = LaunchConfig(16, block, block, schedule="persistent", resident=1)
-        return Choice(config, "Triton's interpreter: one program has all hidden units")
-    return Choice(LaunchConfig(16, 64, 256), "Triton's interpreter runs programs one by one, so that none may wait")
+    block_h, block_k = (min(max(power_of_two(problem.H), SMALLEST), most) for most in (64, 256))
+    return Choice(LaunchConfig(16, block_h, block_k), "Triton's interpreter, which runs programs one after another")
 
 
 def describe(choice: Choice, problem: Recurrence, device: Device | None) -> str:
     """A choice in words."""
-    config = choice.config
-    x, y, z = config.grid(problem.H, problem.B, problem.R)
-    schedule = SCHEDULES[config.schedule].describe(config, problem, device)
-    text = f"{schedule}; {x} x {y} x {z} programs of {config.block_h} units x {config.rows} rows ({choice.reason}"
+    text = f"{BY_NAME[choice.config.schedule].describe(choice.config, problem)} ({choice.reason}"
     return text + (")" if choice.measured or device is None else f"; not measured on {device.name})")
 
 
@@ -83,7 +182,7 @@ class Table:
     """Measured configurations of one device, and the file they come from."""
 
     source: str
-    configs: dict[Key, LaunchConfig]
+    configs: dict[Key, Any]
 
 
 def key_of(problem: Recurrence) -> Key:
@@ -128,14 +227,19 @@ def read_table(path: Path) -> Table:
         configs = {}
         for entry in entries:
             problem = Recurrence(T=1, **{k: entry[k] for k in KEYS})
-            configs[key_of(problem)] = LaunchConfig(**entry["config"])
-            configs[key_of(problem)].check(problem.H)
+            configs[key_of(problem)] = read_config(entry["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a table of launch configurations ({type(error).__name__}: {error}); "
             "remove it, and measure anew with python -m fused_lstm.tune"
         ) from error
     return Table(str(path), configs)
+
+
+def read_config(fields: dict[str, Any]) -> Any:
+    """A configuration from a table's entry."""
+    fields = dict(fields)
+    return BY_NAME[fields.pop("schedule")].config(**fields)
 
 
 def write_table(path: Path, entries: Sequence[dict[str, Any]]) -> None:
@@ -147,6 +251,10 @@ def write_table(path: Path, entries: Sequence[dict[str, Any]]) -> None:
     tables.cache_clear()
 
 
-def entry(problem: Recurrence, config: LaunchConfig, microseconds: float, **about: str) -> dict[str, Any]:
+def entry(problem: Recurrence, config: Any, microseconds: float, **about: str) -> dict[str, Any]:
     """A table's entry: the problem, its configuration, the time of a step, and where and when that was measured."""
-    return {k: getattr(problem, k) for k in KEYS} | {"config": asdict(config), "microseconds": microseconds, **about}
+    return {k: getattr(problem, k) for k in KEYS} | {
+        "config": {"schedule": config.schedule, **asdict(config)},
+        "microseconds": microseconds,
+        **about,
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,10 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
+from ..call import Rows
+from ..kernels.rows import Sequences
 from ..kernels.stepwise import lstm_forward_step
+from .config import Device, Recurrence
 
 # TRITON_INTERPRET=1, set before the kernels are imported, makes them run on CPU tensors.
 INTERPRETED = not isinstance(lstm_forward_step, triton.JITFunction)
@@ -38,28 +41,27 @@ class Kernel:
     front door, which takes a hundred microseconds to find that out. Those that follow go to what it compiled.
     """
 
-    def __init__(
-        self, kernels: dict[str, Any], name: str, grid: tuple[int, int, int], constants: tuple, options: dict[str, Any]
-    ) -> None:
-        self.kernels, self.name, self.grid, self.constants, self.options = kernels, name, grid, constants, options
+    def __init__(self, kernels: dict[str, Any], name: str, constants: tuple, options: dict[str, Any]) -> None:
+        self.kernels, self.name, self.constants, self.options = kernels, name, constants, options
         self.known: dict[tuple, Compiled] = {}
 
-    def run(self, steps: Iterable[int], buffers: tuple, sequences: tuple, size: tuple[int, int, int, int]) -> None:
-        """Launch it once for each of ``steps``; T, B and the row strides are the ``size``."""
+    def run(self, grid: tuple[int, int, int], buffers: tuple, sequences: tuple, numbers: Sequence[tuple[int, ...]]) -> None:
+        """Launch it for each of ``numbers``, which are of one width."""
+        constants = self.constants
         if INTERPRETED:
-            for s in steps:
-                self.kernels[self.name][self.grid](buffers, sequences, s, *size, *self.constants, **self.options)
+            for each in numbers:
+                self.kernels[self.name][grid](buffers, sequences, *each, *constants, **self.options)
             return
-        grid, constants = self.grid, self.constants
         device = driver.active.get_current_device()
-        key = (device, size[0] | size[1] > INT32, *[t if t is None else t.data_ptr() % 16 for t in (*buffers, *sequences)])
+        wide = max(numbers[0]) > INT32
+        key = (device, wide, *[t if t is None else t.data_ptr() % 16 for t in (*buffers, *sequences)])
         if HIP:  # there also whether 32-bit offsets reach all of a tensor
             key += tuple([t is not None and t.untyped_storage().size() > INT32 for t in (*buffers, *sequences)])
         found, stream = self.known.get(key), driver.active.get_current_stream(device)
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
-        for s in steps:
-            args = (buffers, sequences, s, *size, *constants)
+        for each in numbers:
+            args = (buffers, sequences, *each, *constants)
             if found is None:
                 found = self.remember(key, self.kernels[self.name][grid](*args, **self.options))
             elif hooked:
@@ -78,3 +80,34 @@ class Kernel:
             self.known.clear()
         found = self.known[key] = Compiled(kernel, launcher, kernel.function, kernel.packed_metadata)
         return found  # which another thread may have forgotten by now
+
+
+class Launch:
+    """What all launches of one kernel for one problem have in common."""
+
+    def __init__(self, problem: Recurrence, config: Any, device: Device | None, directions: int, dtype: torch.dtype) -> None:
+        self.problem, self.config, self.device, self.directions, self.dtype = problem, config, device, directions, dtype
+        self.kernel: Kernel | None = None  # once it was launched, where one serves the problem
+
+
+class Schedule(NamedTuple):
+    """A way to launch a recurrence."""
+
+    name: str  # as a configuration's ``schedule`` has it
+    config: type  # of its configurations
+    kernels: dict[str, Any]
+    candidates: Callable[[Recurrence, Device], list[Any]]
+    refusal: Callable[[Any, Recurrence, Device], str | None]  # why a device cannot run a configuration
+    estimate: Callable[[Any, Recurrence, Device], float]  # microseconds of the whole recurrence, roughly
+    describe: Callable[[Any, Recurrence], str]
+    launch: Callable[[Launch, Any, Rows], None]  # given Forward or Backward, but of tensors
+
+
+def pointers(rows: Rows) -> Sequences:
+    """What the kernels are told of the sequences."""
+    if rows.lengths is None and rows.resets is None:
+        return PLAIN
+    return Sequences(rows.lengths, rows.starts(), None if rows.resets is None else rows.resets.view(torch.uint8))
+
+
+PLAIN = Sequences(None, None, None)

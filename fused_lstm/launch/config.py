@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,11 +26,15 @@ class Device:
     name: str
     multiprocessors: int
     shared_memory: int = 0  # bytes that one program may use
-    wgmma: bool = False  # tensor cores that multiply from shared memory: sm_90 and sm_100
+    capability: tuple[int, int] = (0, 0)  # of an NVIDIA GPU
+
+    @property
+    def wgmma(self) -> bool:
+        """Whether its tensor cores multiply from shared memory."""
+        return self.capability[0] in (9, 10)
 
 
 KERNELS = ("forward", "backward")
-SCHEDULES = ("stepwise", "persistent")
 ARITHMETICS = ("half", "tf32", "fp32", "fp64")
 
 
@@ -66,24 +71,18 @@ class Recurrence:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel is cut into programs and compiled.
+    """How the stepwise kernels are cut into programs and compiled.
 
-    A program owns ``block_h`` hidden units of ``rows`` batch rows, in a tile of ``block_b``, and walks its reduction in
-    tiles of ``block_k``. ``schedule`` names the record in schedules.py that launches it. Of a persistent one the first
-    ``resident`` tiles of the weights of each gate stay on chip, and the rest is streamed; ``swap`` puts the gates where the
-    tensor cores have their 64 rows, for small batch tiles; ``ahead`` loads of states are under way at a time.
+    A program owns ``block_h`` hidden units of ``block_b`` batch rows, and walks its reduction in tiles of ``block_k``.
     """
+
+    schedule: ClassVar[str] = "stepwise"
 
     block_b: int
     block_h: int
     block_k: int
     num_warps: int = 4
     num_stages: int = 2
-    schedule: str = "stepwise"
-    resident: int = 0
-    ahead: int = 1
-    swap: bool = False
-    rows: int = 0  # 0: block_b
     max_registers: int | None = None  # for each thread; None: as the compiler likes, which may be fewer than it needs
 
     def __post_init__(self) -> None:
@@ -95,55 +94,11 @@ class LaunchConfig:
         if self.num_warps not in (1, 2, 4, 8, 16, 32):
             raise ValueError(f"num_warps should be a power of two from 1 to 32, got {self.num_warps!r}")
         _check("num_stages", self.num_stages, 1, 10)
-        _check("resident", self.resident, 0)
-        _check("ahead", self.ahead, 0)
         if self.max_registers is not None:
             _check("max_registers", self.max_registers, 24, 255)
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule should be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if type(self.swap) is not bool:
-            raise ValueError(f"swap should be a bool, got {self.swap!r}")
-        if self.rows == 0:
-            object.__setattr__(self, "rows", self.block_b)
-        _check("rows", self.rows, 1, self.block_b)
-        if self.schedule == "stepwise":
-            if self.resident:
-                raise ValueError("resident weights need the persistent schedule: a launch for each step keeps nothing")
-            if self.swap or self.rows != self.block_b:
-                raise ValueError("swap and rows need the persistent schedule: a launch for each step fills its tiles")
-
-    def tiles(self, H: int) -> int:
-        """Tiles of the reduction over the units of one gate."""
-        return ceil_div(H, self.block_k)
-
-    def local(self, H: int) -> bool:
-        """Whether one program has all hidden units, so that nothing is exchanged between programs."""
-        return self.schedule == "persistent" and self.block_h >= H
-
-    def check(self, H: int) -> None:
-        """Raises ValueError where the configuration is none for H hidden units."""
-        if self.resident > self.tiles(H):
-            raise ValueError(f"resident should be at most the {self.tiles(H)} tiles of H = {H}, got {self.resident}")
-        if self.local(H) and (self.block_k != self.block_h or self.resident != 1):
-            raise ValueError(
-                f"a program with all of H = {H} keeps its weights in one tile: block_k should be block_h and resident 1, "
-                f"got {self.block_k} and {self.resident}"
-            )
 
     def grid(self, H: int, B: int, R: int) -> tuple[int, int, int]:
-        return ceil_div(H, self.block_h), ceil_div(B, self.rows), R
-
-    def shared_memory(self, problem: Recurrence) -> int:
-        """An upper bound of what a program keeps in shared memory, in bytes, by the persistent schedule."""
-        size, columns = problem.element_size, self.block_h * (4 if problem.kernel == "forward" else 1)
-        weights = self.resident * self.block_k * 4 * self.block_h * size
-        staging = (self.ahead + 1) * self.block_b * self.block_k * size
-        if self.local(problem.H):
-            staging = 4 * self.block_b * self.block_k * size
-        elif self.resident < self.tiles(problem.H):  # the pipeline of what is streamed
-            staging += self.num_stages * (self.block_b + columns) * self.block_k * size
-        layouts = self.block_b * (columns + 16) * (8 if problem.arithmetic == "fp64" else 4)
-        return weights + max(staging, layouts) + 2048
+        return ceil_div(H, self.block_h), ceil_div(B, self.block_b), R
 
 
 def arithmetic(dtype: torch.dtype, tf32: bool) -> str:

@@ -6,20 +6,24 @@ newer; Triton 3.6 and newer.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .config import Device, Recurrence
-from .kernels.fragments import ROWS, Fragments, Sequences, lstm_backward, lstm_forward
-from .kernels.persistent_backward import Backward, lstm_backward_fragments
-from .kernels.persistent_forward import Forward, lstm_forward_fragments
-from .kernels.persistent_local import lstm_backward_local, lstm_forward_local
-from .kernels.persistent_split import lstm_backward_split, owners
+from ..call import Rows
+from ..kernels.buffers import Backward, Forward
+from ..kernels.cell import lstm_backward, lstm_forward
+from ..kernels.fragments import ROWS, Fragments
+from ..kernels.persistent_backward import lstm_backward_fragments
+from ..kernels.persistent_forward import lstm_forward_fragments
+from ..kernels.persistent_local import lstm_backward_local, lstm_forward_local
+from ..kernels.persistent_split import lstm_backward_split, owners
+from ..kernels.rows import Sequences
+from .compiled import Kernel, Launch, Schedule, pointers
+from .config import Device, Recurrence, ceil_div
 
 KERNELS: dict[str, Any] = {
     "forward": lstm_forward_fragments,
@@ -32,15 +36,10 @@ CELLS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward}
 
 
 @dataclass(frozen=True)
-class Gpu(Device):
-    """A device, and whether it is an NVIDIA GPU: its compute capability, (0, 0) if not."""
-
-    capability: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True)
 class Config:
     """How a recurrence is cut into programs."""
+
+    schedule: ClassVar[str] = "persistent"
 
     form: str = "whole"  # the reduction of a program: "whole", "split" over four (backward), or "local": of all units
     units: int = 16  # hidden units of a program
@@ -49,10 +48,6 @@ class Config:
     tiles: int = 1  # tiles of 8 rows of a program, in turn
     at_once: int = 0  # recurrences of one launch, where not all find room
     ahead: bool = False  # a turn's states are asked for while the turn before is computed; with two tiles or more
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def local(H: int) -> Config:
@@ -66,6 +61,7 @@ def room(config: Config) -> int:
     return 1 << (config.tiles - 1).bit_length()
 
 
+@lru_cache(maxsize=1024)
 def fragments(config: Config, H: int, R: int, directions: int, max16: bool = True) -> Fragments:
     """The kernel's constexpr configuration. It knows the number of tiles only roughly: one binary for many batches."""
     return Fragments(H, R, directions, config.units, config.warps, config.held, room(config), config.ahead, max16)
@@ -97,7 +93,7 @@ def _chunks(config: Config, problem: Recurrence) -> int:
     return ceil_div(_reduction(config, problem), 32 * config.warps)
 
 
-def _held(config: Config, problem: Recurrence, gpu: Gpu) -> int | None:
+def _held(config: Config, problem: Recurrence, gpu: Device) -> int | None:
     """Chunks of the weights to keep in registers; None where the weights find no room."""
     kind = "split" if config.form == "split" else problem.kernel
     chunks, words = _chunks(config, problem), problem.element_size / 4
@@ -124,8 +120,10 @@ def shared_memory(config: Config, problem: Recurrence) -> int:
     return parts + states + elsewhere * chunk + on_the_way
 
 
-def refusal(config: Config, problem: Recurrence, gpu: Gpu) -> str | None:
+def refusal(config: Config, problem: Recurrence, gpu: Device) -> str | None:
     """Why a device cannot run a configuration; None if it can."""
+    if problem.T == 1:
+        return "is for sequences of more than one step"
     if gpu.capability < (8, 0):
         return f"needs an NVIDIA GPU of compute capability 8.0 or newer, {gpu.name} is none"
     if problem.arithmetic not in ("half", "tf32"):
@@ -144,7 +142,7 @@ def refusal(config: Config, problem: Recurrence, gpu: Gpu) -> str | None:
     return None
 
 
-def candidates(problem: Recurrence, gpu: Gpu) -> list[Config]:
+def candidates(problem: Recurrence, gpu: Device) -> list[Config]:
     """The few configurations that are worth a comparison; some may be refused."""
     if problem.arithmetic == "half" and problem.H <= 128:
         return [local(problem.H)]
@@ -187,7 +185,7 @@ def traffic(config: Config, problem: Recurrence) -> float:
     return row * (1 if problem.kernel == "forward" else 4) * problem.H / config.units
 
 
-def estimate(config: Config, problem: Recurrence, gpu: Gpu) -> float:
+def estimate(config: Config, problem: Recurrence, gpu: Device) -> float:
     """Microseconds of the whole recurrence, roughly: good for a comparison, not for a promise."""
     share = gpu.multiprocessors / 132  # of an H100
     x, y, z = grid(config, problem.H, problem.B, problem.R)
@@ -218,7 +216,7 @@ def unwritten(t: Tensor) -> Tensor:
 
 
 def forward(
-    buffers: Forward,  # tensors, h allocated; zeros may be None
+    buffers: Forward,  # tensors, h allocated
     sequences: Sequences,
     T: int,
     B: int,
@@ -228,11 +226,11 @@ def forward(
     config: Config,
 ) -> None:
     """Fill h, hn and cn, and where there is c, that and the activated gates. h is zero past a row's length."""
-    _run("forward", buffers, buffers.h, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
+    _run("forward", buffers, buffers.h_ptr, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
 
 
 def backward(
-    buffers: Backward,  # tensors, dgates allocated: not the memory of gates; zeros may be None
+    buffers: Backward,  # tensors, dgates allocated
     sequences: Sequences,
     T: int,
     B: int,
@@ -242,10 +240,13 @@ def backward(
     config: Config,
 ) -> None:
     """Fill dgates, h_prev and dc0; the first two are zero past a row's length."""
+    if buffers.gates_ptr is buffers.dgates_ptr:  # which is filled before the gates are read
+        buffers = buffers._replace(gates_ptr=buffers.gates_ptr.clone())
     if config.form == "split":
-        R, B, H = buffers.dc0.shape
-        buffers = buffers._replace(box=buffers.dgates.new_zeros(R, 2, owners(H), 3, B, 16, dtype=torch.int64))
-    _run("backward", buffers, buffers.dgates, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
+        R, B, H = buffers.dc0_ptr.shape
+        box = buffers.dgates_ptr.new_zeros(R, 2, owners(H), 3, B, 16, dtype=torch.int64)
+        buffers = buffers._replace(box_ptr=box)
+    _run("backward", buffers, buffers.dgates_ptr, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
 
 
 def _run(
@@ -257,24 +258,26 @@ def _run(
     directions: int,
     config: Config,
 ) -> None:
-    R, H, B = buffers.w_hh.shape[0], buffers.w_hh.shape[-1], size[1]
+    H, B = buffers.w_hh_ptr.shape[-1], size[1]
+    R = buffers.w_hh_ptr.numel() // (4 * H * H)
     if not B:
         return
     if config.form != "local":
         unwritten(exchanged)
-    buffers = buffers._replace(zeros=zeros(exchanged.device, exchanged.dtype, max(4 * H, 512)))
-    cut = fragments(config, H, R, directions, _max16(exchanged))
+    buffers = buffers._replace(zeros_ptr=zeros(exchanged.device, exchanged.dtype, max(4 * H, 512)))
+    cut = fragments(config, H, R, directions, _max16(exchanged.device))
     name = kernel if config.form == "whole" else f"{kernel} {config.form}"
     x, y, z = grid(config, H, B, R)
     # Programs that wait for one another must all run at once: the driver sees to it, or refuses.
     waits = config.form != "local" and x > 1
     for first_r in range(0, R, z):
-        given = (*size[:2], config.tiles, first_r, *size[2:])
-        launch(name, (x, y, min(z, R - first_r)), (buffers, sequences, *given, CELLS[kernel], cut), waits)
+        numbers = (*size[:2], config.tiles, first_r, *size[2:])
+        launch(name, (x, y, min(z, R - first_r)), buffers, sequences, numbers, cut, waits)
 
 
-def _max16(t: Tensor) -> bool:
-    return not t.is_cuda or torch.cuda.get_device_capability(t.device)[0] >= 9
+@lru_cache
+def _max16(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def options(warps: int) -> dict[str, Any]:
@@ -282,8 +285,36 @@ def options(warps: int) -> dict[str, Any]:
     return {"num_warps": warps, "maxnreg": min(255, 65536 // (32 * warps)), "enable_fp_fusion": True}
 
 
-def launch(kernel: str, grid: tuple[int, int, int], args: tuple, cooperative: bool) -> None:
+@lru_cache(maxsize=1024)
+def compiled_kernel(name: str, cut: Fragments, waits: bool) -> Kernel:
+    constants = CELLS[name.split()[0]], cut
+    return Kernel(KERNELS, name, constants, {"launch_cooperative_grid": waits, **options(cut.warps)})
+
+
+def launch(
+    name: str, grid: tuple[int, int, int], buffers: Any, sequences: Sequences, numbers: tuple, cut: Fragments, waits: bool
+) -> None:
     """One launch."""
-    like = args[0].zeros
-    with torch.cuda.device_of(like) if like.is_cuda else nullcontext():
-        KERNELS[kernel][grid](*args, launch_cooperative_grid=cooperative, **options(args[-1].warps))
+    compiled_kernel(name, cut, waits).run(grid, buffers, sequences, [numbers])
+
+
+def launch_persistent(given: Launch, buffers: Any, rows: Rows) -> None:
+    run = forward if given.problem.kernel == "forward" else backward
+    size = rows.T, rows.B, rows.stride_t, rows.stride_b
+    run(buffers, pointers(rows), *size, given.directions, given.config)
+
+
+def describe(config: Config, problem: Recurrence) -> str:
+    x, y, z = grid(config, problem.H, problem.B, problem.R)
+    n = ceil_div(problem.R, z)
+    words = "one launch for the whole sequence" if n == 1 else f"{n} launches, each of some recurrences"
+    cut = {
+        "whole": "weights on chip, a word from every program to every other in each step",
+        "split": "weights on chip, the reduction split over four programs",
+        "local": "a program has all hidden units and waits for nobody",
+    }[config.form]
+    programs = f"{x} x {y} x {z} programs of {config.units} units x {config.tiles * ROWS} rows"
+    return f"{words}, {cut}; {programs}"
+
+
+PERSISTENT = Schedule("persistent", Config, KERNELS, candidates, refusal, estimate, describe, launch_persistent)
