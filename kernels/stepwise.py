@@ -75,12 +75,13 @@ def lstm_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     mask = at.mask & (s < batch.lengths)[:, None]
     mask_keep = at.mask & keep[:, None]
 
-    h_rows = buffers.h_ptr + (prev_rows * R + at.r) * H
+    h_ptr, h_rows = buffers.h_ptr, prev_rows * R + at.r
+    if buffers.h0_ptr is not None:  # not in the branch below, out of which Triton 3.6 for ROCm takes no pointers
+        h_ptr = tl.where(s == 0, buffers.h0_ptr, h_ptr)
+        h_rows = tl.where(s == 0, at.r * B + batch.offs_b, h_rows)
     if s == 0:
         if buffers.h0_ptr is None:
             keep = keep & False
-        else:
-            h_rows = buffers.h0_ptr + (at.r * B + batch.offs_b) * H
         if buffers.c0_ptr is None:
             c = tl.zeros((BLOCK_B, BLOCK_H), ACC)
         else:
@@ -93,7 +94,7 @@ def lstm_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     unit, gate = at.unit, tl.arange(0, 4 * BLOCK_H) % 4
     w_rows = buffers.w_hh_ptr + ((at.r * 4 + gate) * H + unit) * H
     acc = tl.zeros((BLOCK_B, 4 * BLOCK_H), ACC)
-    acc = product(acc, h_rows, keep, w_rows, unit < H, 0, 1, config)
+    acc = product(acc, h_ptr + h_rows * H, keep, w_rows, unit < H, 0, 1, config)
     if buffers.b_hh_ptr is not None:
         acc += tl.load(buffers.b_hh_ptr + (at.r * 4 + gate) * H + unit, mask=unit < H, other=0.0).to(ACC)[None, :]
     even, odd = tl.split(tl.reshape(acc, (BLOCK_B, BLOCK_H, 2, 2)))
