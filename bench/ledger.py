@@ -26,6 +26,7 @@ from unittest.mock import patch
 import torch
 import triton
 from fused_lstm.kernels import stepwise
+from fused_lstm.launch.schedules import SCHEDULES, Launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -33,7 +34,6 @@ from fused_lstm.call import Rows, accumulator_dtype
 from fused_lstm.launch import FP64
 from fused_lstm.launch.choose import choose
 from fused_lstm.launch.config import KERNELS, Device, LaunchConfig, Recurrence, arithmetic
-from fused_lstm.launch.schedules import SCHEDULES, Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -219,8 +219,7 @@ class Assembly:
         assert (first[self.active] % np.uint64(size * len(names)) == 0).all(), "an address that is not aligned"
         address = first[:, None] + np.arange(len(names), dtype=np.uint64) * np.uint64(size)
         mask = np.broadcast_to(self.active[:, None], address.shape).copy()
-        pointers = TensorHandle(address, tl.pointer_type(kind))
-        found = interpreter_builder.create_masked_load(pointers, TensorHandle(mask, tl.int1), None, None, True).data
+        found = tl.load(tensor_of(address, tl.pointer_type(kind)), mask=tensor_of(mask, tl.int1)).handle.data
         for n, name in enumerate(names):
             self.put(name, found[:, n])
 

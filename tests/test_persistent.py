@@ -136,16 +136,16 @@ def test_tiny_and_saturating_numbers(dtype: torch.dtype, scale: float, monkeypat
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_bits_on_every_run(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, options = CASES["lengths with resets"]
-    problem, results = Problem(dtype, **options), []
-    for seed in range(3):
+@pytest.mark.parametrize("name", ["lengths with resets", "split over gates, lengths with resets"])
+def test_equal_bits_on_every_run(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, options = CASES[name]
+    problem, results = Problem(dtype, **options | {"directions": 1, "T": 6}), []
+    for seed in range(2):
         with monkeypatch.context() as patch:
             grids = interpret(patch, random_delays(seed))
             results.append(list(problem.run(config).values()))
-        assert grids == [(2, 1, 2), (2, 1, 2)]
-    assert all_equal(results[1], results[0])
-    assert all_equal(results[2], results[0])
+        assert grids == [(problem.H // 16, 1, 1)] * 2
+    assert all_equal(*results)
 
 
 def test_inference_keeps_nothing_and_agrees_with_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,12 +167,15 @@ def patterns(dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(words, dtype=torch.int16).view(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("where", ["gates", "w_hh", "b_hh", "h0", "c0", "dy", "dhn", "dcn"])
-def test_no_number_hangs_a_kernel(dtype: torch.dtype, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("form", "dtype"), [*(("whole", dtype) for dtype in DTYPES), ("split", torch.float16), ("local", torch.bfloat16)]
+)
+def test_no_number_hangs_a_kernel(form: str, dtype: torch.dtype, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a user's numbers are, the programs end, and what they have touched is NaN as in torch."""
     interpret(monkeypatch, timeout=30.0)
-    problem = Problem(dtype, H=32, B=12, T=3, resets=True)
+    config, H = {"whole": (TURNS, 32), "split": (SPLIT_TURNS, 64), "local": (persistent.local(32), 32)}[form]
+    problem = Problem(dtype, H=H, B=12, T=3, resets=True)
     dirty = problem.tensors()[where].clone()
     if where == "w_hh":
         dirty[0, :, 3, :8] = patterns(dtype)
@@ -180,20 +183,15 @@ def test_no_number_hangs_a_kernel(dtype: torch.dtype, where: str, monkeypatch: p
         dirty[0, :, :8] = patterns(dtype)
     else:  # in some rows, of one batch tile and of the next
         for b in (1, 9):
-            dirty[(b, 0) if where in ("gates", "dy") else (0, b)] = patterns(dtype).repeat(4)
-    forward = problem.forward(TURNS, given={where: dirty})
-    backward = problem.backward(TURNS, forward, given={where: dirty})
+            dirty[(b, 0) if where in ("gates", "dy") else (0, b)] = patterns(dtype).repeat(H // 8)
+    forward = problem.forward(TURNS if form == "split" else config, given={where: dirty})
+    backward = problem.backward(config, forward, given={where: dirty})
     problem.inputs.update({where: dirty.double()} if where in problem.inputs else {})
     problem.cotangents.update({where: dirty.double()} if where in problem.cotangents else {})
     expected = problem.reference(torch.float64)
     assert any(v.isnan().any() for v in expected.values())
-    ours = {
-        "y": forward.h_ptr,
-        "hn": forward.hn_ptr,
-        "cn": forward.cn_ptr,
-        "dgates": backward.dgates_ptr,
-        "dc0": backward.dc0_ptr,
-    }
+    ours = {"y": forward.h_ptr, "hn": forward.hn_ptr, "cn": forward.cn_ptr}
+    ours |= {"dgates": backward.dgates_ptr, "dc0": backward.dc0_ptr}
     for name, t in ours.items():
         if where == "w_hh":  # which meets the zeros of rows that get no gradient, too
             assert (t.isnan() | ~expected[name].isnan()).all(), name
@@ -208,21 +206,30 @@ def sentinel(t: torch.Tensor) -> torch.Tensor:
 class Fault:
     """A function of the kernels' modules, or of the host's, replaced by another."""
 
-    def __init__(self, where: str, name: str, change: Callable[[Callable], Callable], **options: Any) -> None:
-        self.where, self.name, self.change, self.options = where, name, change, options
+    def __init__(
+        self,
+        where: str,
+        name: str,
+        change: Callable[[Callable], Callable],
+        config: Config = TURNS,
+        store: int = 2,
+        **options: Any,
+    ) -> None:
+        self.where, self.name, self.change, self.config, self.options = where, name, change, config, options
+        self.store = store  # that of the first program which is late
 
-    def run(self, monkeypatch: pytest.MonkeyPatch, late: float, timeout: float, config: Config = TURNS) -> bool:
+    def run(self, monkeypatch: pytest.MonkeyPatch, late: float, timeout: float) -> bool:
         """Whether the results of a run, in which one program is late, are wrong; a hang is a TimeoutError."""
         problem = Problem(torch.float16, **{"H": 32, "B": 12, "T": 3, **self.options})
         with monkeypatch.context() as patch:
             interpret(patch)
-            expected = problem.run(config)
+            expected = problem.run(self.config)
         with monkeypatch.context() as patch:
             modules = gluon_interpreter.interpreted()
             module = persistent if self.where == "host" else modules[self.where]
             patch.setattr(module, self.name, self.change(getattr(module, self.name)))
-            interpret(patch, late_store((0, 0, 0), 2, late), timeout, modules)
-            results = problem.run(config)
+            interpret(patch, late_store((0, 0, 0), self.store, late), timeout, modules)
+            results = problem.run(self.config)
         return not all_equal(list(results.values()), list(expected.values()))
 
 
@@ -233,6 +240,11 @@ def waiting(condition: Callable) -> Callable:
 
 def other_step(by: int) -> Callable:
     return lambda f: lambda buffers, place, s, *more: f(buffers, place, s + by, *more)
+
+
+def other_rows(received: Callable) -> Callable:
+    """No word is waited for."""
+    return lambda box, place, s, *more: received(box, place, place.T + s, *more)
 
 
 def keeping_all(step_of: Callable) -> Callable:
@@ -255,6 +267,10 @@ WRONG = {
     "a wrong slot, backward": Fault("persistent_backward", "gradients_after", other_step(1)),
     "a load too early": Fault("persistent_forward", "settle", without_settling),
     "a load too early, backward": Fault("persistent_backward", "settle", without_settling),
+    "words of any step are taken": Fault(
+        "persistent_split", "receive_code", lambda code: lambda: code().replace("@p bra again;", ""), SPLIT, 10, H=64
+    ),
+    "words that are not waited for": Fault("persistent_split", "received", other_rows, SPLIT_TURNS, H=64),
 }
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
+import torch
 import triton
 from fused_lstm.kernels import fragments
+from fused_lstm.kernels.fragments import Sequences
+from fused_lstm.kernels.persistent_backward import Backward
+from fused_lstm.kernels.persistent_forward import Forward
 from persistent_build import GPUS, PACKED, PLAIN, RAGGED, WORKLOADS, build, chosen, total
 from triton.backends.compiler import GPUTarget
 from triton.experimental import gluon
@@ -54,7 +61,7 @@ def test_what_an_h100_runs(H: int, B: int, R: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("target", GPUS)
-@pytest.mark.parametrize(("H", "B", "R", "dtype"), [(256, 48, 2, "fp16"), (512, 64, 1, "fp32"), (128, 9, 1, "bf16")])
+@pytest.mark.parametrize(("H", "B", "R", "dtype"), [(256, 48, 2, "fp16"), (512, 64, 1, "fp32"), (48, 9, 1, "bf16")])
 def test_other_targets(H: int, B: int, R: int, dtype: str, target: str) -> None:
     for kernel, config in chosen(H, B, R, dtype, target):
         check(kernel, config, H, B, R, dtype, target, RAGGED)
@@ -89,3 +96,49 @@ def test_the_elements_of_a_thread(swapped: bool) -> None:
             compiled()
     else:
         compiled()
+
+
+class Driver:
+    """What the JIT asks of a GPU before it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+class Warmup:
+    """A kernel that is compiled for its arguments, and not launched."""
+
+    def __init__(self, kernel: triton.JITFunction, compiled: list) -> None:
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+
+@pytest.mark.parametrize("form", ["whole", "split", "local"])
+def test_one_binary_for_all_lengths_and_batches(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The JIT takes what launch() passes, and compiles nothing anew for another T, B or layout of the rows."""
+    H, compiled = 64, []
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    for name, kernel in persistent.KERNELS.items():
+        monkeypatch.setitem(persistent.KERNELS, name, Warmup(kernel, compiled))
+    config = persistent.local(H) if form == "local" else Config(form, warps=4, tiles=2, ahead=True)
+    forward = replace(config, form="whole") if form == "split" else config
+    for T, B in ((1, 16), (7, 9)):
+        n = {"R": (1, B, H), "N": (T * B, 1, H), "G": (T * B, 1, 4, H), "w": (1, 4, H, H)}
+        t = {k: torch.zeros(v, dtype=torch.float16) for k, v in n.items()}
+        lengths = Sequences(lengths=torch.full((B,), T))
+        f = Forward(t["G"], t["w"], None, t["N"], t["N"].clone(), t["R"], t["R"], t["R"], t["R"], None)
+        persistent.forward(f, lengths, T, B, B, 1, 1, forward)
+        b = Backward(t["N"], None, None, t["G"], *[t["N"]] * 2, t["R"], t["R"], t["w"], t["G"].clone(), t["N"], t["R"], None)
+        persistent.backward(b, lengths, T, B, B, 1, 1, config)
+    assert len(compiled) == 4
+    assert compiled[0] is compiled[2]
+    assert compiled[1] is compiled[3]
+    assert [k.metadata.launch_cooperative_grid for k in compiled[:2]] == [form != "local"] * 2
