@@ -17,26 +17,40 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import __version__, launch
 from .call import ALIGNMENT, Rows
-from .launch.choose import Choice, choose, entry, file_name, read_table, user_folder, write_table
-from .launch.config import Device, LaunchConfig, Recurrence, ceil_div
-from .launch.schedules import estimate, persistent, refusal, stepwise_candidates
+from .launch.choose import (
+    BY_NAME,
+    SCHEDULES,
+    STEPWISE,
+    Choice,
+    choose,
+    entry,
+    file_name,
+    read_table,
+    user_folder,
+    write_table,
+)  # fmt: skip
+from .launch.config import Device, Recurrence, ceil_div
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 KINDS = {"fp16": "half", "bf16": "half"}
 
 
-def candidates(problem: Recurrence, device: Device, at_most: int) -> list[LaunchConfig]:
-    """The configurations that are worth measuring: those the model of their time likes best, of both schedules."""
-    found = {*stepwise_candidates(problem)}
-    if problem.T > 1:
-        found |= {c for c in persistent(problem, device) if refusal(c, problem, device) is None}
-    return sorted(found, key=lambda config: estimate(config, problem, device))[:at_most]
+def candidates(problem: Recurrence, device: Device, at_most: int) -> list[Any]:
+    """The configurations that are worth measuring: those the models of their time like best, of all schedules."""
+    able = [
+        config
+        for schedule in SCHEDULES
+        for config in schedule.candidates(problem, device)
+        if schedule.refusal(config, problem, device) is None
+    ]
+    return sorted(able, key=lambda config: BY_NAME[config.schedule].estimate(config, problem, device))[:at_most]
 
 
 class Trial:
@@ -63,7 +77,7 @@ class Trial:
         if self.problem.kernel == "forward":
             self.gates.copy_(self.x)
 
-    def run(self, config: LaunchConfig) -> Tensor:
+    def run(self, config: Any) -> Tensor:
         h0, c0, dh_n, dc_n = self.state
         with launch.forced(config):
             if self.problem.kernel == "forward":
@@ -75,7 +89,7 @@ class Trial:
             return self.out[0]
 
 
-def seconds(trial: Trial, config: LaunchConfig, repeats: int = 7) -> float:
+def seconds(trial: Trial, config: Any, repeats: int = 7) -> float:
     """Median time of a run after a first one, which compiles."""
     cuda, times = trial.x.is_cuda, []
     for n in range(repeats + 1):
@@ -101,7 +115,7 @@ class Result:
     """The fastest configuration of a problem, the heuristic's, and their seconds."""
 
     problem: Recurrence
-    best: LaunchConfig
+    best: Any
     best_seconds: float
     heuristic: Choice
     heuristic_seconds: float
@@ -112,18 +126,17 @@ class Result:
         return (
             f"{p.kernel:8} {p.arithmetic:4} H={p.H:<5} B={p.B:<5} R={p.R}: {1e6 * self.best_seconds / p.T:8.2f} us/step, "
             f"{self.heuristic_seconds / self.best_seconds:.2f}x the heuristic's, best of {self.measured}: "
-            f"{c.schedule} {c.block_b}x{c.block_h}x{c.block_k} rows={c.rows} "
-            f"warps={c.num_warps} resident={c.resident}{' swapped' if c.swap else ''}"
+            f"{c.schedule}, {c}"
         )
 
 
-def tune(trial: Trial, device: Device, at_most: int, timer: Callable[[Trial, LaunchConfig], float] = seconds) -> Result:
+def tune(trial: Trial, device: Device, at_most: int, timer: Callable[[Trial, Any], float] = seconds) -> Result:
     """Measure a problem's candidates. One whose result is not the reference's is refused, with a warning on stderr."""
     problem = trial.problem
     heuristic = choose(problem, device)
     configs = dict.fromkeys([heuristic.config, *candidates(problem, device, at_most)])
     trial.prepare()
-    reference = trial.run(stepwise_candidates(problem)[0]).double()
+    reference = trial.run(STEPWISE.candidates(problem, device)[0]).double()
     tolerance = 64 * torch.finfo(trial.x.dtype if problem.arithmetic != "tf32" else torch.float16).eps
     times = {}
     for config in configs:

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
@@ -170,24 +169,8 @@ class Redirected:
 
 def redirect_launches(monkeypatch: pytest.MonkeyPatch, schedule: str, run: Callable[..., None]) -> None:
     """Have :class:`Redirected` launch the kernels of a schedule from now on."""
-    from fused_lstm.launch.schedules import SCHEDULES
+    from fused_lstm.launch.choose import BY_NAME
 
-    from fused_lstm import launch
-
-    monkeypatch.setattr(launch, "_prepare", lru_cache(launch._prepare.__wrapped__))  # what it kept has kernels in it
-    kernels = SCHEDULES[schedule].kernels
+    kernels = BY_NAME[schedule].kernels
     for name, kernel in list(kernels.items()):
         monkeypatch.setitem(kernels, name, Redirected(kernel, run))
-
-
-def fork_launches(monkeypatch: pytest.MonkeyPatch, delays: Delays | None = None, timeout: float = 60.0) -> list[Program]:
-    """Run persistent launches by :func:`run_forked` from now on; returns the list that their grids are added to."""
-    grids = []
-
-    def forked(kernel: Any, grid: Program, args: tuple, meta: dict[str, Any]) -> None:
-        grids.append(grid)
-        run_forked(kernel, grid, args, meta, delays=delays, timeout=timeout)
-
-    monkeypatch.setattr("fused_lstm.launch.schedules.check_waiting", lambda _: None)  # processes may
-    redirect_launches(monkeypatch, "persistent", forked)
-    return grids

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from fused_lstm.kernels import stepwise
+from fused_lstm.kernels.buffers import Forward
 from fused_lstm.kernels.rows import Sequences
-from fused_lstm.launch.schedules import Launch
 from triton import knobs
 from triton.runtime import driver
 
 from fused_lstm import launch
 from fused_lstm.call import Rows
 from fused_lstm.launch import compiled
+from fused_lstm.launch.choose import stepwise_kernel
 from fused_lstm.launch.config import LaunchConfig, Recurrence, arithmetic
 
 pytestmark = pytest.mark.compile
@@ -99,17 +99,17 @@ class Call(NamedTuple):
 
     kernel: compiled.Kernel
     steps: range
-    buffers: stepwise.Forward
+    buffers: Forward
     sequences: Sequences
     size: tuple[int, int, int, int]  # T, B and the row strides
 
     def run(self) -> None:
-        self.kernel.run(*self[1:])
+        self.kernel.run((1, 1, 1), self.buffers, self.sequences, [(s, *self.size) for s in self.steps])
 
     def by_the_front_door(self) -> None:
         for s in self.steps:
             args = (self.buffers, self.sequences, s, *self.size, *self.kernel.constants)
-            self.kernel.kernel[self.kernel.grid](*args, **self.kernel.options)
+            self.kernel.kernels[self.kernel.name][1, 1, 1](*args, **self.kernel.options)
 
     def without(self, *names: str) -> Call:
         return self._replace(buffers=self.buffers._replace(**dict.fromkeys(names)))
@@ -117,9 +117,10 @@ class Call(NamedTuple):
 
 def call(dtype: torch.dtype = torch.float32, config: LaunchConfig = CONFIG) -> Call:
     """A forward recurrence of three steps of two rows that have lengths."""
-    buffers = stepwise.Forward(*(torch.zeros(32, dtype=dtype) for _ in stepwise.Forward._fields))
-    buffers = buffers._replace(running_ptr=torch.zeros(32))
-    kernel = Launch(Recurrence("forward", arithmetic(dtype, False), 3, 16, 2, 1), config, None, 1, dtype).kernel
+    buffers = Forward(*(torch.zeros(32, dtype=dtype) for _ in Forward._fields))
+    buffers = buffers._replace(running_ptr=torch.zeros(32), zeros_ptr=None)
+    problem = Recurrence("forward", arithmetic(dtype, False), 3, 16, 2, 1)
+    kernel = stepwise_kernel(compiled.Launch(problem, config, None, 1, dtype))
     return Call(kernel, range(3), buffers, Sequences(torch.full((2,), 3), None, None), (3, 2, 2, 1))
 
 
@@ -179,24 +180,21 @@ def test_layouts(name: str, gpu: Recorder) -> None:
     assert len(one.kernel.known) == (1 if name in ONE_LAYOUT else 2)
 
 
-def test_what_a_kernel_is_made_for() -> None:
-    """One for each dtype, size and configuration; T and the strides are arguments."""
+def test_what_launches_have_in_common() -> None:
+    """One kernel for each dtype, size and configuration; T and the strides are arguments."""
     rows, like = Rows(3, 2, False, 1), torch.zeros(1)
-    kernel = launch.prepare("forward", like, rows, 1, 16).kernel
-    assert launch.prepare("forward", like, Rows(5, 2, True, 1), 1, 16).kernel is kernel
+    one = launch.prepare("forward", like, rows, 1, 16)
+    assert launch.prepare("forward", like, Rows(5, 2, True, 1), 1, 16) is one
     others = [
-        launch.prepare(*arguments).kernel
+        launch.prepare(*arguments)
         for arguments in (
             ("backward", like, rows, 1, 16), ("forward", like.half(), rows, 1, 16), ("forward", like, rows, 2, 16),
             ("forward", like, rows._replace(directions=-1), 1, 16), ("forward", like, rows, 1, 32),
         )
     ]  # fmt: skip
     with launch.forced(LaunchConfig(16, 16, 32)):
-        others.append(launch.prepare("forward", like, rows, 1, 16).kernel)
-    made = [(k.kernel, k.constants, k.options) for k in (kernel, *others)]
-    assert all(k is not kernel for k in others)
-    assert made[2] == made[0], "but for the dtype, of which Triton makes kernels of their own"
-    assert sum(a == b for a in made for b in made) == len(made) + 2
+        others.append(launch.prepare("forward", like, rows, 1, 16))
+    assert len({id(launched) for launched in (one, *others)}) == 1 + len(others)
 
 
 def test_on_rocm_a_layout_tells_which_tensors_32_bits_reach(gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,21 +84,27 @@ def describe_stepwise(config: LaunchConfig, problem: Recurrence) -> str:
     return f"{problem.T} launches, one for each time step; {programs}"
 
 
+def stepwise_kernel(launch: Launch) -> Kernel:
+    """The kernel of a problem, compiled for its configuration."""
+    p, c = launch.problem, launch.config
+    precision = "tf32" if p.arithmetic == "tf32" else "ieee"
+    bf16 = INTERPRETED and launch.dtype == torch.bfloat16
+    config = Config(p.R, p.H, launch.directions, precision, bf16, c.block_b, c.block_h, c.block_k)
+    only_nvidia = {} if torch.version.hip else {"maxnreg": c.max_registers}
+    options = dict(num_warps=c.num_warps, num_stages=c.num_stages, enable_fp_fusion=True, **only_nvidia)
+    return Kernel(STEPWISE.kernels, p.kernel, (CELL[p.kernel], config), options)
+
+
 def launch_stepwise(launch: Launch, buffers: Any, rows: Rows) -> None:
-    p, c, T, B = launch.problem, launch.config, rows.T, rows.B
+    kernel, T, B = launch.problem.kernel, rows.T, rows.B
     if launch.kernel is None:
-        precision = "tf32" if p.arithmetic == "tf32" else "ieee"
-        bf16 = INTERPRETED and launch.dtype == torch.bfloat16
-        constants = CELL[p.kernel], Config(p.R, p.H, launch.directions, precision, bf16, c.block_b, c.block_h, c.block_k)
-        only_nvidia = {} if torch.version.hip else {"maxnreg": c.max_registers}
-        options = dict(num_warps=c.num_warps, num_stages=c.num_stages, enable_fp_fusion=True, **only_nvidia)
-        launch.kernel = Kernel(STEPWISE.kernels, p.kernel, constants, options)
+        launch.kernel = stepwise_kernel(launch)
     if T > 1:
-        ends = buffers.cn_ptr if p.kernel == "forward" else buffers.dc0_ptr
-        buffers = buffers._replace(running_ptr=wide(ends))
-    steps = range(T) if p.kernel == "forward" else range(T - 1, -1, -1)
+        buffers = buffers._replace(running_ptr=wide(buffers.cn_ptr if kernel == "forward" else buffers.dc0_ptr))
+    steps = range(T) if kernel == "forward" else range(T - 1, -1, -1)
     size = T, B, rows.stride_t, rows.stride_b
-    launch.kernel.run(c.grid(p.H, B, p.R), buffers, pointers(rows), [(s, *size) for s in steps])
+    grid = launch.config.grid(launch.problem.H, B, launch.problem.R)
+    launch.kernel.run(grid, buffers, pointers(rows), [(s, *size) for s in steps])
 
 
 def wide(like: Tensor) -> Tensor:
@@ -152,7 +158,8 @@ def choose(problem: Recurrence, device: Device | None, tables: Sequence[Table] =
         if able:
             best[schedule.name] = min(able, key=lambda config: schedule.estimate(config, problem, device))
         else:
-            refused.append(f"the {schedule.name} one {refusals[0] if refusals else f'has none for H = {problem.H}'}")
+            why = persistent.unsuitable(problem, device) or f"finds no room for the weights of H = {problem.H}"
+            refused.append(f"the persistent one {refusals[0] if refusals else why}")
     if problem.T == 1:
         return Choice(best["stepwise"], "one step, one launch")
     if len(best) == 1:

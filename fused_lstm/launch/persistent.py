@@ -49,6 +49,14 @@ class Config:
     at_once: int = 0  # recurrences of one launch, where not all find room
     ahead: bool = False  # a turn's states are asked for while the turn before is computed; with two tiles or more
 
+    def __post_init__(self) -> None:
+        if self.form not in ("whole", "split", "local"):
+            raise ValueError(f"form should be 'whole', 'split' or 'local', got {self.form!r}")
+        for name, least in (("units", 16), ("warps", 1), ("held", 0), ("tiles", 1), ("at_once", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} should be an integer of at least {least}, got {value!r}")
+
 
 def local(H: int) -> Config:
     """The configuration whose programs own all units."""
@@ -120,14 +128,22 @@ def shared_memory(config: Config, problem: Recurrence) -> int:
     return parts + states + elsewhere * chunk + on_the_way
 
 
-def refusal(config: Config, problem: Recurrence, gpu: Device) -> str | None:
-    """Why a device cannot run a configuration; None if it can."""
+def unsuitable(problem: Recurrence, gpu: Device) -> str | None:
+    """Why the schedule does not serve a problem, whatever the configuration."""
     if problem.T == 1:
         return "is for sequences of more than one step"
     if gpu.capability < (8, 0):
         return f"needs an NVIDIA GPU of compute capability 8.0 or newer, {gpu.name} is none"
     if problem.arithmetic not in ("half", "tf32"):
         return f"multiplies in half precision and in TF32, not in {problem.arithmetic}"
+    return None
+
+
+def refusal(config: Config, problem: Recurrence, gpu: Device) -> str | None:
+    """Why a device cannot run a configuration; None if it can."""
+    why = unsuitable(problem, gpu)
+    if why is not None:
+        return why
     if config.form == "local" and (problem.arithmetic != "half" or problem.H > 128):
         return "programs that own all units have at most 128, in half precision"
     x, y, z = grid(config, problem.H, problem.B, problem.R)
@@ -144,6 +160,8 @@ def refusal(config: Config, problem: Recurrence, gpu: Device) -> str | None:
 
 def candidates(problem: Recurrence, gpu: Device) -> list[Config]:
     """The few configurations that are worth a comparison; some may be refused."""
+    if unsuitable(problem, gpu):
+        return []
     if problem.arithmetic == "half" and problem.H <= 128:
         return [local(problem.H)]
     found = []
