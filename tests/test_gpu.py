@@ -21,9 +21,10 @@ import fused_lstm
 
 pytest.importorskip("triton")
 from fused_lstm import launch
-from fused_lstm.launch.config import SCHEDULES, LaunchConfig
+from fused_lstm.launch.choose import BY_NAME
+from fused_lstm.launch.config import LaunchConfig
 
-OTHERS = [name for name in SCHEDULES if name != "stepwise"]
+OTHERS = [name for name in BY_NAME if name != "stepwise"]
 RAGGED = "hx lengths resets"
 SIZES = [  # H, B, directions
     (64, 16, 1), (64, 300, 2), (128, 48, 2), (256, 16, 1), (512, 64, 1), (528, 8, 1), (768, 16, 1), (1024, 64, 1),
@@ -63,7 +64,7 @@ class Problem:
         if not schedule:
             return nullcontext()
         if DEVICE == "cpu":
-            return launch.forced(LaunchConfig(16, 16, 16, schedule=schedule))
+            return launch.forced(LaunchConfig(16, 16, 16))
         return by_schedule(schedule, launch.device(0), launch.arithmetic(DTYPES[self.kind], self.kind == "tf32"), *self.size)
 
     def run(self, schedule: str = "") -> list[Tensor]:
@@ -119,7 +120,7 @@ def test_schedules_agree_in_the_interpreter(kind: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", BY_NAME)
 def test_a_few_steps(schedule: str) -> None:
     """What compute-sanitizer looks at."""
     for H in (64, 256):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from math import nan
 
 import pytest
 import torch
 from checks import DEVICE, Rule, skip_unless_it_compiles
-from pairs import all_equal
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -209,12 +207,10 @@ def test_empty_batch() -> None:
     assert not db_hh.any()
 
 
-CONFIGS = {  # stepwise tilings of up to 64 hidden units, and one that keeps them all in one persistent program
+CONFIGS = {
     "stepwise": LaunchConfig(16, 16, 16),
     "wide": LaunchConfig(16, 32, 64),
     "tall": LaunchConfig(64, 16, 32),
-    "local": LaunchConfig(16, 64, 64, schedule="persistent", resident=1),
-    "local swapped": LaunchConfig(32, 64, 64, schedule="persistent", resident=1, swap=True, rows=7),
 }
 
 
@@ -229,22 +225,6 @@ def test_many_configurations(dtype: torch.dtype, name: str) -> None:
     ]
     with launch.forced(CONFIGS[name]):
         check(problems)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_both_schedules_give_equal_bits(dtype: torch.dtype) -> None:
-    problems = [
-        Problem(dtype, T=5, B=20, H=48, directions=2),
-        Problem(dtype, T=5, B=5, H=48, directions=2, mode="lengths", resets=True),
-        Problem(dtype, T=5, B=5, H=16, directions=-1, mode="packed", resets=True),
-    ]
-    local = LaunchConfig(16, 64, 64, schedule="persistent", resident=1)
-    results = []
-    for config in (LaunchConfig(16, 64, 64), local, replace(local, swap=True)):
-        with launch.forced(config):
-            results.append([t for p in problems for t in p.run("triton", dtype)])
-    assert all_equal(results[0], results[1])
-    assert all_equal(results[0], results[2])
 
 
 def test_a_configuration_is_forced_for_one_block_of_code() -> None:

@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 from fused_lstm import tune
 from fused_lstm.launch.config import Device, LaunchConfig, Recurrence
 
-H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 * 1024, wgmma=True)
-LOCAL = LaunchConfig(16, 16, 16, schedule="persistent", resident=1)
+H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 * 1024, (9, 0))
+WIDE = LaunchConfig(16, 16, 32)
 STEPWISE = LaunchConfig(16, 16, 16)
 
 
@@ -21,8 +21,8 @@ def test_candidates_are_of_both_schedules_and_can_run() -> None:
     for kernel in ("forward", "backward"):
         found = tune.candidates(Recurrence(kernel, "half", 100, 512, 64, 1), H100, 1000)
         assert {c.schedule for c in found} == {"stepwise", "persistent"}
-        assert len(found) == len(set(found)) > 10
-        assert tune.candidates(Recurrence(kernel, "half", 100, 512, 64, 1), H100, 3) == found[:3]
+        assert len(found) == len(set(found)) >= 3
+        assert tune.candidates(Recurrence(kernel, "half", 100, 512, 64, 1), H100, 2) == found[:2]
         single = tune.candidates(Recurrence(kernel, "half", 1, 512, 64, 1), H100, 1000)
         assert {c.schedule for c in single} == {"stepwise"}
 
@@ -35,11 +35,11 @@ class TestInTheInterpreter:
 
     @pytest.fixture
     def trial(self, kernel: str, R: int, monkeypatch: pytest.MonkeyPatch) -> tune.Trial:
-        monkeypatch.setattr(tune, "candidates", lambda *_: [STEPWISE, LOCAL])
+        monkeypatch.setattr(tune, "candidates", lambda *_: [STEPWISE, WIDE])
         return tune.Trial(Recurrence(kernel, "fp32", 3, 16, 2, R), torch.float32, torch.device("cpu"))
 
     def test_the_fastest_is_taken(self, trial: tune.Trial) -> None:
-        for fast, slow in ((LOCAL, STEPWISE), (STEPWISE, LOCAL)):
+        for fast, slow in ((WIDE, STEPWISE), (STEPWISE, WIDE)):
             result = tune.tune(trial, H100, 8, lambda _, config, fast=fast: 1.0 if config == fast else 3.0)
             assert result.best == fast != slow
             assert result.best_seconds == 1.0
@@ -47,14 +47,14 @@ class TestInTheInterpreter:
             assert "3.00x the heuristic's, best of 3" in str(result)
 
     def test_times_are_those_of_the_run(self, trial: tune.Trial) -> None:
-        assert 0 < tune.seconds(trial, LOCAL, 1) < 60
+        assert 0 < tune.seconds(trial, WIDE, 1) < 60
 
     def test_a_wrong_result_is_refused(
         self, trial: tune.Trial, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
         right = trial.run
-        monkeypatch.setattr(trial, "run", lambda config: right(config) * (1.01 if config == LOCAL else 1.0))
-        assert tune.tune(trial, H100, 8, lambda _, config: 1.0 if config == LOCAL else 2.0).best != LOCAL
+        monkeypatch.setattr(trial, "run", lambda config: right(config) * (1.01 if config == WIDE else 1.0))
+        assert tune.tune(trial, H100, 8, lambda _, config: 1.0 if config == WIDE else 2.0).best != WIDE
         assert "not taken: LaunchConfig(block_b=16" in capsys.readouterr().err
 
 

@@ -1,0 +1,142 @@
+"""Compile the stepwise kernels for GPUs that need not be there, and read what became of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from fused_lstm.kernels.buffers import Backward, Forward
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fused_lstm.call import Rows
+from fused_lstm.launch import INTERPRETED
+from fused_lstm.launch.choose import STEPWISE
+from fused_lstm.launch.compiled import Launch
+from fused_lstm.launch.config import LaunchConfig, Recurrence, arithmetic
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Shared memory that one program may use, in bytes.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
+TENSOR_CORE = ("HMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the compiler made of one kernel. Registers, spills and instructions are read from NVIDIA machine code only."""
+
+    shared: int  # bytes of shared memory for each program
+    ttir: str
+    registers: int = 0  # for each thread
+    spills: int = 0  # bytes of stack for each thread
+    instructions: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def tensor_core(self) -> int:
+        return sum(self.instructions[name] for name in TENSOR_CORE)
+
+
+class Absent:
+    """A driver of a GPU that need not be there: what Triton asks in order to compile for it."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.number = TARGETS[target], list(TARGETS).index(target)
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+class Compiler:
+    """In a kernel's place, compiles it for the arguments of a launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.compiled = kernel, None
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            self.compiled = self.kernel.warmup(*args, grid=grid, **options)
+
+        return launch
+
+
+def compile_kernel(
+    kind: str, config: LaunchConfig, target: str, dtype: torch.dtype, tf32: bool, H: int, R: int = 1, directions: int = 1,
+    absent: Sequence[str] = (), rows: Sequence[str] = (),
+) -> Built:  # fmt: skip
+    """Compile ``kind`` ("forward" or "backward") for ``target``.
+
+    ``absent`` names buffers that are None, ``rows`` what the sequences have: "lengths" or "packed", "resets".
+    """
+    data = torch.zeros(16, dtype=dtype)
+    fields = {"forward": Forward, "backward": Backward}[kind]
+    buffers = fields(*(None if name in absent or name in fields._field_defaults else data for name in fields._fields))
+    lengths = torch.ones(1, dtype=torch.int64) if {"lengths", "packed"} & {*rows} else None
+    resets = torch.zeros(1, dtype=torch.bool) if "resets" in rows else None
+    sequences = Rows(2, 1, False, directions, lengths, lengths if "packed" in rows else None, resets)
+    assert not INTERPRETED
+    compiler = Compiler(STEPWISE.kernels[kind])
+    problem = Recurrence(kind, arithmetic(dtype, tf32), 2, H, 1, R)
+    driver.set_active(Absent(target))
+    try:
+        rocm = "7" if TARGETS[target].backend == "hip" else None
+        with patch.dict(STEPWISE.kernels, {kind: compiler}), patch.object(torch.version, "hip", rocm):
+            STEPWISE.launch(Launch(problem, config, None, directions, dtype), buffers, sequences)
+    finally:
+        driver._active = None  # whichever there is, found when it is asked for
+    compiled = compiler.compiled
+    built = {"shared": compiled.metadata.shared, "ttir": compiled.asm["ttir"]}
+    if "cubin" not in compiled.asm:
+        return Built(**built)
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    registers, spills = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return Built(**built, registers=registers, spills=spills, instructions=count(sass))
+
+
+def count(sass: str) -> Counter[str]:
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.MULTILINE))
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def output(*command: str) -> str:
+            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+        return output(str(tools / "cuobjdump"), "-res-usage"), output(str(tools / "nvdisasm"))
+
+
+TRAINING = {"rows": ("lengths", "resets")}  # the most demanding flags
+ARITHMETIC = {
+    "fp16": (torch.float16, False), "bf16": (torch.bfloat16, False), "tf32": (torch.float32, True),
+    "fp32": (torch.float32, False), "fp64": (torch.float64, False),
+}  # fmt: skip
+
+
+def kind_of(name: str) -> str:
+    return arithmetic(*ARITHMETIC[name])
