@@ -200,10 +200,10 @@ def stub_new(stub: Stub) -> Forced:
     compiled.driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0))
     triton.JITFunction.__getitem__ = lambda *_: stub.launch
 
-    def remember(key: tuple, _: None) -> compiled.Compiled:
-        return compiled._known.setdefault(key, compiled.Compiled(None, stub.launch, None, None))
+    def remember(kernel: compiled.Kernel, key: tuple, _: None) -> compiled.Compiled:
+        return kernel.known.setdefault(key, compiled.Compiled(None, stub.launch, None, None))
 
-    compiled.remember = remember
+    compiled.Kernel.remember = remember
     return partial(forced, gpu=Device("H100", 132, 232_448, wgmma=True))
 
 

@@ -138,8 +138,9 @@ def by_schedule(name: str, device: Any, arithmetic: str, T: int, H: int, B: int,
     """The kernels by one schedule, whatever would be chosen. Raises CannotRun where the device has none that fits."""
     from fused_lstm import launch
     from fused_lstm.launch.config import KERNELS, Recurrence
+    from fused_lstm.launch.schedules import SCHEDULES
 
-    schedule, configs = launch.SCHEDULES[name], []
+    schedule, configs = SCHEDULES[name], []
     for kernel in KERNELS:
         problem = Recurrence(kernel, arithmetic, T, H + -H % 16, B, R)
         found = schedule.candidates(problem, device)
