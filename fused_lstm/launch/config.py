@@ -84,7 +84,7 @@ class LaunchConfig:
     ahead: int = 1
     swap: bool = False
     rows: int = 0  # 0: block_b
-    max_registers: int | None = None  # for each thread; None: as the compiler likes, which may be fewer than it needs
+    max_registers: int | None = None  # of a thread; None: the compiler chooses, and may choose too few and spill
 
     def __post_init__(self) -> None:
         for name in ("block_b", "block_h", "block_k"):

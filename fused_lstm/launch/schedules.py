@@ -220,7 +220,7 @@ def _resident(tile: Tile, problem: Recurrence, device: Device) -> Iterator[Launc
             yield replace(config, rows=rows)
 
 
-# What the model below reckons with, in microseconds and bytes or multiply-adds per microsecond: public numbers of H100s.
+# The constants of estimate(), from public numbers of H100s: times in microseconds, bytes and multiply-adds per microsecond.
 LAUNCH, BARRIER, STEP = 2.5, 1.2, 0.7  # STEP: a step's own latencies, whatever its size
 L2_PROGRAM, L2_DEVICE = 42e3, 5.5e6  # bytes
 MULTIPLY_ADDS = {"half": 1.7e6, "tf32": 0.85e6, "fp32": 0.2e6, "fp64": 0.1e6}  # of a multiprocessor
