@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,40 +152,11 @@ def stub_products(stub: Stub) -> None:
     Tensor.addmm_ = Tensor.baddbmm_ = add_product
 
 
-def stub_package(stub: Stub) -> Forced:
-    """Let fused_lstm take CPU tensors for those of an H100, and launch nothing. Returns what forces a schedule on it."""
-    return (stub_old if importlib.util.find_spec("fused_lstm.engine") else stub_new)(stub)
-
-
 Forced = Callable[[Case, torch.dtype], AbstractContextManager]
 
 
-def stub_old(stub: Stub) -> Forced:
-    from fused_lstm.config import Device, refusal
-
-    from fused_lstm import choose, dispatch, launch, ops, spec
-
-    h100 = Device("H100", 132, 232_448, wgmma=True)
-
-    @contextmanager
-    def forced(case: Case, _: torch.dtype) -> Iterator[None]:
-        def chosen(problem: Any, *_: Any) -> choose.Choice:
-            if case.schedule == "stepwise":
-                return choose.Choice(next(iter(choose.stepwise(problem))), "")
-            return choose.Choice(next(c for c in choose.persistent(problem, h100) if refusal(c, problem, h100) is None), "")
-
-        launch._choose.cache_clear()
-        launch.choose_config = chosen
-        yield
-
-    launch.launch = stub.launch
-    dispatch.SUPPORTS["triton"] = lambda p: (True, "stubbed")
-    ops._products = lambda a, b: a.t() @ b  # as on a GPU
-    spec.check_range = ops.check_range = lambda lengths, T: None  # as on a GPU, where it would wait for the device
-    return forced
-
-
-def stub_new(stub: Stub) -> Forced:
+def stub_package(stub: Stub) -> Forced:
+    """Let fused_lstm take CPU tensors for those of an H100, and launch nothing. Returns what forces a schedule on it."""
     import triton
 
     from fused_lstm import call, plan, recurrence
@@ -204,7 +174,7 @@ def stub_new(stub: Stub) -> Forced:
         return kernel.known.setdefault(key, compiled.Compiled(None, stub.launch, None, None))
 
     compiled.Kernel.remember = remember
-    return partial(forced, gpu=Device("H100", 132, 232_448, wgmma=True))
+    return partial(forced, gpu=Device("H100", 132, 232_448, (9, 0)))
 
 
 def forced(case: Case, dtype: torch.dtype, gpu: Any = None) -> AbstractContextManager:

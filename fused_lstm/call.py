@@ -366,7 +366,7 @@ def as_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> T
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
-    """For backward passes: autocast casts what a layer is given, before it runs, and is to cast nothing else."""
+    """Switches autocast off for a backward pass: the layer's inputs were cast before it ran; nothing else is to be cast."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return NOTHING
     device = x.device.type

@@ -121,7 +121,7 @@ def settle(
         lengths, same = as_lengths(lengths, T, B, input.device)
     if resets is not None:
         resets = as_resets(resets, tuple(input.shape[:2]), input.device)
-        if T == 1 and lengths is None:  # then a reset is no more than a state of zero
+        if T == 1 and lengths is None:  # with a single step, a reset only clears the state before it
             return _cleared(hx, resets, stack), PLAIN
         same = 0
         if lengths is None and resets.device.type == "cpu" and not traced():
@@ -205,7 +205,7 @@ def run_layers(
 
     ``transformed``: by torch.func. The input products are then left to torch, which maps them and their gradients well.
     """
-    if sequences.lengths is not None:  # whatever padding holds, it must not meet a zero gradient in a product
+    if sequences.lengths is not None:  # else a NaN in padding, times its gradient of zero, makes dW_ih NaN
         x = torch.where(_valid(x, stack, sequences.lengths), x, 0)
     return each_layer(_layer, x, hx, weights, stack, stack, sequences, engine, transformed, keep)
 
@@ -341,7 +341,7 @@ def problem_of(
 def check(
     input: Tensor, hx: tuple[Tensor, Tensor], weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None
 ) -> None:
-    """Shapes, dtypes and devices of a functional call, by the words that torch.nn.LSTM uses."""
+    """Check shapes, dtypes and devices of a functional call; the messages are those of torch.nn.LSTM."""
     if stack.num_layers < 1:
         raise ValueError(f"num_layers must be greater than zero, got {stack.num_layers}")
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:

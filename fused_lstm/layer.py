@@ -17,7 +17,7 @@ from .plan import BACKENDS, Plan, choose
 
 L = TypeVar("L", bound=nn.RNNBase)
 M = TypeVar("M", bound=nn.Module)
-TorchLSTM = nn.LSTM  # the class, for users may let the name stand for the one below while a model is built
+TorchLSTM = nn.LSTM  # torch's class, also while a user has set torch.nn.LSTM to ours to build a model
 
 
 class LSTM(nn.RNNBase):
@@ -82,8 +82,9 @@ class LSTM(nn.RNNBase):
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        # RNNBase keeps a list, which functional_call and parametrizations would leave behind the times. Asked of the
-        # module each time, weight_norm, swapped and tied parameters need nothing more.
+        # RNNBase stores a list of its weights. functional_call and parametrizations replace weights later, and that list
+        # would still hold the old ones. So they are looked up at each call: then weight_norm and swapped or tied
+        # parameters work as well.
         held = self._parameters
         return [held[name] if name in held else getattr(self, name, None) for name in self._flat_weights_names]
 
@@ -196,7 +197,8 @@ class LSTM(nn.RNNBase):
                     f"step: with an input of {dims} dimensions, expected h and c of {dims + 1}, got shapes "
                     f"{tuple(state[0].shape)} and {tuple(state[1].shape)}"
                 )
-        # A view's address is looked at where there is one.
+        # One tensor given twice, or two views that begin at the same address. A compiler knows no addresses, and a tensor
+        # without memory has address 0.
         same = state is not None and (
             state[0] is state[1]
             or (not torch.compiler.is_compiling() and inplace and state[0].data_ptr() == state[1].data_ptr() != 0)

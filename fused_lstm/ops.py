@@ -139,7 +139,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tenso
     grads: Sequence[Tensor | None] = [None] * N_INPUTS
     if dy is not None or dh_n is not None or dc_n is not None:
         grads = _gradient(dy, dh_n, dc_n, *tensors, *ctx.options, y, gates, c, needs)
-    others = len(ctx.needs_input_grad) - N_INPUTS  # torch leaves out what is given as its default
+    others = len(ctx.needs_input_grad) - N_INPUTS  # torch has no entry for an argument that equals its default
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * others
 
 

@@ -276,8 +276,9 @@ def choose_compiled(
 
 
 def unknown_sizes() -> bool:
-    """Whether a graph may hold a tensor whose size only its op knows, as oneDNN's workspace. Where not, as in torch.compile
-    without ``fullgraph``, it would break the graph; it is then not kept but made again in the backward pass."""
+    """Whether a graph may hold oneDNN's workspace, whose size is not known before the op has run. torch.export and
+    ``torch.compile(fullgraph=True)`` allow that. Without ``fullgraph`` such a tensor would break the graph; then the op does
+    not return the workspace, and computes it again in the backward pass."""
     return torch.compiler.is_exporting() or torch._dynamo.config.capture_dynamic_output_shape_ops
 
 

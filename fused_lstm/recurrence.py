@@ -98,7 +98,7 @@ def backward(
         h_prev = x.new_empty((N, R * H))
         if gates is not None:
             flat = dgates = x.new_empty((N, R * 4 * H))
-        else:  # not kept; their gradients then overwrite them
+        else:  # the gates were not kept: compute them again, then overwrite them with dgates
             dgates = gates = _activated(call, rows, y, h_prev.view(N, R, H), start)
             flat = gates.view(N, R * 4 * H)
         dc0 = _engine(call.engine).recurrence_backward(
@@ -116,7 +116,7 @@ def backward(
             dw_hh = torch.cat(list(map(outer, flat.chunk(R, 1), h_prev.chunk(R, 1))))
         if needs[5] or needs[6]:
             db_ih = flat.sum(0)
-            db_hh = db_ih.clone() if needs[5] else db_ih  # two tensors, for what is done to one in place
+            db_hh = db_ih.clone() if needs[5] else db_ih  # not one tensor twice: users may change a .grad in place
         if (needs[1] or needs[7]) and call.h0 is not None:
             first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(flat.chunk(R, 1))]
             if needs[1]:

@@ -182,8 +182,9 @@ def recurrence_backward(
     for r in range(R):
         h_prev[:, r] = rows.previous(y, None if h0 is None else h0[r], r)
         c_prev[:, r] = rows.previous(c_all, None if c0 is None else c0[r], r)
-    # What each pre-activation does to c, or in the output gate's case to h, is known for all steps before the loop. dgates
-    # may be the memory of gates: of these, a line first reads what it writes over.
+    # Before the loop, for all steps: the derivative of c_s by the pre-activations of i, f and g, and of h_s by that of o.
+    # They are written to dgates, which may be the memory of gates. So each line reads its gates before it overwrites them,
+    # and f, which the loop reads again, is copied.
     i, f, g, o = gates.unbind(2)
     f = f.clone()
     tanh_c = torch.tanh(c_all)

@@ -54,7 +54,7 @@ def batch_rows(sequences, offs_b, mask, r, T, row_stride_t, row_stride_b, DIRECT
 
 @triton.jit
 def data_rows(sequences, batch, s):
-    """Data row of step s of each batch row, int64. Meaningless, but in range of int64, where s is not a step of the row."""
+    """Data row of step s of each batch row, int64. For a batch row without a step s it is some number, to be masked."""
     t = tl.where(batch.backwards, batch.lengths - 1 - s, s)
     if sequences.starts_ptr is None:
         rows = t * batch.row_stride_t + batch.offs_b.to(tl.int64) * batch.row_stride_b

@@ -26,7 +26,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)  # the page writes a file
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "backend: aten" in capsys.readouterr().out

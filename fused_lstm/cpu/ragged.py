@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What a step costs beside its rows, a call beside its steps, and cutting beside calls, as numbers of rows of a step; the
-# last two but for a part are inversely proportional to H (measured, H from 64 to 640).
+# Measured costs, for H from 64 to 640, in units of the time that one row adds to one step: of a step, whatever its rows; of
+# a call, CALL_COST + CALL_COST_TIMES_H / H; of cutting a layout into blocks, CUT_COST_TIMES_H / H.
 STEP_COST = 4
 CALL_COST, CALL_COST_TIMES_H, CUT_COST_TIMES_H = 40, 28_000, 40_000
 
@@ -95,7 +95,7 @@ class Unfolding:
         cells = torch.zeros_like(times)
         self.blocks, taken = [], 0
         for first, end in pairwise(marks):
-            n = B if first == 0 else int((ends > first).sum())  # without blocks the host is asked for nothing
+            n = B if first == 0 else int((ends > first).sum())  # only a CPU has further blocks: no sync
             part = slice(first, end), slice(n)
             columns = [mask[part] for mask in (padding, flags) if mask is not None]
             self.blocks.append(Block((end - first, n), times[part].flatten(), Rest(blank[part].flatten()), columns))
@@ -160,15 +160,16 @@ def cuts(ends: Tensor, steps: int, H: int) -> list[int]:
 
 
 class Rest:
-    """Those of ``mask`` (N,) that hold nothing."""
+    """The data rows that hold no step, where ``mask`` (N,) is True."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask[:, None]
-        # On a CPU their index is soon found, and filling few rows is several times quicker than a choice for each number.
+        # On a CPU the indices of these rows are cheap to find, and to fill few rows by index is several times faster than
+        # masked_fill, which decides for every element.
         self.index = mask.nonzero()[:, 0] if mask.device.type == "cpu" else None
 
     def clear_(self, data: Tensor) -> Tensor:
-        """Put zero there, in data (N, features)."""
+        """Put zero in these rows of data (N, features)."""
         return data.masked_fill_(self.mask, 0) if self.index is None else data.index_fill_(0, self.index, 0)
 
     def cleared(self, data: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ def _in_segments(
     """Gradients by x, h0, c0 and the weights, from those by y, h_n and c_n, with the graph of one segment at a time."""
     needs = [needs[0], True, True, *needs[3:]]  # the states hand the gradient from segment to segment
     dy, dh, dc = grads
-    # Both are made of the first part: what vmap has mapped (is_grads_batched) goes only where that is mapped too.
+    # dx and totals are allocated when the first part's gradients are there, and from these: under is_grads_batched vmap has
+    # mapped them, and they can only be written to tensors that are mapped as well.
     dx: Tensor | None = None
     totals: list[Tensor | None] = [None] * len(weights)
     for (first, end), h, c in reversed(list(zip(direction.segments(), states[::2], states[1::2], strict=True))):

@@ -226,7 +226,7 @@ def tables(device_name: str) -> tuple[Table, ...]:
 
 
 def read_table(path: Path) -> Table:
-    """Raises ValueError for a file that is no table: what it says is not to be lost in silence."""
+    """The table in a file. Raises ValueError if the file holds none, rather than go on as if it were not there."""
     try:
         entries = json.loads(path.read_text())["configs"]
         if not isinstance(entries, list):

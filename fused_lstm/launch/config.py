@@ -83,7 +83,7 @@ class LaunchConfig:
     block_k: int
     num_warps: int = 4
     num_stages: int = 2
-    max_registers: int | None = None  # for each thread; None: as the compiler likes, which may be fewer than it needs
+    max_registers: int | None = None  # of a thread; None: the compiler chooses, and may choose too few and spill
 
     def __post_init__(self) -> None:
         for name in ("block_b", "block_h", "block_k"):
