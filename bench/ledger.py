@@ -145,7 +145,7 @@ def loads(ttgir: str, place: int) -> tuple[int, int]:
             pointers |= {
                 carried for carried, start in re.findall(r"(%[\w$.#-]+) = (%[\w$.#-]+)", operation) if start in pointers
             }
-        elif operation.startswith(("tt.load", "ttg.async_copy_global_to_local")):
+        elif operation.startswith(("tt.load", "ttg.async_copy_global_to_local", "amdg.buffer_load")):
             if operands[0] in pointers:
                 inside, outside = inside + (loop is not None), outside + (loop is None)
         elif "!tt.ptr" in operation and "tt.func" not in line and pointers.intersection(operands):
