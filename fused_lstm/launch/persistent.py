@@ -108,7 +108,7 @@ def _held(config: Config, problem: Recurrence, gpu: Device) -> int | None:
     chunk, states = _columns(config, problem.kernel) * words, 8 * words * chunks * (2 if config.ahead else 1)
     if chunks * chunk + states <= WHOLLY[problem.arithmetic][kind]:
         return chunks
-    if kind == "split" and config.ahead and problem.arithmetic == "tf32":
+    if problem.kernel == "backward" and problem.arithmetic == "tf32" and config.ahead:
         return None
     least = next((n for n in range(chunks) if shared_memory(replace(config, held=n), problem) <= gpu.shared_memory), chunks)
     partly = PARTLY[problem.arithmetic][kind]
