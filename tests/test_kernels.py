@@ -249,7 +249,7 @@ def test_a_configuration_is_forced_for_one_block_of_code() -> None:
 # --- The two recurrences alone, without the GEMMs around them
 
 
-SCHEDULES = pytest.mark.parametrize("name", ["stepwise", "local"])
+TILES = pytest.mark.parametrize("name", ["stepwise", "wide"])
 WRITTEN = ("y", "h_n", "c_n", "gates", "c", "dgates", "h_prev", "dc0")
 
 
@@ -286,7 +286,7 @@ class Recurrence:
         return written
 
 
-@SCHEDULES
+@TILES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [("b_hh", "h0", "c0", "dc_n"), ("dy", "dh_n")])
 def test_none_is_zero(parts: tuple[str, ...], name: str, dtype: torch.dtype) -> None:
@@ -303,7 +303,7 @@ def test_none_is_zero(parts: tuple[str, ...], name: str, dtype: torch.dtype) -> 
         assert torch.equal(none[k].nan_to_num(7), zero[k].nan_to_num(7)), k  # NaN is what nobody wrote
 
 
-@SCHEDULES
+@TILES
 @pytest.mark.parametrize("states", [True, False])
 def test_padding_is_zero_and_rows_without_steps_hand_through(name: str, states: bool) -> None:
     p = Recurrence(torch.float32)
@@ -319,7 +319,7 @@ def test_padding_is_zero_and_rows_without_steps_hand_through(name: str, states: 
         assert torch.equal(through, torch.zeros_like(through) if initial is None else initial[:, p.without_steps]), k
 
 
-@SCHEDULES
+@TILES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_adds_the_bias_as_well_as_if_added_before(name: str, dtype: torch.dtype) -> None:
     rule, names = Rule(), ("y", "h_n", "c_n")

@@ -9,9 +9,8 @@ import pytest
 import torch
 import triton
 from fused_lstm.kernels import fragments
-from fused_lstm.kernels.fragments import Sequences
-from fused_lstm.kernels.persistent_backward import Backward
-from fused_lstm.kernels.persistent_forward import Forward
+from fused_lstm.kernels.buffers import Backward, Forward
+from fused_lstm.kernels.rows import Sequences
 from persistent_build import GPUS, PACKED, PLAIN, RAGGED, WORKLOADS, build, chosen, total
 from triton.backends.compiler import GPUTarget
 from triton.experimental import gluon
@@ -133,10 +132,10 @@ def test_one_binary_for_all_lengths_and_batches(form: str, monkeypatch: pytest.M
     for T, B in ((1, 16), (7, 9)):
         n = {"R": (1, B, H), "N": (T * B, 1, H), "G": (T * B, 1, 4, H), "w": (1, 4, H, H)}
         t = {k: torch.zeros(v, dtype=torch.float16) for k, v in n.items()}
-        lengths = Sequences(lengths=torch.full((B,), T))
-        f = Forward(t["G"], t["w"], None, t["N"], t["N"].clone(), t["R"], t["R"], t["R"], t["R"], None)
+        lengths = Sequences(torch.full((B,), T), None, None)
+        f = Forward(t["G"], t["w"], None, t["N"], t["N"].clone(), t["R"], t["R"], t["R"], t["R"])
         persistent.forward(f, lengths, T, B, B, 1, 1, forward)
-        b = Backward(t["N"], None, None, t["G"], *[t["N"]] * 2, t["R"], t["R"], t["w"], t["G"].clone(), t["N"], t["R"], None)
+        b = Backward(t["N"], None, None, t["G"], *[t["N"]] * 2, t["R"], t["R"], t["w"], t["G"].clone(), t["N"], t["R"])
         persistent.backward(b, lengths, T, B, B, 1, 1, config)
     assert len(compiled) == 4
     assert compiled[0] is compiled[2]

@@ -72,8 +72,6 @@ def test_explain_says_how_the_kernels_are_launched() -> None:
     assert plan.kernels.keys() == {"forward", "backward"}
     assert "forward pass: " in str(plan)
     if device == "cpu":
-        assert plan.kernels["forward"].startswith(
-            "one launch for the whole sequence, weights on chip, no barrier; 1 x 1 x 2"
-        )
+        assert plan.kernels["forward"].startswith("5 launches, one for each time step; 1 x 1 x 2 programs of 32 units")
     with torch.no_grad():
         assert fused_lstm.explain(layer, torch.randn(5, 3, 8, device=device)).kernels.keys() == {"forward"}

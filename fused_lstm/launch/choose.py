@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    "half": Tiles(SMALLEST, 64, (32, 16), 64),
+    "half": Tiles(SMALLEST, 64, (32, 16), 64, max_registers=255),
     "tf32": Tiles(64, 64, (32, 16), 32),
     "fp32": Tiles(SMALLEST, 64, (16,), 16, max_registers=255),
     "fp64": Tiles(SMALLEST, 16, (16,), 16, num_warps=4),
