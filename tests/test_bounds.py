@@ -1,4 +1,4 @@
-"""Every load and store of the stepwise kernels stays within its arguments: checked address by address in Triton's interpreter."""
+"""Every load and store of the stepwise kernels is within its arguments: each address is checked in Triton's interpreter."""
 
 from __future__ import annotations
 
