@@ -5,7 +5,7 @@ VENV ?= .venv
 JOBS ?= auto
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench ledger lint clean
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,9 @@ bench: setup
 	@$(BIN)/python bench/run.py --suite all --quick --processes 2 --modes inference training --json runs/bench/results.json; \
 		status=$$?; $(BIN)/python bench/report.py runs/bench/results.json && exit $$status  # of what there is, in any case
 	$(BIN)/python bench/host.py --json runs/bench/host.json
+
+ledger: setup
+	$(BIN)/python tests/persistent_build.py sm_80 sm_90 sm_100 sm_120
 
 lint: setup
 	$(BIN)/pip install --quiet --editable '.[dev]'
