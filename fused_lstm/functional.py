@@ -310,14 +310,14 @@ def problem_of(
         B, T = shape[:2] if stack.batch_first else (shape[1], shape[0])
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    functions = active()
+    functions, projected = active(), stack.projects(weights)
     return Problem(
         input.device.type,
         dtype,
         T,
         B,
         weights[0].shape[0] // 4,
-        weights[1].shape[1] if stack.projects(weights) else 0,
+        weights[1].shape[1] if projected else 0,
         stack.num_layers,
         stack.bidirectional,
         sizes is not None,

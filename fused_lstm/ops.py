@@ -96,7 +96,7 @@ def layer(call: LayerCall) -> Kept:
     """Run one layer, with a gradient if it saves what that needs: eager calls at once, all others as an op."""
     if plain(call[:11]):
         if call.save and torch.is_grad_enabled():
-            return Kept(*LayerFunction.apply(*call), None, None)  # gates and cell states are the gradient's own
+            return Kept(*_apply(*call), None, None)  # gates and cell states are the gradient's own
         return recurrence.forward(call)
     if call.save and active() and not torch.compiler.is_compiling():
         return Kept(*MappedLayerFunction.apply(*call))
@@ -160,6 +160,10 @@ class LayerFunction(torch.autograd.Function):
         kept = recurrence.forward(call)
         _keep(ctx, call, kept)
         return kept[:3]
+
+
+# Function.apply without what it does for torch.func, which no plain call is under.
+_apply = super(torch.autograd.Function, LayerFunction).apply
 
 
 def _keep_inputs(ctx: Any, inputs: tuple, output: tuple) -> None:

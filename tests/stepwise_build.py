@@ -18,7 +18,7 @@ from fused_lstm.kernels.buffers import Backward, Forward
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fused_lstm.call import Rows
+from fused_lstm.call import Rows, accumulator_dtype
 from fused_lstm.launch import INTERPRETED
 from fused_lstm.launch.choose import STEPWISE
 from fused_lstm.launch.compiled import Launch
@@ -93,6 +93,7 @@ def compile_kernel(
     data = torch.zeros(16, dtype=dtype)
     fields = {"forward": Forward, "backward": Backward}[kind]
     buffers = fields(*(None if name in absent or name in fields._field_defaults else data for name in fields._fields))
+    buffers = buffers._replace(running_ptr=data.to(accumulator_dtype(dtype)))
     lengths = torch.ones(1, dtype=torch.int64) if {"lengths", "packed"} & {*rows} else None
     resets = torch.zeros(1, dtype=torch.bool) if "resets" in rows else None
     sequences = Rows(2, 1, False, directions, lengths, lengths if "packed" in rows else None, resets)
@@ -103,7 +104,7 @@ def compile_kernel(
     try:
         rocm = "7" if TARGETS[target].backend == "hip" else None
         with patch.dict(STEPWISE.kernels, {kind: compiler}), patch.object(torch.version, "hip", rocm):
-            STEPWISE.launch(Launch(problem, config, None, directions, dtype), buffers, sequences)
+            STEPWISE.launch(Launch(problem, config, STEPWISE, None, directions, dtype), buffers, sequences)
     finally:
         driver._active = None  # whichever there is, found when it is asked for
     compiled = compiler.compiled

@@ -23,7 +23,7 @@ from triton.runtime import driver
 from fused_lstm import launch
 from fused_lstm.call import Rows
 from fused_lstm.launch import compiled
-from fused_lstm.launch.choose import stepwise_kernel
+from fused_lstm.launch.choose import STEPWISE, launch_stepwise, stepwise_kernel
 from fused_lstm.launch.config import LaunchConfig, Recurrence, arithmetic
 
 pytestmark = pytest.mark.compile
@@ -119,8 +119,7 @@ def call(dtype: torch.dtype = torch.float32, config: LaunchConfig = CONFIG) -> C
     """A forward recurrence of three steps of two rows that have lengths."""
     buffers = Forward(*(torch.zeros(32, dtype=dtype) for _ in Forward._fields))
     buffers = buffers._replace(running_ptr=torch.zeros(32), zeros_ptr=None)
-    problem = Recurrence("forward", arithmetic(dtype, False), 3, 16, 2, 1)
-    kernel = stepwise_kernel(compiled.Launch(problem, config, None, 1, dtype))
+    kernel = stepwise_kernel.__wrapped__("forward", arithmetic(dtype, False), dtype, 1, 16, 1, config)
     return Call(kernel, range(3), buffers, Sequences(torch.full((2,), 3), None, None), (3, 2, 2, 1))
 
 
@@ -281,3 +280,15 @@ def test_threads(gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
             done.result()
     assert len(gpu.launches) == 9 + 3 * 60
     assert all(launched.function == right[id(launched.args[0])] for launched in gpu.launches)
+
+
+def test_another_batch_size_is_no_other_kernel() -> None:
+    kernels = set()
+    for B in (2, 3, 5):
+        problem = Recurrence("forward", "fp32", 2, 16, B, 1)
+        launched = compiled.Launch(problem, CONFIG, STEPWISE, None, 1, torch.float32)
+        rows = Rows(1, B, False, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled.Kernel, "run", lambda kernel, *_: kernels.add(kernel))
+            launch_stepwise(launched, Forward(*[None] * 9), rows)
+    assert len(kernels) == 1

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..call import ALIGNMENT, Problem, Rows
+from ..call import ALIGNMENT, Problem, Rows, accumulator_dtype
 from ..gemm import tf32_allowed
 from ..kernels.buffers import Backward, Forward
 from .choose import BY_NAME, choose, describe, tables
@@ -77,16 +77,23 @@ def _prepare(
     problem = Recurrence(kernel, arithmetic(dtype, tf32), 1 if single else 2, H, B, R)
     gpu = None if index is None else device(index)
     config = config or choose(problem, gpu, tables(gpu.name) if gpu else ()).config
-    return Launch(problem, config, gpu, directions, dtype)
+    return Launch(problem, config, BY_NAME[config.schedule], gpu, directions, dtype)
 
 
 def _run(launch: Launch, buffers: Forward | Backward, rows: Rows) -> None:
-    run = BY_NAME[launch.config.schedule].launch
     if launch.device is None:
-        run(launch, buffers, rows)
+        launch.run(launch, buffers, rows)
         return
     with torch.cuda._DeviceGuard(buffers.w_hh_ptr.device.index):  # Triton launches on the current device
-        run(launch, buffers, rows)
+        launch.run(launch, buffers, rows)
+
+
+def _running(launch: Launch, ends: Tensor) -> Tensor | None:
+    """Where launches of single steps keep what runs from one to the next: in ``ends`` itself if that is wide enough."""
+    if not launch.stepwise or launch.problem.T == 1:
+        return None
+    dtype = accumulator_dtype(ends.dtype)
+    return ends if ends.dtype == dtype else torch.empty_like(ends, dtype=dtype)
 
 
 def recurrence_forward(
@@ -106,8 +113,7 @@ def recurrence_forward(
     c_n = torch.empty_like(h_n)
     if rows.B:
         launch = prepare("forward", gates, rows, R, H)
-        buffers = Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n)
-        _run(launch, buffers, rows)
+        _run(launch, Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n, _running(launch, c_n)), rows)
     return h_n, c_n
 
 
@@ -131,6 +137,6 @@ def recurrence_backward(
     dc0 = gates.new_empty((R, rows.B, H))
     if rows.B:
         launch = prepare("backward", gates, rows, R, H)
-        buffers = Backward(dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0)
-        _run(launch, buffers, rows)
+        running = _running(launch, dc0)
+        _run(launch, Backward(dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0, running), rows)
     return dc0

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 
-from ..call import Rows, accumulator_dtype
+from ..call import Rows
 from ..kernels.cell import lstm_backward, lstm_forward
 from ..kernels.stepwise import Config, lstm_backward_step, lstm_forward_step
 from .compiled import INTERPRETED, Kernel, Launch, Schedule, pointers
@@ -84,33 +83,27 @@ def describe_stepwise(config: LaunchConfig, problem: Recurrence) -> str:
     return f"{problem.T} launches, one for each time step; {programs}"
 
 
-def stepwise_kernel(launch: Launch) -> Kernel:
-    """The kernel of a problem, compiled for its configuration."""
-    p, c = launch.problem, launch.config
-    precision = "tf32" if p.arithmetic == "tf32" else "ieee"
-    bf16 = INTERPRETED and launch.dtype == torch.bfloat16
-    config = Config(p.R, p.H, launch.directions, precision, bf16, c.block_b, c.block_h, c.block_k)
-    only_nvidia = {} if torch.version.hip else {"maxnreg": c.max_registers}
-    options = dict(num_warps=c.num_warps, num_stages=c.num_stages, enable_fp_fusion=True, **only_nvidia)
-    return Kernel(STEPWISE.kernels, p.kernel, (CELL[p.kernel], config), options)
+@lru_cache(maxsize=1024)
+def stepwise_kernel(
+    kernel: str, arithmetic: str, dtype: torch.dtype, R: int, H: int, directions: int, config: LaunchConfig
+) -> Kernel:
+    """A kernel for problems of any T and B."""
+    precision = "tf32" if arithmetic == "tf32" else "ieee"
+    bf16 = INTERPRETED and dtype == torch.bfloat16
+    constants = Config(R, H, directions, precision, bf16, config.block_b, config.block_h, config.block_k)
+    only_nvidia = {} if torch.version.hip else {"maxnreg": config.max_registers}
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **only_nvidia)
+    return Kernel(STEPWISE.kernels, kernel, (CELL[kernel], constants), options)
 
 
 def launch_stepwise(launch: Launch, buffers: Any, rows: Rows) -> None:
-    kernel, T, B = launch.problem.kernel, rows.T, rows.B
+    p, T, B = launch.problem, rows.T, rows.B
     if launch.kernel is None:
-        launch.kernel = stepwise_kernel(launch)
-    if T > 1:
-        buffers = buffers._replace(running_ptr=wide(buffers.cn_ptr if kernel == "forward" else buffers.dc0_ptr))
-    steps = range(T) if kernel == "forward" else range(T - 1, -1, -1)
+        what = p.kernel, p.arithmetic, launch.dtype, p.R, p.H, launch.directions, launch.config
+        launch.kernel, launch.grid = stepwise_kernel(*what), launch.config.grid(p.H, B, p.R)
+    steps = range(T) if p.kernel == "forward" else range(T - 1, -1, -1)
     size = T, B, rows.stride_t, rows.stride_b
-    grid = launch.config.grid(launch.problem.H, B, launch.problem.R)
-    launch.kernel.run(grid, buffers, pointers(rows), [(s, *size) for s in steps])
-
-
-def wide(like: Tensor) -> Tensor:
-    """A tensor of the accumulator's dtype: ``like`` itself if it has that."""
-    dtype = accumulator_dtype(like.dtype)
-    return like if like.dtype == dtype else torch.empty_like(like, dtype=dtype)
+    launch.kernel.run(launch.grid, buffers, pointers(rows), [(s, *size) for s in steps])
 
 
 CELL = {"forward": lstm_forward, "backward": lstm_backward}

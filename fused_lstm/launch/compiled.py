@@ -85,9 +85,19 @@ class Kernel:
 class Launch:
     """What all launches of one kernel for one problem have in common."""
 
-    def __init__(self, problem: Recurrence, config: Any, device: Device | None, directions: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        problem: Recurrence,
+        config: Any,
+        schedule: Schedule,
+        device: Device | None,
+        directions: int,
+        dtype: torch.dtype,
+    ) -> None:
         self.problem, self.config, self.device, self.directions, self.dtype = problem, config, device, directions, dtype
-        self.kernel: Kernel | None = None  # once it was launched, where one serves the problem
+        self.run, self.stepwise = schedule.launch, schedule.name == "stepwise"
+        self.kernel: Kernel | None = None  # this and its grid once it was launched, by a schedule that has but one
+        self.grid = (0, 0, 0)
 
 
 class Schedule(NamedTuple):
