@@ -378,8 +378,8 @@ def each_layer(
 ) -> Result:
     """x through the layers, with dropout between them; ``run`` is given each layer's input, its states (D, B, ...) or None,
     its weights by direction, and ``more``."""
-    if stack.num_layers == 1 and not stack.bidirectional:
-        return run(x, states, (weights,), *more)
+    if stack.num_layers == 1:
+        return run(x, states, stack.groups(weights) if stack.bidirectional else (weights,), *more)
     groups, D, last = stack.groups(weights), stack.directions, []
     for layer in range(stack.num_layers):
         part = slice(layer * D, (layer + 1) * D)
