@@ -1,4 +1,4 @@
-"""300 random configurations against torch.nn.LSTM, on every backend, by the error rule."""
+"""300 random configurations against torch.nn.LSTM, on every backend (160 on the kernels), by the error rule."""
 
 import pytest
 import torch
@@ -15,6 +15,6 @@ pytestmark = [
 @pytest.mark.parametrize("backend", ["auto", "aten", "reference", pytest.param("triton", marks=pytest.mark.kernels)])
 def test_300_random_configurations(backend: str, dtype: torch.dtype) -> None:
     rule = Rule()
-    for seed in range(DTYPES.index(dtype), 300, len(DTYPES)):
+    for seed in range(DTYPES.index(dtype), 160 if backend == "triton" else 300, len(DTYPES)):
         add_config(rule, Config.random(seed, dtype, largest=40 if backend == "triton" else 70), backend)
     rule.check()
