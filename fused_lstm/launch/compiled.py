@@ -36,8 +36,8 @@ class Compiled(NamedTuple):
 class Kernel:
     """One of a schedule's kernels with its constants and options, to be launched again and again.
 
-    What it is compiled for depends on its arguments' layout: which tensors there are, dtypes (of one kernel always the same
-    ones here), alignment, the width of integers; not on T, B or strides. The first launch of a layout goes through Triton's
+    What it is compiled for depends on its arguments' layout: which tensors there are, their dtypes (here that of the gates
+    tells all), alignment, the width of integers; not on T, B or strides. The first launch of a layout goes through Triton's
     front door, which takes a hundred microseconds to find that out. Those that follow go to what it compiled.
     """
 
@@ -54,7 +54,8 @@ class Kernel:
             return
         device = driver.active.get_current_device()
         wide = max(numbers[0]) > INT32
-        key = (device, wide, *[t if t is None else t.data_ptr() % 16 for t in (*buffers, *sequences)])
+        aligned = [t if t is None else t.data_ptr() % 16 for t in (*buffers, *sequences)]
+        key = (device, wide, buffers.gates_ptr.dtype, *aligned)
         if HIP:  # there also whether 32-bit offsets reach all of a tensor
             key += tuple([t is not None and t.untyped_storage().size() > INT32 for t in (*buffers, *sequences)])
         found, stream = self.known.get(key), driver.active.get_current_stream(device)
