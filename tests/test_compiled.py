@@ -152,7 +152,9 @@ ONE_LAYOUT: dict[str, Callable[[Call], Call]] = {
     "other strides": lambda c: c._replace(size=(3, 2, 1, 3)),
 }
 OTHER_LAYOUTS: dict[str, Callable[[Call], Call]] = {
-    "another dtype": lambda c: c._replace(buffers=Forward(*(t if t is None else t.half() for t in c.buffers))),
+    "another dtype": lambda c: c._replace(
+        buffers=Forward(*(t if t is None else t.half() for t in c.buffers))._replace(running_ptr=c.buffers.running_ptr)
+    ),
     "an unaligned pointer": lambda c: c._replace(buffers=c.buffers._replace(w_hh_ptr=UNALIGNED)),
     "T beyond 2^31": lambda c: c._replace(size=(LARGE, 2, 2, 1)),
     "B beyond 2^31": lambda c: c._replace(size=(3, LARGE, LARGE, 1)),
