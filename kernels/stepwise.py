@@ -1,8 +1,7 @@
 """One fused launch for each time step: h W_hh^T, three gates, candidate, cell update and output; and its gradients.
 
-The buffers and their shapes are in the glossary of this package (kernels/__init__.py). A program owns BLOCK_H hidden units,
-of all four gates, for BLOCK_B batch rows of one recurrence. It reads the state before the step and writes the one after it;
-the next launch finds it there.
+The buffers and their shapes are in buffers.py. A program owns BLOCK_H hidden units, of all four gates, for BLOCK_B batch
+rows of one recurrence. It reads the state before the step and writes the one after it; the next launch finds it there.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from .rows import batch_rows, carried, data_rows, padding_rows
 
 
 @dataclass(frozen=True)
-class Config:
+class Constants:
     """What a kernel is compiled for, beside the types of its arguments."""
 
     R: int

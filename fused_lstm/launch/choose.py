@@ -18,7 +18,7 @@ import triton
 
 from ..call import Rows
 from ..kernels.cell import lstm_backward, lstm_forward
-from ..kernels.stepwise import Config, lstm_backward_step, lstm_forward_step
+from ..kernels.stepwise import Constants, lstm_backward_step, lstm_forward_step
 from .compiled import INTERPRETED, Kernel, Launch, Schedule, pointers
 from .config import SMALLEST, Device, LaunchConfig, Recurrence, ceil_div, power_of_two
 
@@ -53,8 +53,12 @@ def candidates(problem: Recurrence, device: Device | None = None) -> list[Launch
     ]
 
 
-def refusal(config: LaunchConfig, problem: Recurrence, device: Device) -> None:
+def unsuitable(problem: Recurrence, device: Device) -> None:
     """Nothing: any device runs a launch for each step."""
+
+
+def refusal(config: LaunchConfig, problem: Recurrence, device: Device) -> None:
+    """Nothing, likewise."""
 
 
 # What the model below reckons with, in microseconds and bytes or multiply-adds per microsecond: public numbers of H100s.
@@ -90,7 +94,7 @@ def stepwise_kernel(
     """A kernel for problems of any T and B."""
     precision = "tf32" if arithmetic == "tf32" else "ieee"
     bf16 = INTERPRETED and dtype == torch.bfloat16
-    constants = Config(R, H, directions, precision, bf16, config.block_b, config.block_h, config.block_k)
+    constants = Constants(R, H, directions, precision, bf16, config.block_b, config.block_h, config.block_k)
     only_nvidia = {} if torch.version.hip else {"maxnreg": config.max_registers}
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **only_nvidia)
     return Kernel(STEPWISE.kernels, kernel, (CELL[kernel], constants), options)
@@ -109,13 +113,13 @@ def launch_stepwise(launch: Launch, buffers: Any, rows: Rows) -> None:
 CELL = {"forward": lstm_forward, "backward": lstm_backward}
 STEPWISE = Schedule(
     "stepwise", LaunchConfig, {"forward": lstm_forward_step, "backward": lstm_backward_step},
-    candidates, refusal, estimate, describe_stepwise, launch_stepwise,
+    unsuitable, candidates, refusal, estimate, describe_stepwise, launch_stepwise,
 )  # fmt: skip
-PERSISTENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # Gluon is there
-if PERSISTENT:
+GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+if GLUON:
     from . import persistent
 
-SCHEDULES = (STEPWISE, persistent.PERSISTENT) if PERSISTENT else (STEPWISE,)
+SCHEDULES = (STEPWISE, persistent.PERSISTENT) if GLUON else (STEPWISE,)
 BY_NAME = {schedule.name: schedule for schedule in SCHEDULES}
 
 
@@ -143,7 +147,7 @@ def choose(problem: Recurrence, device: Device | None, tables: Sequence[Table] =
         if config is not None and BY_NAME[config.schedule].refusal(config, problem, device) is None:
             return Choice(config, f"measured on {device.name}, {table.source}", measured=True)
     best: dict[str, Any] = {}
-    refused = [] if PERSISTENT else ["the persistent one needs Triton 3.6 or newer"]
+    refused = [] if GLUON else ["the persistent one needs Triton 3.6 or newer"]
     for schedule in SCHEDULES:
         candidates = schedule.candidates(problem, device)
         refusals = [schedule.refusal(config, problem, device) for config in candidates]
@@ -151,8 +155,8 @@ def choose(problem: Recurrence, device: Device | None, tables: Sequence[Table] =
         if able:
             best[schedule.name] = min(able, key=lambda config: schedule.estimate(config, problem, device))
         else:
-            why = persistent.unsuitable(problem, device) or f"finds no room for the weights of H = {problem.H}"
-            refused.append(f"the persistent one {refusals[0] if refusals else why}")
+            why = schedule.unsuitable(problem, device) or f"finds no room for the weights of H = {problem.H}"
+            refused.append(f"the {schedule.name} one {refusals[0] if refusals else why}")
     if problem.T == 1:
         return Choice(best["stepwise"], "one step, one launch")
     if len(best) == 1:

@@ -107,6 +107,7 @@ class Schedule(NamedTuple):
     name: str  # as a configuration's ``schedule`` has it
     config: type  # of its configurations
     kernels: dict[str, Any]
+    unsuitable: Callable[[Recurrence, Device], str | None]  # why it does not serve a problem, whatever the configuration
     candidates: Callable[[Recurrence, Device], list[Any]]
     refusal: Callable[[Any, Recurrence, Device], str | None]  # why a device cannot run a configuration
     estimate: Callable[[Any, Recurrence, Device], float]  # microseconds of the whole recurrence, roughly
