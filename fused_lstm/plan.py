@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -62,6 +63,8 @@ def triton_interpreted() -> bool | None:
     """Whether the kernels run in Triton's interpreter; None where there is no Triton."""
     if importlib.util.find_spec("triton") is None:
         return None
+    if not os.environ.get("TRITON_INTERPRET"):
+        return False  # without importing Triton, which takes a CPU's first call a second
     from . import launch
 
     return launch.INTERPRETED

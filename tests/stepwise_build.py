@@ -20,7 +20,7 @@ from triton.runtime import driver
 
 from fused_lstm.call import Rows, accumulator_dtype
 from fused_lstm.launch import INTERPRETED
-from fused_lstm.launch.choose import STEPWISE
+from fused_lstm.launch.choose import STEPWISE, stepwise_kernel
 from fused_lstm.launch.compiled import Launch
 from fused_lstm.launch.config import LaunchConfig, Recurrence, arithmetic
 
@@ -101,6 +101,7 @@ def compile_kernel(
     compiler = Compiler(STEPWISE.kernels[kind])
     problem = Recurrence(kind, arithmetic(dtype, tf32), 2, H, 1, R)
     driver.set_active(Absent(target))
+    stepwise_kernel.cache_clear()  # of one for another kind of GPU
     try:
         rocm = "7" if TARGETS[target].backend == "hip" else None
         with patch.dict(STEPWISE.kernels, {kind: compiler}), patch.object(torch.version, "hip", rocm):

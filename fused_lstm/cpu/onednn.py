@@ -90,17 +90,17 @@ def forward(call: LayerCall, rows: Rows) -> Kept:
     x may hold an input (..., I) for each of several members.
     """
     x, save, R, H = call.x, call.save and not call.recompute, call.R, call.H
-    states = c_n = x.new_empty((R, rows.B, H))
+    states = x.new_empty((R, rows.B, H))
     workspace = None
     if rows.B == 0:  # which oneDNN does not take
-        y, h_n = x.new_empty((*x.shape[:-1], R * H)), torch.empty_like(c_n)
+        y, h_n = x.new_empty((*x.shape[:-1], R * H)), torch.empty_like(states)
     else:
         runs, h0 = _directions(call, rows)
         ys, hs, cs, spaces = zip(*(run.forward(h0[r], save) for r, run in enumerate(runs)), strict=True)
         y = _as_given(torch.cat(ys, -1) if len(ys) > 1 else ys[0], rows)
         h_n, states = torch.stack(hs), torch.stack(cs)
-        c_n = states.clone() if call.save else states
         workspace = torch.cat(spaces) if save else None
+    c_n = states.clone() if call.save else states
     return Kept(y, h_n, c_n, workspace, states if call.save else None)
 
 
