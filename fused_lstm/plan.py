@@ -1,4 +1,4 @@
-"""Which way a call runs, and why: an ordered list of verifiers, each of which answers with a reason."""
+"""Which way a call runs, and why: each backend says whether it serves a call, with a reason."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def triton_interpreted() -> bool | None:
 
 @cache
 def triton_too_old() -> str | None:
-    """The version of a Triton that does not know all that the kernels use (tl.range's disable_licm); None if it does."""
+    """The version of a Triton older than those the kernels are meant for; None if it is new enough."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # ROCm's has another name
