@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import __version__, launch
 from .call import ALIGNMENT, Rows
-from .launch.choose import (
+from .launch.choice import (
     BY_NAME,
     SCHEDULES,
     STEPWISE,
@@ -36,7 +36,7 @@ from .launch.choose import (
     user_folder,
     write_table,
 )  # fmt: skip
-from .launch.config import Device, Recurrence, ceil_div
+from .launch.schedule import Device, Recurrence, ceil_div
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 KINDS = {"fp16": "half", "bf16": "half"}

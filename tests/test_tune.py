@@ -10,11 +10,12 @@ import fused_lstm
 
 pytest.importorskip("triton")
 from fused_lstm import tune
-from fused_lstm.launch.config import Device, LaunchConfig, Recurrence
+from fused_lstm.launch.schedule import Device, Recurrence
+from fused_lstm.launch.stepwise import StepwiseConfig
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 * 1024, (9, 0))
-WIDE = LaunchConfig(16, 16, 32)
-STEPWISE = LaunchConfig(16, 16, 16)
+WIDE = StepwiseConfig(16, 16, 32)
+STEPWISE = StepwiseConfig(16, 16, 16)
 
 
 def test_candidates_are_of_both_schedules_and_can_run() -> None:
@@ -55,7 +56,7 @@ class TestInTheInterpreter:
         right = trial.run
         monkeypatch.setattr(trial, "run", lambda config: right(config) * (1.01 if config == WIDE else 1.0))
         assert tune.tune(trial, H100, 8, lambda _, config: 1.0 if config == WIDE else 2.0).best != WIDE
-        assert "not taken: LaunchConfig(block_b=16" in capsys.readouterr().err
+        assert "not taken: StepwiseConfig(block_b=16" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -11,110 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 
-from ..call import Rows
-from ..kernels.cell import lstm_backward, lstm_forward
-from ..kernels.stepwise import Constants, lstm_backward_step, lstm_forward_step
-from .compiled import INTERPRETED, Kernel, Launch, Schedule, pointers
-from .config import SMALLEST, Device, LaunchConfig, Recurrence, ceil_div, power_of_two
+from .schedule import SMALLEST, Device, Recurrence, power_of_two
+from .stepwise import STEPWISE, StepwiseConfig
 
-
-class Tiles(NamedTuple):
-    """The tiles open to the stepwise schedule for one kind of arithmetic; none of them spills on sm_90."""
-
-    min_block_b: int
-    max_block_b: int
-    blocks_h: tuple[int, ...]
-    block_k: int
-    num_warps: int = 8
-    max_registers: int | None = None
-
-
-TILES = {
-    "half": Tiles(SMALLEST, 64, (32, 16), 64, max_registers=255),
-    "tf32": Tiles(64, 64, (32, 16), 32),
-    "fp32": Tiles(SMALLEST, 64, (16,), 16, max_registers=255),
-    "fp64": Tiles(SMALLEST, 16, (16,), 16, num_warps=4),
-}
-
-
-def candidates(problem: Recurrence, device: Device | None = None) -> list[LaunchConfig]:
-    """Every configuration with a launch for each time step."""
-    tiles = TILES[problem.arithmetic]
-    block_b = min(max(power_of_two(problem.B), tiles.min_block_b), tiles.max_block_b)
-    return [
-        LaunchConfig(block_b, block_h, tiles.block_k, tiles.num_warps, max_registers=tiles.max_registers)
-        for block_h in tiles.blocks_h
-        if block_h <= max(problem.H, SMALLEST)
-    ]
-
-
-def unsuitable(problem: Recurrence, device: Device) -> None:
-    """Nothing: any device runs a launch for each step."""
-
-
-def refusal(config: LaunchConfig, problem: Recurrence, device: Device) -> None:
-    """Nothing, likewise."""
-
-
-# What the model below reckons with, in microseconds and bytes or multiply-adds per microsecond: public numbers of H100s.
-LAUNCH, STEP = 2.5, 0.7  # STEP: a step's own latencies, whatever its size
-L2_PROGRAM, L2_DEVICE = 42e3, 5.5e6  # bytes
-MULTIPLY_ADDS = {"half": 1.7e6, "tf32": 0.85e6, "fp32": 0.2e6, "fp64": 0.1e6}  # of a multiprocessor
-
-
-def estimate(config: LaunchConfig, problem: Recurrence, device: Device) -> float:
-    """Microseconds of the whole recurrence, roughly: good for a comparison, not for a promise."""
-    x, y, z = config.grid(problem.H, problem.B, problem.R)
-    segments, width = (1, 4) if problem.kernel == "forward" else (4, 1)
-    K, N = segments * ceil_div(problem.H, config.block_k) * config.block_k, width * config.block_h
-    M = max(config.block_b, 64) if device.wgmma and problem.arithmetic in ("half", "tf32") else config.block_b
-    multiply = M * N * K / MULTIPLY_ADDS[problem.arithmetic]
-    states = min(config.block_b, problem.B) * segments * problem.H * problem.element_size
-    weights = ceil_div(problem.H, config.block_k) * config.block_k * 4 * config.block_h * problem.element_size
-    waves = ceil_div(x * y * z, device.multiprocessors)
-    moved = max((states + weights) / L2_PROGRAM, x * y * z * (states + weights) / L2_DEVICE / waves)
-    return problem.T * (LAUNCH + waves * (STEP + multiply + moved))
-
-
-def describe_stepwise(config: LaunchConfig, problem: Recurrence) -> str:
-    x, y, z = config.grid(problem.H, problem.B, problem.R)
-    programs = f"{x} x {y} x {z} programs of {config.block_h} units x {config.block_b} rows"
-    return f"{problem.T} launches, one for each time step; {programs}"
-
-
-@lru_cache(maxsize=1024)
-def stepwise_kernel(
-    kernel: str, arithmetic: str, dtype: torch.dtype, R: int, H: int, directions: int, config: LaunchConfig
-) -> Kernel:
-    """A kernel for problems of any T and B."""
-    precision = "tf32" if arithmetic == "tf32" else "ieee"
-    bf16 = INTERPRETED and dtype == torch.bfloat16
-    constants = Constants(R, H, directions, precision, bf16, config.block_b, config.block_h, config.block_k)
-    only_nvidia = {} if torch.version.hip else {"maxnreg": config.max_registers}
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **only_nvidia)
-    return Kernel(STEPWISE.kernels, kernel, (CELL[kernel], constants), options)
-
-
-def launch_stepwise(launch: Launch, buffers: Any, rows: Rows) -> None:
-    p, T, B = launch.problem, rows.T, rows.B
-    if launch.kernel is None:
-        what = p.kernel, p.arithmetic, launch.dtype, p.R, p.H, launch.directions, launch.config
-        launch.kernel, launch.grid = stepwise_kernel(*what), launch.config.grid(p.H, B, p.R)
-    steps = range(T) if p.kernel == "forward" else range(T - 1, -1, -1)
-    size = T, B, rows.stride_t, rows.stride_b
-    launch.kernel.run(launch.grid, buffers, pointers(rows), [(s, *size) for s in steps])
-
-
-CELL = {"forward": lstm_forward, "backward": lstm_backward}
-STEPWISE = Schedule(
-    "stepwise", LaunchConfig, {"forward": lstm_forward_step, "backward": lstm_backward_step},
-    unsuitable, candidates, refusal, estimate, describe_stepwise, launch_stepwise,
-)  # fmt: skip
 GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 if GLUON:
     from . import persistent
@@ -168,7 +71,7 @@ def choose(problem: Recurrence, device: Device | None, tables: Sequence[Table] =
 def _interpreted(problem: Recurrence) -> Choice:
     """For Triton's interpreter, whose time goes by the number of operations, not by their size."""
     block_h, block_k = (min(max(power_of_two(problem.H), SMALLEST), most) for most in (64, 256))
-    return Choice(LaunchConfig(16, block_h, block_k), "Triton's interpreter, which runs programs one after another")
+    return Choice(StepwiseConfig(16, block_h, block_k), "Triton's interpreter, which runs programs one after another")
 
 
 def describe(choice: Choice, problem: Recurrence, device: Device | None) -> str:
