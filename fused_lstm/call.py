@@ -57,6 +57,16 @@ NOTHING = nullcontext()
 ALIGNMENT = 16  # hidden units that the kernels see come in multiples of it: they read rows in vectors
 
 
+class OnGPU(NamedTuple):
+    """What decides on a GPU between the kernels and torch's own LSTM, beside the rest of a problem."""
+
+    index: int  # the device's
+    input_size: int
+    tf32: bool  # fp32 products may be TF32
+    dropout: bool  # acts
+    kernels_only: bool  # torch is told to be deterministic, or not to use cuDNN
+
+
 class Problem(NamedTuple):
     """What one call of the layer asks for; all that its plan may depend on."""
 
@@ -78,6 +88,7 @@ class Problem(NamedTuple):
     transformed: bool = False  # a transform of torch.func is at work
     ensemble: bool = False  # vmap maps over the weights
     forward_mode: bool = False  # a level of forward-mode AD is open
+    gpu: OnGPU | None = None  # on CUDA, for calls that are not compiled
 
 
 class LayerCall(NamedTuple):

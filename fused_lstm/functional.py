@@ -15,6 +15,7 @@ from .call import (
     PLAIN,
     Kept,
     LayerCall,
+    OnGPU,
     Problem,
     Result,
     Sequences,
@@ -31,6 +32,7 @@ from .call import (
     traced,
 )
 from .cpu import aten, segments
+from .gemm import tf32_allowed
 from .plan import HALVES, Way, choose, choose_compiled, unknown_sizes
 
 
@@ -335,7 +337,13 @@ def problem_of(
         functions,
         functions and mapped(weights),
         forward_mode(),
+        _on_gpu(input, stack) if input.is_cuda else None,
     )
+
+
+def _on_gpu(input: Tensor, stack: Stack) -> OnGPU:
+    kernels_only = torch.are_deterministic_algorithms_enabled() or not torch.backends.cudnn.enabled
+    return OnGPU(input.device.index, input.shape[-1], tf32_allowed(), stack.dropout > 0, kernels_only)
 
 
 def check(

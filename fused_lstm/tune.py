@@ -1,10 +1,11 @@
-"""Measure the launch configurations on this machine's GPU and keep the fastest.
+"""Measure on this machine's GPU: the launch configurations, and then the layer beside torch's own LSTM.
 
-    python -m fused_lstm.tune [--hidden 256 512] [--batch 16 64] [--dtype bf16 tf32] [--directions 1 2] [--steps 128]
+    python -m fused_lstm.tune [--hidden 256 512] [--batch 16 64] [--dtype fp16 tf32] [--directions 1 2] [--steps 128]
 
 Writes a table for this device to $FUSED_LSTM_CONFIGS, else to fused_lstm/ in the user's cache folder. From then on the layer
 takes what was measured fastest for a problem's kernel, arithmetic, hidden size, recurrences and batch size (up to the next
-power of two); other problems are left to the heuristic. Nothing is measured at run time.
+power of two); other problems are left to the heuristic. ``backend="auto"`` takes torch's own LSTM where that was the faster
+one at the nearest size. Nothing is measured at run time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .launch.choice import (
     SCHEDULES,
     STEPWISE,
     Choice,
+    Timing,
     choose,
     entry,
     file_name,
@@ -37,6 +39,7 @@ from .launch.choice import (
     write_table,
 )  # fmt: skip
 from .launch.schedule import Device, Recurrence, ceil_div
+from .layer import LSTM
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 KINDS = {"fp16": "half", "bf16": "half"}
@@ -154,6 +157,40 @@ def tune(trial: Trial, device: Device, at_most: int, timer: Callable[[Trial, Any
     return Result(problem, best, times[best], heuristic, times.get(heuristic.config, float("nan")), len(times))
 
 
+def calls(hidden: Iterable[int], batch: Iterable[int], kind: str, directions: Iterable[int], T: int) -> list[Timing]:
+    """Calls of one layer to time: a sequence, the same with lengths, a single step."""
+    dtype = kind if kind == "tf32" else str(DTYPES[kind]).removeprefix("torch.")
+    return [
+        Timing(dtype, training, lengths, steps, B, H, H, 1, D, 0)
+        for H in hidden for B in batch for D in directions for training in (False, True)
+        for lengths, steps in ((False, T), (True, T), (False, 1))
+    ]  # fmt: skip
+
+
+def timed(call: Timing, where: torch.device, repeats: int = 7) -> Timing:
+    """A call's times by the kernels and by torch's own LSTM, in turn: the quickest of each, and the device waited for."""
+    dtype = torch.float32 if call.dtype == "tf32" else getattr(torch, call.dtype)
+    layer = LSTM(
+        call.I, call.H, call.layers, bidirectional=call.directions == 2, proj_size=call.P, device=where, dtype=dtype
+    )  # fmt: skip
+    x = torch.randn(call.T, call.B, call.I, device=where, dtype=dtype)
+    lengths = torch.arange(call.B, device=where) % call.T + 1 if call.lengths else None
+    wanted, times = [x.requires_grad_(), *layer.parameters()], {"triton": [], "aten": []}
+    dy = torch.randn(call.T, call.B, call.directions * (call.P or call.H), device=where, dtype=dtype)
+    for _ in range(repeats + 1):
+        for layer.backend, found in times.items():
+            start = time.perf_counter()
+            with torch.set_grad_enabled(call.training):
+                y = layer(x, lengths=lengths)[0]
+            if call.training:
+                torch.autograd.grad(y, wanted, dy)
+            if where.type == "cuda":
+                torch.cuda.synchronize(where)
+            found.append(1e6 * (time.perf_counter() - start))
+    kernels, torchs = (min(found[1:]) for found in times.values())  # the first compiles
+    return call._replace(kernels_us=kernels, torch_us=torchs)
+
+
 def problems(hidden: Iterable[int], batch: Iterable[int], kind: str, directions: Iterable[int], T: int) -> list[Recurrence]:
     return [
         Recurrence(kernel, kind, T, H, B, R)
@@ -166,10 +203,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m fused_lstm.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = "(default: %(default)s)"
-    hidden, batch, dtypes = [64, 128, 256, 512, 768, 1024], [1, 16, 64, 256], ["bf16", "tf32"]
+    hidden, batch, dtypes = [64, 128, 256, 512, 768, 1024], [1, 16, 64, 256], ["fp16", "bf16", "tf32"]
     parser.add_argument("--hidden", type=int, nargs="+", default=hidden, metavar="H", help=f"hidden sizes {default}")
     parser.add_argument("--batch", type=int, nargs="+", default=batch, metavar="B", help=f"batch sizes {default}")
-    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=dtypes, help=f"fp16 serves bf16, too {default}")
+    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=dtypes, help=f"{default}")
     parser.add_argument("--directions", type=int, choices=[1, 2], nargs="+", default=[1], help=f"of the layer {default}")
     parser.add_argument("--steps", type=int, default=128, metavar="T", help="time steps of a trial")
     parser.add_argument("--candidates", type=int, default=8, help="configurations to measure for each problem")
@@ -188,11 +225,11 @@ def main(arguments: list[str] | None = None) -> int:
         "fused_lstm": __version__, "date": date.today().isoformat(),
     }  # fmt: skip
     hidden = sorted({ceil_div(H, ALIGNMENT) * ALIGNMENT for H in args.hidden})  # as the layer pads them
-    work = [
-        (name, p)
-        for name in args.dtype
-        for p in problems(hidden, args.batch, KINDS.get(name, name), args.directions, args.steps)
-    ]
+    work: list[tuple[str, Recurrence | Timing]] = []
+    for kind, name in {KINDS.get(name, name): name for name in args.dtype}.items():  # one serves fp16 and bf16
+        work += [(name, p) for p in problems(hidden, args.batch, kind, args.directions, args.steps)]
+    for name in args.dtype:
+        work += [(name, c) for c in calls(hidden, args.batch, name, args.directions, args.steps)]
     if path.is_file():
         read_table(path)  # one that is broken is an error now, not after the first measurement
     end, written = time.monotonic() + args.seconds, 0
@@ -203,13 +240,21 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"out of time: {len(work) - n + 1} of {len(work)} problems were not measured", file=sys.stderr)
                 break
             torch.backends.cudnn.allow_tf32 = name == "tf32"
+            if isinstance(problem, Timing):
+                result = timed(problem, torch.device("cuda"))
+                write_table(path, [], [result])
+                written += 1
+                what = f"{result.dtype} {'training' if result.training else 'inference'}{', lengths' * result.lengths}"
+                ratio = result.torch_us / result.kernels_us
+                print(f"{n}/{len(work)} {what} {result}: {result.kernels_us:.0f} us, {ratio:.2f}x torch's own", flush=True)
+                continue
             result = tune(Trial(problem, DTYPES[name], torch.device("cuda")), device, args.candidates)
             write_table(path, [entry(problem, result.best, 1e6 * result.best_seconds / problem.T, **about)])
             written += 1
             print(f"{n}/{len(work)} {result}", flush=True)
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
-    print(f"{written} configurations written to {path}" if written else "nothing was measured, nothing written")
+    print(f"{written} results written to {path}" if written else "nothing was measured, nothing written")
     return 0 if written else 1
 
 

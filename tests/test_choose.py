@@ -10,15 +10,17 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fused_lstm.launch import persistent
+from fused_lstm.launch import choice, persistent
 from fused_lstm.launch.choice import (
     BY_NAME,
     STEPWISE,
     Table,
+    Timing,
     choose,
     describe,
     entry,
     file_name,
+    kernels,
     key_of,
     read_table,
     tables,
@@ -194,6 +196,20 @@ def test_a_later_measurement_replaces_an_earlier_one_and_keeps_the_others(folder
     assert [e.get("date") for e in json.loads(path.read_text())["configs"]] == ["today", None]
 
 
+def test_timings_of_other_kernels_go_when_new_ones_come(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / file_name(H100.name)
+    a, b = (Timing("float16", False, False, T, 16, 512, 512, 1, 1, 0, 2.0, 3.0) for T in (100, 1))
+    write_table(path, [], [a])
+    write_table(path, [], [b, a._replace(torch_us=9.0)])
+    table = read_table(path)
+    assert (table.timings, table.kernels) == ((a._replace(torch_us=9.0), b), kernels())
+    assert table.nearest(a._replace(T=40)).T == 100
+    assert table.nearest(a._replace(T=3)).T == 1
+    monkeypatch.setattr(choice, "kernels", lambda: "others")
+    write_table(path, [entry(problem(), StepwiseConfig(32, 16, 64), 2.0)])
+    assert read_table(path).timings == ()
+
+
 GOOD = {"kernel": "forward", "arithmetic": "half", "H": 64, "B": 1, "R": 1}
 TILES = {"schedule": "stepwise", "block_b": 16, "block_h": 16, "block_k": 16}
 
@@ -202,6 +218,7 @@ TILES = {"schedule": "stepwise", "block_b": 16, "block_h": 16, "block_k": 16}
     "text",
     [
         "not json",
+        '{"configs": [], "timings": [{"dtype": "float16"}]}',
         "{}",
         '{"configs": {}}',
         '{"configs": [{"H": 1}]}',

@@ -59,6 +59,17 @@ class TestInTheInterpreter:
         assert "not taken: StepwiseConfig(block_b=16" in capsys.readouterr().err
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("training", [False, True])
+def test_a_call_is_timed_by_both_backends(training: bool) -> None:
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for call in tune.calls([16], [2], "fp32", [2], 3):
+        if call.training == training:
+            result = tune.timed(call, where, 1)
+            assert result[:10] == call[:10]
+            assert result.kernels_us > 0 < result.torch_us
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture) -> None:
     assert tune.main([]) == 2

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..call import ALIGNMENT, Problem, Rows, accumulator_dtype
 from ..gemm import tf32_allowed
 from ..kernels.buffers import Backward, Forward
-from .choice import BY_NAME, choose, describe, tables
+from .choice import BY_NAME, Table, Timing, choose, describe, kernels, tables  # noqa: F401
 from .schedule import INTERPRETED, PASSES, Device, Launch, Recurrence, arithmetic, ceil_div
 from .stepwise import StepwiseConfig  # noqa: F401
 
@@ -59,6 +59,11 @@ def explain(call: Problem, where: torch.device) -> dict[str, str]:
         problem = Recurrence(kernel, kind, call.T, H, call.B, 2 if call.bidirectional else 1)
         words[kernel] = describe(choose(problem, gpu, tables(gpu.name) if gpu else ()), problem, gpu)
     return words
+
+
+def timed(index: int) -> Table | None:
+    """The first table of a GPU that tells times of layers."""
+    return next((table for table in tables(device(index).name) if table.timings), None)
 
 
 def prepare(kernel: str, like: Tensor, rows: Rows, R: int, H: int) -> Launch:

@@ -5,16 +5,19 @@ Everything here but the reading of tables is pure and needs no GPU, so that a ch
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 
+from .. import kernels as device_code
 from .schedule import SMALLEST, Device, Recurrence, power_of_two
 from .stepwise import STEPWISE, StepwiseConfig
 
@@ -84,12 +87,60 @@ Key = tuple[str, str, int, int, int]
 KEYS = ("kernel", "arithmetic", "H", "B", "R")
 
 
+class Timing(NamedTuple):
+    """Microseconds of a call of the layer, the host's part included."""
+
+    dtype: str  # "float16", "bfloat16", "float64"; of fp32 "tf32" or "float32"
+    training: bool
+    lengths: bool
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    layers: int
+    directions: int
+    P: int  # of a projection, or 0
+    kernels_us: float = 0.0
+    torch_us: float = 0.0  # of torch's own LSTM, by the "aten" backend
+
+    @property
+    def algorithm(self) -> str:
+        """Which of cuDNN's algorithms torch takes (``get_algo`` in its ATen/native/cudnn/RNN.cpp)."""
+        if self.P or self.dtype == "float64":
+            return "standard"
+        if (128 if self.training else 192) >= self.H:
+            return "small persistent"
+        in_128s = self.H % 128 == 0 and self.I % 128 == 0 and self.B % 8 == 0
+        single = self.layers == self.directions == 1 and not self.lengths
+        if self.dtype == "float16" and single and in_128s and self.H <= 1024 and self.B <= 128:
+            return "persistent"
+        return "standard"
+
+    def like(self, other: Timing) -> bool:
+        """Whether the times of the one say something of the other's."""
+        return self[:3] == other[:3] and self.algorithm == other.algorithm
+
+    def distance(self, other: Timing) -> float:
+        """How far apart two sizes are: by how many times, in all."""
+        return sum(abs(math.log2((a + 1) / (b + 1))) for a, b in zip(self[3:10], other[3:10], strict=True))
+
+    def __str__(self) -> str:
+        more = f" layers={self.layers}" * (self.layers > 1) + " both directions" * (self.directions > 1)
+        return f"T={self.T} B={self.B} I={self.I} H={self.H}" + more + f" P={self.P}" * (self.P > 0)
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Measured configurations of one device, and the file they come from."""
+    """What was measured on one device, and the file that says it."""
 
     source: str
     configs: dict[Key, Any]
+    timings: tuple[Timing, ...] = ()
+    kernels: str = ""  # with which kernels the timings were measured
+
+    def nearest(self, to: Timing) -> Timing | None:
+        """What was measured of a call like this one, at the size that is nearest to its."""
+        return min((t for t in self.timings if t.like(to)), key=to.distance, default=None)
 
 
 def key_of(problem: Recurrence) -> Key:
@@ -118,19 +169,26 @@ def file_name(device_name: str) -> str:
 @lru_cache
 def tables(device_name: str) -> tuple[Table, ...]:
     """What is known of a device: the user's table, then the one that comes with the package."""
-    shipped = Path(__file__).parents[1] / "kernels" / "configs"
-    if not shipped.is_dir():  # an editable install
-        shipped = Path(__file__).parents[2] / "kernels" / "configs"
+    shipped = Path(device_code.__file__).parent / "configs"
     paths = (folder / file_name(device_name) for folder in (user_folder(), shipped))
     return tuple(read_table(path) for path in paths if path.is_file())
+
+
+@lru_cache
+def kernels() -> str:
+    """A digest of the kernels' sources, to tell whether they are those that were measured."""
+    files = sorted(Path(device_code.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def read_table(path: Path) -> Table:
     """The table in a file. Raises ValueError if the file holds none, rather than go on as if it were not there."""
     try:
-        entries = json.loads(path.read_text())["configs"]
+        data = json.loads(path.read_text())
+        entries = data["configs"]
         if not isinstance(entries, list):
             raise TypeError(f"configs should be a list, got {type(entries).__name__}")
+        timings = tuple(Timing(**t) for t in data.get("timings", ()))
         configs = {}
         for entry in entries:
             problem = Recurrence(T=1, **{k: entry[k] for k in KEYS})
@@ -140,7 +198,7 @@ def read_table(path: Path) -> Table:
             f"{path} is not a table of launch configurations ({type(error).__name__}: {error}); "
             "remove it, and measure anew with python -m fused_lstm.tune"
         ) from error
-    return Table(str(path), configs)
+    return Table(str(path), configs, timings, data.get("kernels", ""))
 
 
 def read_config(fields: dict[str, Any]) -> Any:
@@ -149,12 +207,19 @@ def read_config(fields: dict[str, Any]) -> Any:
     return BY_NAME[fields.pop("schedule")].config(**fields)
 
 
-def write_table(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Add measured entries to a table, in place of those for the same problems. Raises what :func:`read_table` raises."""
-    old = json.loads(path.read_text())["configs"] if path.is_file() and read_table(path) else []
+def write_table(path: Path, entries: Sequence[dict[str, Any]], timings: Sequence[Timing] = ()) -> None:
+    """Add what was measured to a table, in place of what it holds of the same problems; timings of other kernels go.
+
+    Raises what :func:`read_table` raises.
+    """
+    old, table = [], None
+    if path.is_file():
+        table, old = read_table(path), json.loads(path.read_text())["configs"]
     new = {key_of(Recurrence(T=1, **{k: e[k] for k in KEYS})): e for e in (*old, *entries)}
+    kept = table.timings if table is not None and table.kernels == kernels() else ()
+    timed = [t._asdict() for t in {t[:10]: t for t in (*kept, *timings)}.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"configs": list(new.values())}, indent=1) + "\n")
+    path.write_text(json.dumps({"configs": list(new.values()), "kernels": kernels(), "timings": timed}, indent=1) + "\n")
     tables.cache_clear()
 
 
