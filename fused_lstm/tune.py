@@ -1,20 +1,25 @@
-"""Measure on this machine's GPU: the launch configurations, and then the layer beside torch's own LSTM.
+"""What is done once on a machine with a GPU: measure the kernels, and compile them ahead (:func:`precompile`).
 
     python -m fused_lstm.tune [--hidden 256 512] [--batch 16 64] [--dtype fp16 tf32] [--directions 1 2] [--steps 128]
 
-Writes a table for this device to $FUSED_LSTM_CONFIGS, else to fused_lstm/ in the user's cache folder. From then on the layer
-takes what was measured fastest for a problem's kernel, arithmetic, hidden size, recurrences and batch size (up to the next
-power of two); other problems are left to the heuristic. ``backend="auto"`` takes torch's own LSTM where that was the faster
-one at the nearest size. Nothing is measured at run time.
+The command measures launch configurations, and then the layer beside torch's own LSTM. It writes a table for this device to
+$FUSED_LSTM_CONFIGS, else to fused_lstm/ in the user's cache folder. From then on the layer takes what was measured fastest
+for a problem's kernel, arithmetic, hidden size, recurrences and batch size (up to the next power of two); other problems are
+left to the heuristic. ``backend="auto"`` takes torch's own LSTM where that was the faster one at the nearest size. Nothing
+is measured at run time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -25,6 +30,8 @@ from torch import Tensor
 
 from . import __version__, launch
 from .call import ALIGNMENT, Rows
+from .functional import cast_dtype
+from .gemm import tf32_allowed
 from .launch.choice import (
     BY_NAME,
     SCHEDULES,
@@ -43,6 +50,8 @@ from .layer import LSTM
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 KINDS = {"fp16": "half", "bf16": "half"}
+RUN = "import json, sys; from fused_lstm.tune import run_call; run_call(**json.load(sys.stdin))"
+RESULTS = ("output", "h_n", "c_n")
 
 
 def candidates(problem: Recurrence, device: Device, at_most: int) -> list[Any]:
@@ -196,6 +205,87 @@ def problems(hidden: Iterable[int], batch: Iterable[int], kind: str, directions:
         Recurrence(kernel, kind, T, H, B, R)
         for H in hidden for B in batch for R in directions for kernel in ("forward", "backward")
     ]  # fmt: skip
+
+
+def precompile(
+    lstm: LSTM,
+    B: int | Iterable[int],
+    *,
+    single_step: bool = False,
+    training: bool = False,
+    loss_of: Iterable[str] = ("output",),
+    hx: bool = False,
+    lengths: bool = False,
+    resets: bool = False,
+) -> None:
+    """Compile what calls like these will need on the layer's GPU, so that the first of them need not wait for it.
+
+    Each call runs once, in a process of its own, which leaves its kernels in Triton's cache on disk; they are the same for
+    any T but 1. Takes some seconds for each call, as many at a time as there are CPU cores.
+
+    Args:
+        lstm: the layer; under autocast call this under autocast, too.
+        B: batch size, or several of them.
+        single_step: for calls with T = 1, as :meth:`fused_lstm.LSTM.step` makes them, in place of longer ones.
+        training: for calls with a gradient, in place of those without.
+        loss_of: which of ``"output"``, ``"h_n"``, ``"c_n"`` the gradient comes from.
+        hx: for calls that are given initial states.
+        lengths, resets: for calls that are given these.
+
+    Raises:
+        RuntimeError: the layer is not on a GPU, or a call failed; says how.
+        ValueError: B below 1, or something unknown in ``loss_of``.
+    """
+    sizes, loss_of = [B] if isinstance(B, int) else list(B), list(loss_of)
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"B should be one or more integers of at least 1, got {sizes}")
+    if not loss_of or not set(loss_of) <= set(RESULTS):
+        raise ValueError(f"loss_of should hold some of {', '.join(RESULTS)}, got {loss_of}")
+    weight = lstm.weight_hh_l0
+    if not weight.is_cuda:
+        raise RuntimeError(
+            f"precompile: expected a layer on a GPU, for which there is something to compile, got {weight.device}"
+        )
+    names = ("hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "proj_size", "recompute")
+    given = {
+        "layer": {name: getattr(lstm, name) for name in names},
+        "dtype": str(cast_dtype(weight)).removeprefix("torch."), "device": str(weight.device),
+        "tf32": tf32_allowed(), "T": 1 if single_step else 3, "loss_of": loss_of if training else [],
+        "hx": hx, "lengths": lengths, "resets": resets,
+    }  # fmt: skip
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_in_a_process, ({**given, "B": size} for size in sizes)))
+
+
+def _in_a_process(given: dict[str, Any]) -> None:
+    path = {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps(given), text=True, capture_output=True, env={**os.environ, **path}
+    )
+    if done.returncode:
+        raise RuntimeError(f"precompile: the call with B={given['B']} failed: {done.stderr.strip()[-2000:]}")
+
+
+def run_call(
+    layer: dict[str, Any], dtype: str, device: str, tf32: bool, T: int, B: int, loss_of: list[str], hx: bool, lengths: bool,
+    resets: bool,
+) -> None:  # fmt: skip
+    """One call by the kernels, which do not depend on the input's features."""
+    torch.backends.cudnn.allow_tf32 = tf32
+    options = {"device": device, "dtype": getattr(torch, dtype)}
+    lstm = LSTM(1, **layer, backend="triton", **options)
+    K, H, P = lstm.num_layers * (1 + lstm.bidirectional), lstm.hidden_size, lstm.proj_size
+    shape = (B, T) if lstm.batch_first else (T, B)
+    states = (torch.zeros(K, B, P or H, **options), torch.zeros(K, B, H, **options)) if hx else None
+    steps = torch.full((B,), T - 1, device=device) if lengths else None
+    begins = torch.zeros(shape, device=device) if resets else None
+    with torch.set_grad_enabled(bool(loss_of)):
+        y, (h_n, c_n) = lstm(torch.zeros(*shape, 1, **options), states, lengths=steps, resets=begins)
+    if loss_of:
+        results = dict(zip(RESULTS, (y, h_n, c_n), strict=True))
+        torch.autograd.backward([results[name].sum() for name in loss_of])
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,6 +91,7 @@ def arithmetic(dtype: torch.dtype, tf32: bool) -> str:
 # TRITON_INTERPRET=1, set before the kernels are imported, makes them run on CPU tensors.
 INTERPRETED = not isinstance(lstm_forward_step, triton.JITFunction)
 
+LOG = logging.getLogger("fused_lstm")
 LIMIT = 64  # layouts that are remembered of one kernel; Triton itself remembers all
 INT32 = 2**31 - 1
 HIP = torch.version.hip is not None
@@ -135,6 +137,9 @@ class Kernel:
         for each in numbers:
             args = (buffers, sequences, *each, *constants)
             if found is None:
+                LOG.info(
+                    "first launch of %s (%s): Triton compiles it, or finds it in its cache", self.name, self.constants[1]
+                )
                 found = self.remember(key, self.kernels[self.name][grid](*args, **self.options))
             elif hooked:
                 told = found.kernel.launch_metadata(grid, stream, *args)
