@@ -171,7 +171,7 @@ def test_cuts_take_the_least_time() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_padding_holds_does_not_matter(backend: str) -> None:
-    for seed in range(40):
+    for seed in range(16 if backend == "triton" else 40):
         case = Ragged(seed, torch.float64)
         if case.lengths is not None:
             for name, clean, dirty in zip(case.names, case.fused(backend), case.fused(backend, dirty=True), strict=True):

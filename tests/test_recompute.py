@@ -35,8 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 
 
 def seeds(backend: str, dtype: torch.dtype) -> range:
-    """300 for all dtypes together; 100 for the kernels, which are those that run without recompute."""
-    return range(DTYPES.index(dtype), 100 if backend == "triton" else 300, len(DTYPES))
+    """300 for all dtypes together; 48 for the kernels, which are those that run without recompute."""
+    return range(DTYPES.index(dtype), 48 if backend == "triton" else 300, len(DTYPES))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,7 +108,7 @@ def test_gradients_of_some_results_by_some_inputs(of: tuple[int, ...], backend: 
     options = {"proj_size": 2, "bidirectional": True, "dtype": torch.float64}
     theirs, ours = pair(3, 4, backend=backend, recompute=True, **options)
     assert_all_close(call(ours, of=of), call(theirs, of=of))
-    for name in ("weight_ih_l0", "weight_hr_l0", "bias_hh_l0_reverse"):
+    for name in ("weight_ih_l0", "weight_hr_l0", "bias_hh_l0_reverse")[: 1 if backend == "triton" else 3]:
         theirs.get_parameter(name).requires_grad_(False)
         ours.get_parameter(name).requires_grad_(False)
         assert_all_close(call(ours, of=of), call(theirs, of=of))
