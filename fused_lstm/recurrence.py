@@ -67,7 +67,8 @@ def forward(call: LayerCall) -> Kept:
             # What lies past a row's length nobody writes or reads; but an op's results are the same every time.
             new = gates.new_empty if call.lengths is None else gates.new_zeros
             c_all = new((y.numel() // (R * H), R, H))
-        h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, call.b_hh, h0, _contiguous(call.c0), rows, y, c_all)
+        b_hh, c0 = _contiguous(call.b_hh), _contiguous(call.c0)
+        h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all)
     return Kept(y, h_n, c_n, gates.view(-1, R, 4, H) if call.save and not call.recompute else None, c_all)
 
 
