@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Problem, Sequences, Stack, States, as_resets
-from .functional import cast_dtype, check_like, problem_of, run, settle
+from .functional import cast_dtype, check_like, check_weights, problem_of, run, settle
 from .plan import BACKENDS, Plan, choose
 
 L = TypeVar("L", bound=nn.RNNBase)
@@ -81,20 +81,33 @@ class LSTM(nn.RNNBase):
         self.__dict__.update(own)
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:
+    def _flat_weights(self) -> tuple[Tensor | None, ...]:
         # RNNBase stores a list of its weights. functional_call and parametrizations replace weights later, and that list
         # would still hold the old ones. So they are looked up at each call: then weight_norm and swapped or tied
-        # parameters work as well.
-        held = self._parameters
-        return [held[name] if name in held else getattr(self, name, None) for name in self._flat_weights_names]
+        # parameters work as well. A tuple, since whoever puts a tensor into a list that is not stored is to notice.
+        return tuple(self._weights(None))
 
     @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor | None]) -> None:
-        pass
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        # Calls take what somebody assigns here for a weight, recurrent dropout say, as nn.LSTM's do; while the module still
+        # holds the tensor in whose place it was put, so not a weight that is computed at each call.
+        pairs = zip(self._flat_weights_names, weights, strict=True)
+        held = {name: (self._held(name), w) for name, w in pairs}
+        own = {name: (old, w) for name, (old, w) in held.items() if old is not None and w is not None and w is not old}
+        self.__dict__["_assigned"] = own
+
+    def _held(self, name: str) -> Tensor | None:
+        return self._parameters.get(name, self.__dict__.get(name))
 
     def _init_flat_weights(self) -> None:
         # RNNBase refers to its weights weakly, to see that its list is old; torch cannot swap a tensor so referred to.
         self._flat_weight_refs = [None] * len(self._flat_weights_names)
+        # torch.fx takes modules of torch.nn for leaves, and asks the module, not its class.
+        self.__dict__.update(_assigned={}, __module__="torch.nn")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {k: v for k, v in state.items() if k not in ("_assigned", "_compiled_call_impl")}  # which is another module's
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
@@ -238,10 +251,16 @@ class LSTM(nn.RNNBase):
         dropout = self.dropout if self.training else 0.0
         return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first, self.recompute)
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self, *default: None) -> list[Tensor]:
         # Once for a call: a parametrized weight is computed whenever it is asked for.
         held = self._parameters  # where most of them are; nn.Module's own look-up is slow
-        return [held[name] if name in held else getattr(self, name) for name in self._flat_weights_names]
+        weights = [held[name] if name in held else getattr(self, name, *default) for name in self._flat_weights_names]
+        if self._assigned:
+            for k, name in enumerate(self._flat_weights_names):
+                old, new = self._assigned.get(name, (None, None))
+                if new is not None and old is self._held(name):
+                    weights[k] = new
+        return weights
 
     def _prepare(
         self,
@@ -282,6 +301,7 @@ class LSTM(nn.RNNBase):
             if hx is not None:
                 self._check_states(x, hx, batch_sizes)
         check_like(x, hx, weights)
+        check_weights(weights, stack, (self.input_size, self.hidden_size, self.proj_size), self._flat_weights_names)
         if resets is not None and x is not input and batch_sizes is None:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
         return x, *settle(x, hx, stack, batch_sizes, lengths, resets)

@@ -47,6 +47,18 @@ def _pre_activations(call: LayerCall, rows: Rows, b_ih: Tensor | None) -> Tensor
     return gates
 
 
+def with_first(x: Tensor, h0: Tensor, w_h0: Tensor, call: LayerCall) -> Tensor:
+    """The pre-activations x (..., R*4H) with what h0 (R, B, K) adds to each recurrence's first step, out of place."""
+    rows, R = call.rows, h0.shape[0]
+    gates = x.reshape(-1, R, x.shape[-1] // R)
+    for r, w in enumerate(w_h0.chunk(R)):
+        first = torch.arange(gates.shape[0], device=x.device)[rows.at(0, r)]
+        keep = rows.kept(0, r)
+        h = h0[r] if keep is None else torch.where(keep, h0[r], 0)
+        gates = gates.index_put((first, torch.full_like(first, r)), h @ w.t(), accumulate=True)
+    return gates.view(x.shape)
+
+
 def forward(call: LayerCall) -> Kept:
     """Run one layer."""
     rows = call.rows
