@@ -321,8 +321,7 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
         ValueError: wrong shape, dtype or range.
     """
     try:
-        # Made on the CPU, where they are checked, not on torch's default device; a compiler sees through this one.
-        given = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths, device="cpu")
+        given = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths, device="cpu")  # where they are checked
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"lengths should be {B} integers from 0 to {T}, got {lengths!r}: {error}") from error
     if given.numel() == 0:
@@ -391,7 +390,9 @@ def each_layer(
     for layer in range(stack.num_layers):
         part = slice(layer * D, (layer + 1) * D)
         if layer > 0 and stack.dropout > 0:
-            x = F.dropout(x, stack.dropout)
+            swap = stack.batch_first and x.dim() == 3 and x.device.type == "cpu"  # to the order in which nn.LSTM draws
+            x = F.dropout(x.transpose(0, 1).contiguous() if swap else x, stack.dropout)
+            x = x.transpose(0, 1) if swap else x
         x, h, c = run(x, None if states is None else (states[0][part], states[1][part]), groups[part], *more)
         last.append((h, c))
     h_n, c_n = (torch.cat(s) for s in zip(*last, strict=True))

@@ -157,7 +157,8 @@ def run(
         with torch.autocast(input.device.type, enabled=False):
             check_like(input, hx, weights)
             return run(input, hx, weights, stack, sequences, backend, keep)
-    if torch.compiler.is_compiling():  # without a look at T and B, which are to stay dynamic
+    # Without a look at T and B, which are to stay dynamic; nor at the numbers of lengths and resets under torch.jit.trace.
+    if torch.compiler.is_compiling() or (sequences is not PLAIN and torch._C._get_tracing_state() is not None):
         levels = (active(), differentiates() or forward_mode())
         word, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
         if word == "onednn" and not unknown_sizes():
