@@ -142,6 +142,17 @@ def test_backward_twice_through_one_graph(backend: str) -> None:
     assert all_equal(torch.autograd.grad(loss, list(layer.parameters())), first)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_what_the_backward_pass_reads_again_must_not_change(backend: str) -> None:
+    layer, x = fused_lstm.LSTM(3, 4, backend=backend, recompute=True), randn(5, 2, 3).float()
+    lengths, packed = torch.tensor([5, 3]), pack_sequence([x[:, 0], x[:3, 0]])
+    outputs = [(layer(x, lengths=lengths)[0], lengths), (layer(packed)[0].data, packed.batch_sizes)]
+    for output, given in outputs:
+        given.sub_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("steps", [1, 9])
 def test_without_gradients_nothing_changes(steps: int, backend: str) -> None:

@@ -145,7 +145,7 @@ def cuts(ends: Tensor, steps: int, H: int) -> list[int]:
         return [0, steps]
     ordered = ends.sort().values
     n = min(16, max(9, B // 8))  # ends of so many rows, the last among them: more would take longer to choose from
-    marks = sorted({0, *ordered[(torch.arange(1, n + 1) * B + n - 1) // n - 1].tolist()})
+    marks = sorted({0, *ordered[(torch.arange(1, n + 1, device=ends.device) * B + n - 1) // n - 1].tolist()})
     ordered = ordered.tolist()
     longer = [B, *(B - bisect_right(ordered, mark) for mark in marks[1:])]  # at first all, also those without a step
     best = [(0, 0)]  # the least cost up to each mark, and the mark before it
