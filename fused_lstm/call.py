@@ -69,6 +69,7 @@ class Problem(NamedTuple):
     num_layers: int = 1
     bidirectional: bool = False
     packed: bool = False
+    known: bool = False  # packed on a CPU, and the numbers of its steps may be looked at
     lengths: bool = False
     resets: bool = False
     same_length: bool = False  # all rows have one length

@@ -311,6 +311,7 @@ def problem_of(
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     functions, projected = active(), stack.projects(weights)
+    known = sizes is not None and input.device.type == "cpu" and not traced()
     return Problem(
         input.device.type,
         dtype,
@@ -321,9 +322,10 @@ def problem_of(
         stack.num_layers,
         stack.bidirectional,
         sizes is not None,
+        known,
         sequences.lengths is not None,
         sequences.resets is not None,
-        sequences.same_length > 0,
+        int(sizes[-1]) == B if known else sequences.same_length > 0,
         len(sequences.starts),
         torch.is_grad_enabled()
         and (
