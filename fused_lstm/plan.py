@@ -161,8 +161,8 @@ def way_of_aten(p: Problem) -> tuple[Way, bool, str]:
         n = segment_steps(p.T)
         why = f"torch's own fused LSTM, gates recomputed in the backward pass, in segments of {n} step{'s' * (n > 1)}"
         return Way.SEGMENTS, fp32, why + computed
-    # torch's own packed LSTM is a loop over steps, and its backward pass takes time by their square. Fewer steps than these it
-    # runs faster than blocks (measured, H from 16 to 512); rows of one length it gives to oneDNN as they are.
+    # torch's own packed LSTM is a loop over steps, and its backward pass takes time by their square. Below so many steps it
+    # is faster than blocks (measured, H from 16 to 512); and rows of one length it gives to oneDNN as they are.
     at_once = p.same_length and p.dtype != torch.float64 and not p.proj_size
     if p.known and (32 if p.needs_grad else 128) <= p.T and not at_once:
         return Way.RAGGED, fp32, "packed rows in blocks of time, each by torch's own fused LSTM" + computed

@@ -89,6 +89,12 @@ def test_cuda_without_triton(state: bool | None, reason: str, T: int, triton: Ca
         ({"T": 1}, "aten", "cell"),
         ({"T": 1, "needs_grad": True, "proj_size": 2}, "aten", "cell"),
         ({"T": 1, "packed": True}, "aten", "fused"),
+        ({"T": 127, "packed": True, "known": True}, "aten", "fused"),
+        ({"T": 128, "packed": True, "known": True}, "aten", "ragged"),
+        ({"T": 128, "packed": True, "known": True, "same_length": True}, "aten", "fused"),
+        ({"T": 128, "packed": True, "known": True, "same_length": True, "proj_size": 2}, "aten", "ragged"),
+        ({"T": 31, "packed": True, "known": True, "needs_grad": True}, "aten", "fused"),
+        ({"T": 32, "packed": True, "known": True, "needs_grad": True}, "aten", "ragged"),
         ({"T": 1, "dtype": torch.float16}, "aten", "cell fp32"),
         ({"T": 1, "B": 16}, "aten", "cell"),
         ({"T": 1, "B": 17}, "aten", "fused"),
@@ -320,8 +326,9 @@ def test_the_problem_of_a_call() -> None:
     )
     packed = pack_sequence([randn(n, 3).float() for n in (4, 2, 1)])
     assert layer.requires_grad_(False).problem(packed) == Problem(
-        "cpu", torch.float32, T=4, B=3, hidden_size=4, proj_size=2, num_layers=2, bidirectional=True, packed=True
-    )
+        "cpu", torch.float32, T=4, B=3, hidden_size=4, proj_size=2, num_layers=2, bidirectional=True, packed=True,
+        known=True,
+    )  # fmt: skip
 
 
 def test_explain_raises_what_the_call_raises() -> None:
