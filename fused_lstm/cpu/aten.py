@@ -15,7 +15,7 @@ from torch import _VF, Tensor
 from ..call import PLAIN, Result, Sequences, Stack, States, each_layer
 from ..gemm import linear, uses_onednn
 from ..reference import cell, lstm_cell
-from .ragged import LayOut, PackedUnfolding, Unfolding, control_weights
+from .ragged import ControlWeights, LayOut, PackedUnfolding, Unfolding, control_weights
 
 
 def zero_states(x: Tensor, B: int, weights: Sequence[Tensor], stack: Stack) -> tuple[Tensor, Tensor]:
@@ -87,13 +87,15 @@ def ragged(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, seque
 def controlled(layout: Unfolding, x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], one: Stack) -> Result:
     """One direction of one layer over x (T, B, I), in the layout given; h0 and c0 (B, ...)."""
     w_ih, *others = weights
-    controlled_w = control_weights(w_ih, layout.resets) if any(block.columns for block in layout.blocks) else w_ih
+    controls = None
+    if any(block.columns for block in layout.blocks):
+        controls = (ControlWeights.apply if w_ih.requires_grad else control_weights)(w_ih, layout.resets)
     h, c = (layout.sorted(s if layout.begins is None else torch.where(layout.begins, 0, s))[None] for s in (h0, c0))
     parts, held = [], []
     for laid_out in LayOut.apply(layout, x) if torch.is_grad_enabled() else layout.lay_out(x):
         n = laid_out.shape[1]  # the others have ended, and hold their cell state
         held.append(c[0, n:])
-        w = w_ih if laid_out.shape[-1] == w_ih.shape[-1] else controlled_w
+        w = w_ih if laid_out.shape[-1] == w_ih.shape[-1] else controls
         y, h, c = fused(laid_out, (h[:, :n], c[:, :n]), [w, *others], one, PLAIN)
         parts.append(y)
     y, h_n = layout.take_back(parts, c)

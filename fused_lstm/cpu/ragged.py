@@ -320,3 +320,19 @@ def control_weights(w_ih: Tensor, resets: bool) -> Tensor:
     if resets:
         columns.append(torch.cat((shut, shut, zero, shut)))
     return torch.cat((w_ih, torch.stack(columns, 1)), 1)
+
+
+class ControlWeights(torch.autograd.Function):
+    """:func:`control_weights` with a gradient, which is dense: that of its last step, torch.cat, would be a view."""
+
+    @staticmethod
+    def forward(w_ih: Tensor, resets: bool) -> Tensor:
+        return control_weights(w_ih, resets)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.features = inputs[0].shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[:, : ctx.features].contiguous(), None
