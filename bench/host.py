@@ -160,20 +160,20 @@ def stub_package(stub: Stub) -> Forced:
     import triton
 
     from fused_lstm import call, plan, recurrence
-    from fused_lstm.launch import compiled
-    from fused_lstm.launch.config import Device
+    from fused_lstm.launch import schedule
+    from fused_lstm.launch.schedule import Device
 
     plan.SUPPORTS["triton"] = lambda p: (True, "stubbed")
     recurrence.outer = lambda a, b: a.t() @ b  # as on a GPU
     call.check_range = recurrence.check_range = lambda lengths, T: (0, -1)  # as on a GPU, where it would wait for the device
     # A launch by a kept kernel is all walked through but for the driver's part; a first one compiles nothing.
-    compiled.driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0))
+    schedule.driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0))
     triton.JITFunction.__getitem__ = lambda *_: stub.launch
 
-    def remember(kernel: compiled.Kernel, key: tuple, _: None) -> compiled.Compiled:
-        return kernel.known.setdefault(key, compiled.Compiled(None, stub.launch, None, None))
+    def remember(kernel: schedule.Kernel, key: tuple, _: None) -> schedule.Compiled:
+        return kernel.known.setdefault(key, schedule.Compiled(None, stub.launch, None, None))
 
-    compiled.Kernel.remember = remember
+    schedule.Kernel.remember = remember
     return partial(forced, gpu=Device("H100", 132, 232_448, (9, 0)))
 
 

@@ -146,11 +146,11 @@ def _call(lstm: nn.Module, ragged: Ragged, x: Tensor) -> Sequence[Tensor]:
 def by_schedule(name: str, device: Any, arithmetic: str, T: int, H: int, B: int, R: int) -> AbstractContextManager:
     """The kernels by one schedule, whatever would be chosen. Raises CannotRun where the device has none that fits."""
     from fused_lstm import launch
-    from fused_lstm.launch.choose import BY_NAME
-    from fused_lstm.launch.config import KERNELS, Recurrence
+    from fused_lstm.launch.choice import BY_NAME
+    from fused_lstm.launch.schedule import PASSES, Recurrence
 
     schedule, configs = BY_NAME[name], []
-    for kernel in KERNELS:
+    for kernel in PASSES:
         problem = Recurrence(kernel, arithmetic, T, H + -H % 16, B, R)
         found = [c for c in schedule.candidates(problem, device) if schedule.refusal(c, problem, device) is None]
         if not found:

@@ -135,6 +135,12 @@ def where(results: Results) -> str:
     return results.about["device"] + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
 
 
+def commit(results: Results) -> str:
+    """The commit in short; a plus says that the checkout had changes beyond it."""
+    name = results.about["commit"]
+    return name[:12] + "+" * name.endswith("+")
+
+
 def page(all_results: Sequence[Results], charts: dict[str, list[str]], out: Path = FOLDER) -> str:
     """The report, to be in the folder ``out``. ``charts``: for each device the names of its charts."""
     bench = Path(os.path.relpath(FOLDER.parent, out)).as_posix()
@@ -157,9 +163,8 @@ def device(results: Results, charts: Sequence[str], out: Path) -> Iterator[str]:
     yield ""
     skipped = ("device", "kind", "commit", "date")
     said = [f"{k} {v}" for k, v in about.items() if v is not None and k not in skipped]
-    commit = about["commit"][:12] + "+" * about["commit"].endswith("+")
     file = f"[`{results.path.name}`]({Path(os.path.relpath(results.path, out)).as_posix()})"
-    yield f"{file}, {about['date'][:10]}, commit `{commit}`; {', '.join(said)}."
+    yield f"{file}, {about['date'][:10]}, commit `{commit(results)}`; {', '.join(said)}."
     rounds = [f"{k} {options[k]}" for k in ("seconds", "processes", "seed") if k in options]
     yield f"Of each case: {', '.join(rounds)}." if rounds else ""
     if not results.data.get("complete", True):
@@ -331,7 +336,7 @@ def readme_part(all_results: Sequence[Results], folder: str = "bench/results") -
     """What the main page shows: of a GPU's results if there are any, else of the newest."""
     results = next((r for r in all_results if r.about["kind"] == "cuda"), all_results[0])
     chart = "\n".join(picture(f"{folder}/{results.slug}-speed", CHARTS["speed"]))
-    about = f"torch {results.about['torch']}, {results.about['date'][:10]}"
+    about = f"commit {commit(results)}, torch {results.about['torch']}, {results.about['date'][:10]}"
     return f"{summary(results)} ({about}; [all results]({folder}/README.md))\n\n{chart}"
 
 

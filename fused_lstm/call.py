@@ -57,6 +57,16 @@ NOTHING = nullcontext()
 ALIGNMENT = 16  # hidden units that the kernels see come in multiples of it: they read rows in vectors
 
 
+class OnGPU(NamedTuple):
+    """What decides on a GPU between the kernels and torch's own LSTM, beside the rest of a problem."""
+
+    index: int  # the device's
+    input_size: int
+    tf32: bool  # fp32 products may be TF32
+    dropout: bool  # acts
+    kernels_only: bool  # torch is told to be deterministic, or not to use cuDNN
+
+
 class Problem(NamedTuple):
     """What one call of the layer asks for; all that its plan may depend on."""
 
@@ -69,7 +79,6 @@ class Problem(NamedTuple):
     num_layers: int = 1
     bidirectional: bool = False
     packed: bool = False
-    known: bool = False  # packed on a CPU, and the numbers of its steps may be looked at
     lengths: bool = False
     resets: bool = False
     same_length: bool = False  # all rows have one length
@@ -79,6 +88,7 @@ class Problem(NamedTuple):
     transformed: bool = False  # a transform of torch.func is at work
     ensemble: bool = False  # vmap maps over the weights
     forward_mode: bool = False  # a level of forward-mode AD is open
+    gpu: OnGPU | None = None  # on CUDA, for calls that are not compiled
 
 
 class LayerCall(NamedTuple):
@@ -119,11 +129,12 @@ class LayerCall(NamedTuple):
     @property
     def rows(self) -> Rows:
         """Where the sequences lie in memory."""
-        x, batch_sizes, lengths = self.x, self.batch_sizes, self.lengths
+        x, batch_sizes = self.x, self.batch_sizes
+        lengths = None if self.lengths is None else self.lengths.contiguous()  # the kernels know no stride of theirs
         resets = None if self.resets is None else self.resets.flatten()
         if batch_sizes is not None:
             T, B = batch_sizes.shape[0], int(batch_sizes[0]) if self.c0 is None else self.c0.shape[1]
-            lengths = (batch_sizes[:, None] > torch.arange(B)).sum(0).to(x.device, non_blocking=True)
+            lengths = (batch_sizes[:, None] > torch.arange(B, device="cpu")).sum(0).to(x.device, non_blocking=True)
         else:
             B, T = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
         return Rows(T, B, self.batch_first, self.directions, lengths, batch_sizes, resets)
@@ -238,7 +249,7 @@ class Rows(NamedTuple):
         """Time and batch row of each of the N data rows, both (N,) int64."""
         row = torch.arange(N, device=device)
         if self.batch_sizes is not None:
-            t = torch.arange(self.T).repeat_interleave(self.batch_sizes).to(device, non_blocking=True)
+            t = torch.arange(self.T, device="cpu").repeat_interleave(self.batch_sizes).to(device, non_blocking=True)
             starts = self.starts()
             assert starts is not None
             return t, row - starts[t]
@@ -321,7 +332,7 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
         ValueError: wrong shape, dtype or range.
     """
     try:
-        given = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths)  # a compiler sees through this one
+        given = lengths if isinstance(lengths, Tensor) else torch.tensor(lengths, device="cpu")  # where they are checked
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"lengths should be {B} integers from 0 to {T}, got {lengths!r}: {error}") from error
     if given.numel() == 0:
@@ -331,13 +342,18 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
     if given.shape != (B,):
         raise ValueError(f"lengths should have shape ({B},), one for each batch row, got {tuple(given.shape)}")
     given = given.long()  # unsigned types know no minimum
-    same = 0
+    moved, same = _moved(given, device), 0
     if not traced():  # else only the op, or nobody, sees numbers
-        low, high = check_range(given, T)
+        low, high = check_range(given if given.device.type == "cpu" else moved, T)
         if low == high == T:
             return None, 0
         same = low if low == high else 0
-    return given.to(device, torch.int64, non_blocking=True), same
+    return moved, same
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    """t on ``device``. Nothing waits for a copy to a GPU; what comes to the CPU is read at once."""
+    return t.to(device, non_blocking=device.type != "cpu")
 
 
 def check_range(lengths: Tensor, T: int) -> tuple[int, int]:
@@ -363,7 +379,7 @@ def as_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> T
         raise ValueError(f"resets should be bool, integer or float, got dtype {resets.dtype}")
     if resets.shape != shape:
         raise ValueError(f"resets should have shape {shape}, the input's without its features, got {tuple(resets.shape)}")
-    return resets.to(device, non_blocking=True) != 0
+    return _moved(resets, device) != 0
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
@@ -385,7 +401,9 @@ def each_layer(
     for layer in range(stack.num_layers):
         part = slice(layer * D, (layer + 1) * D)
         if layer > 0 and stack.dropout > 0:
-            x = F.dropout(x, stack.dropout)
+            swap = stack.batch_first and x.dim() == 3 and x.device.type == "cpu"  # to the order in which nn.LSTM draws
+            x = F.dropout(x.transpose(0, 1).contiguous() if swap else x, stack.dropout)
+            x = x.transpose(0, 1) if swap else x
         x, h, c = run(x, None if states is None else (states[0][part], states[1][part]), groups[part], *more)
         last.append((h, c))
     h_n, c_n = (torch.cat(s) for s in zip(*last, strict=True))

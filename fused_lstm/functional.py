@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, recurrence, reference
 from .call import (
     ALIGNMENT,
     PLAIN,
     Kept,
     LayerCall,
+    OnGPU,
     Problem,
     Result,
     Sequences,
@@ -31,6 +32,7 @@ from .call import (
     traced,
 )
 from .cpu import aten, segments
+from .gemm import tf32_allowed
 from .plan import HALVES, Way, choose, choose_compiled, unknown_sizes
 
 
@@ -157,7 +159,8 @@ def run(
         with torch.autocast(input.device.type, enabled=False):
             check_like(input, hx, weights)
             return run(input, hx, weights, stack, sequences, backend, keep)
-    if torch.compiler.is_compiling():  # without a look at T and B, which are to stay dynamic
+    # Without a look at T and B, which are to stay dynamic; nor at the numbers of lengths and resets under torch.jit.trace.
+    if torch.compiler.is_compiling() or (sequences is not PLAIN and torch._C._get_tracing_state() is not None):
         levels = (active(), differentiates() or forward_mode())
         word, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
         if word == "onednn" and not unknown_sizes():
@@ -240,7 +243,7 @@ def _layer(
     if transformed:
         x = F.linear(x, w_ih, None if b_ih is None else b_ih + b_hh)
         if w_h0 is not None:
-            x = _with_first(x, h0, w_h0, LayerCall(*tensors, *more, False, engine, False))
+            x = recurrence.with_first(x, h0, w_h0, LayerCall(*tensors, *more, False, engine, False))
         tensors = (x, None if w_hr else h0, c0, None, w_hh, None, None, None)
     if engine == "loop":
         kept = Kept(*reference.layer(LayerCall(*tensors, *more, False, engine, False)), None, None)
@@ -265,18 +268,6 @@ def _layer(
     if keep is not None:
         keep(kept._replace(y=y, gates=kept.gates[..., :H], c=kept.c[..., :H]))
     return y, h_n, c_n
-
-
-def _with_first(x: Tensor, h0: Tensor, w_h0: Tensor, call: LayerCall) -> Tensor:
-    """The pre-activations x (..., R*4H) with what h0 (R, B, K) adds to each recurrence's first step, out of place."""
-    rows, R = call.rows, h0.shape[0]
-    gates = x.reshape(-1, R, x.shape[-1] // R)
-    for r, w in enumerate(w_h0.chunk(R)):
-        first = torch.arange(gates.shape[0], device=x.device)[rows.at(0, r)]
-        keep = rows.kept(0, r)
-        h = h0[r] if keep is None else torch.where(keep, h0[r], 0)
-        gates = gates.index_put((first, torch.full_like(first, r)), h @ w.t(), accumulate=True)
-    return gates.view(x.shape)
 
 
 def _pad_gates(w: Tensor, H: int, pad: int) -> Tensor:
@@ -310,7 +301,6 @@ def problem_of(
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     functions, projected = active(), stack.projects(weights)
-    known = sizes is not None and input.device.type == "cpu" and not traced()
     return Problem(
         input.device.type,
         dtype,
@@ -321,10 +311,9 @@ def problem_of(
         stack.num_layers,
         stack.bidirectional,
         sizes is not None,
-        known,
         sequences.lengths is not None,
         sequences.resets is not None,
-        int(sizes[-1]) == B if known else sequences.same_length > 0,
+        sequences.same_length > 0 if sizes is None else int(sizes[-1]) == B,
         len(sequences.starts),
         torch.is_grad_enabled()
         and (
@@ -336,7 +325,13 @@ def problem_of(
         functions,
         functions and mapped(weights),
         forward_mode(),
+        _on_gpu(input, stack) if input.is_cuda else None,
     )
+
+
+def _on_gpu(input: Tensor, stack: Stack) -> OnGPU:
+    kernels_only = torch.are_deterministic_algorithms_enabled() or not torch.backends.cudnn.enabled
+    return OnGPU(input.device.index, input.shape[-1], tf32_allowed(), stack.dropout > 0, kernels_only)
 
 
 def check(
@@ -365,22 +360,39 @@ def check(
     P, H = weights[step - 1].shape if step > plain else (weights[1].shape[1],) * 2
     if step > plain and P >= H:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got weights of {P} and {H}")
-    for group in range(groups):
-        w = weights[group * step : (group + 1) * step]
-        width = input.shape[-1] if group < stack.directions else stack.directions * P
-        shapes = [(4 * H, width), (4 * H, P), *[(4 * H,)] * (plain - 2), *[(P, H)] * (step - plain)]
-        for k, (tensor, shape) in enumerate(zip(w, shapes, strict=True)):
-            if tensor.shape != shape:
-                raise RuntimeError(f"Expected weights[{group * step + k}] size {shape}, got {list(tensor.shape)}")
-            if tensor.dtype != weights[0].dtype or tensor.device != weights[0].device:
-                raise ValueError(
-                    f"weights should be of one dtype and device, got {weights[0].dtype} on {weights[0].device} and "
-                    f"weights[{group * step + k}] of {tensor.dtype} on {tensor.device}"
-                )
+    check_weights(weights, stack, (input.shape[-1], H, P if step > plain else 0))
     for k, (tensor, width) in enumerate(zip(hx, (P, H), strict=True)):
         if tensor.shape != (groups, B, width):
             raise RuntimeError(f"Expected hidden[{k}] size {(groups, B, width)}, got {list(tensor.shape)}")
     check_like(input, hx, weights)
+
+
+def check_weights(
+    weights: Sequence[Tensor], stack: Stack, sizes: tuple[int, int, int], names: Sequence[str] | None = None
+) -> None:
+    """Shapes, dtypes and devices of the weights, which would else be read past their ends. ``sizes``: I, H and P, or 0."""
+    find = _kinds.__wrapped__ if torch.compiler.is_compiling() else _kinds  # a compiler warns of caches
+    kinds = find(stack.has_biases, stack.num_layers, stack.directions, *sizes, weights[0].dtype, weights[0].device)
+    if [(w.shape, w.dtype, w.device) for w in weights] == kinds:
+        return
+    for k, (w, (shape, dtype, device)) in enumerate(zip(weights, kinds, strict=True)):
+        name = names[k] if names else f"weights[{k}]"
+        if w.shape != shape:
+            raise RuntimeError(f"Expected {name} size {shape}, got {list(w.shape)}")
+        if w.device != device or (w.dtype != dtype and not autocast(w)):
+            raise ValueError(
+                f"weights should be of one dtype and device, got {dtype} on {device} and {name} of {w.dtype} on {w.device}"
+            )
+
+
+@lru_cache(maxsize=4096)
+def _kinds(
+    biases: bool, layers: int, directions: int, I: int, H: int, P: int, dtype: torch.dtype, device: torch.device  # noqa: E741
+) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:  # fmt: skip
+    """What a call's weights should be, in their order."""
+    widths = [I] * directions + [directions * (P or H)] * (directions * (layers - 1))
+    rest = [(4 * H, P or H), *[(4 * H,)] * (2 * bool(biases)), *[(P, H)] * (P > 0)]
+    return [(shape, dtype, device) for width in widths for shape in ((4 * H, width), *rest)]
 
 
 def check_like(input: Tensor, hx: States, weights: Sequence[Tensor]) -> None:

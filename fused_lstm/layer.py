@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Problem, Sequences, Stack, States, as_resets
-from .functional import cast_dtype, check_like, problem_of, run, settle
+from .functional import cast_dtype, check_like, check_weights, problem_of, run, settle
 from .plan import BACKENDS, Plan, choose
 
 L = TypeVar("L", bound=nn.RNNBase)
@@ -69,6 +71,7 @@ class LSTM(nn.RNNBase):
 
     backend: str = "auto"  # on the class too, so that pickles from before an option existed still load
     recompute: bool = False
+    _assigned: tuple[tuple[int, Tensor, Tensor], ...] = ()  # by _flat_weights: a weight's index, the weight, its stand-in
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args
@@ -81,20 +84,30 @@ class LSTM(nn.RNNBase):
         self.__dict__.update(own)
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:
+    def _flat_weights(self) -> tuple[Tensor | None, ...]:
         # RNNBase stores a list of its weights. functional_call and parametrizations replace weights later, and that list
         # would still hold the old ones. So they are looked up at each call: then weight_norm and swapped or tied
-        # parameters work as well.
-        held = self._parameters
-        return [held[name] if name in held else getattr(self, name, None) for name in self._flat_weights_names]
+        # parameters work as well. A tuple, so that nobody changes an entry in vain.
+        return tuple(self._weights(None))
 
     @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor | None]) -> None:
-        pass
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        # What somebody puts in a weight's place here, for recurrent dropout say, calls take, as nn.LSTM's do: as long as the
+        # module holds that weight, and computes none by that name.
+        pairs = enumerate(zip(map(self._held, self._flat_weights_names), weights, strict=True))
+        self.__dict__["_assigned"] = tuple((k, old, w) for k, (old, w) in pairs if old is not None and w is not old)
+
+    def _held(self, name: str) -> Tensor | None:
+        return self._parameters.get(name, self.__dict__.get(name))
 
     def _init_flat_weights(self) -> None:
         # RNNBase refers to its weights weakly, to see that its list is old; torch cannot swap a tensor so referred to.
         self._flat_weight_refs = [None] * len(self._flat_weights_names)
+        # torch.fx takes modules of torch.nn for leaves, and asks the module, not its class.
+        self.__dict__.update(_assigned=(), __module__="torch.nn")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_assigned": (), "_compiled_call_impl": None}  # which would run this module
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
@@ -238,10 +251,14 @@ class LSTM(nn.RNNBase):
         dropout = self.dropout if self.training else 0.0
         return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first, self.recompute)
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self, *default: None) -> list[Tensor]:
         # Once for a call: a parametrized weight is computed whenever it is asked for.
         held = self._parameters  # where most of them are; nn.Module's own look-up is slow
-        return [held[name] if name in held else getattr(self, name) for name in self._flat_weights_names]
+        weights = [held[name] if name in held else getattr(self, name, *default) for name in self._flat_weights_names]
+        for k, replaced, w in self._assigned:
+            if self._held(self._flat_weights_names[k]) is replaced:
+                weights[k] = w
+        return weights
 
     def _prepare(
         self,
@@ -282,6 +299,7 @@ class LSTM(nn.RNNBase):
             if hx is not None:
                 self._check_states(x, hx, batch_sizes)
         check_like(x, hx, weights)
+        check_weights(weights, stack, (self.input_size, self.hidden_size, self.proj_size), self._flat_weights_names)
         if resets is not None and x is not input and batch_sizes is None:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
         return x, *settle(x, hx, stack, batch_sizes, lengths, resets)
@@ -296,14 +314,28 @@ def _checked(backend: str, recompute: bool) -> dict[str, Any]:
     return {"backend": backend, "recompute": recompute}
 
 
-OWN = ("_flat_weights", "backend", "recompute")  # what one of the two classes keeps in its modules and the other does not
+# What one of the two classes keeps in its modules and the other does not, and what would go on running the old module.
+OWN = ("_flat_weights", "_assigned", "__module__", "backend", "recompute", "_compiled_call_impl", "forward")
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody set a forward on the module itself. Hooks that were taken off again leave the class's there."""
+    return "forward" in vars(module) and getattr(module.forward, "__func__", None) is not type(module).forward
 
 
 def _share(module: nn.RNNBase, cls: type[L], **own: Any) -> L:
     """A module of another class with a module's attributes: containers are copied, what they hold is shared."""
+    if _has_own_forward(module):
+        raise TypeError(f"expected a module with its class's forward, got: {type(module).__name__} with one set on itself")
+    if module._compiled_call_impl is not None:
+        warnings.warn("the compiled call of the old module is dropped: call compile() on the new one", stacklevel=3)
     new = cls.__new__(cls)  # not initialized, which would draw from the random generator
-    attributes = {k: v for k, v in module.__dict__.items() if k not in OWN}
-    new.__dict__.update({k: v.copy() if isinstance(v, (dict, list, set)) else v for k, v in attributes.items()}, **own)
+    for key, value in vars(module).items():
+        if key not in OWN:
+            bound = isinstance(value, MethodType) and value.__self__ is module
+            value = MethodType(value.__func__, new) if bound else value
+            new.__dict__[key] = value.copy() if isinstance(value, (dict, list, set)) else value
+    new.__dict__.update(own)
     for key, hook in new._load_state_dict_pre_hooks.items():  # the only hooks that hold on to their module
         if getattr(hook, "with_module", False):
             new._load_state_dict_pre_hooks[key] = type(hook)(hook.hook, new)
@@ -346,14 +378,15 @@ def replace_lstm(model: M, backend: str = "auto", recompute: bool = False) -> M:
     The model is changed in place and returned; a model that itself is an nn.LSTM is returned converted. Parameters stay
     the same objects, so that optimizers and ties keep working, and a module that occurs twice is replaced by one.
     Subclasses of nn.LSTM, which may compute something else, are left alone; ``LSTM.from_torch`` takes those that keep its
-    forward. ``backend`` and ``recompute`` are those of :class:`fused_lstm.LSTM`.
+    forward. So are those that ``torch.compile(module)`` wraps, or whose forward somebody replaced, as accelerate's hooks do.
+    A compiled call (``module.compile()``) is dropped with a warning. The other arguments are those of fused_lstm.LSTM.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_lstm expects a torch.nn.Module, got: {type(model).__name__}")
     done: dict[nn.Module, LSTM] = {}
 
     def convert(module: nn.Module) -> nn.Module:
-        if type(module) is not TorchLSTM:
+        if type(module) is not TorchLSTM or _has_own_forward(module):
             return module
         if module not in done:
             done[module] = LSTM.from_torch(module, backend=backend, recompute=recompute)
@@ -361,6 +394,6 @@ def replace_lstm(model: M, backend: str = "auto", recompute: bool = False) -> M:
 
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child is not None:
+            if child is not None and name != "_orig_mod":
                 parent._modules[name] = convert(child)
     return convert(model)

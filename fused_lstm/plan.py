@@ -164,9 +164,9 @@ def way_of_aten(p: Problem) -> tuple[Way, bool, str]:
     # torch's own packed LSTM is a loop over steps, and its backward pass takes time by their square. Below so many steps it
     # is faster than blocks (measured, H from 16 to 512); and rows of one length it gives to oneDNN as they are.
     at_once = p.same_length and p.dtype != torch.float64 and not p.proj_size
-    if p.known and (32 if p.needs_grad else 128) <= p.T and not at_once:
+    if p.packed and p.device == "cpu" and (32 if p.needs_grad else 128) <= p.T and not at_once:
         return Way.RAGGED, fp32, "packed rows in blocks of time, each by torch's own fused LSTM" + computed
-    if p.same_length and not p.known:
+    if p.same_length and not p.packed:
         return Way.PREFIX, fp32, "all rows have the same length: torch's own fused LSTM over so many steps" + computed
     # A call for each stretch is worth more than control columns where the stretches have many rows (measured, H from 128 to
     # 512), in one direction, on a CPU.
@@ -202,6 +202,32 @@ def prefers_reference(p: Problem) -> str | None:
     if p.dtype == torch.float64 and p.needs_grad and p.T > 1 and not (p.packed or p.lengths or p.resets):
         return "fp64 training on a CPU, where oneDNN has no LSTM: the explicit backward pass is faster than torch's"
     return None
+
+
+def beside_torch(p: Problem) -> tuple[bool, str]:
+    """Whether torch's own LSTM serves a call on a GPU and was measured faster there than the kernels; and the reason."""
+    gpu = p.gpu
+    if gpu is None or p.resets or p.packed or p.transformed or p.forward_mode or (p.recompute and p.needs_grad):
+        return False, ""  # what only the kernels do, or torch's LSTM was not timed at
+    if gpu.dropout or gpu.kernels_only:  # two generators of masks; and the kernels repeat their bits
+        return False, "; not torch's own, since " + ("dropout acts" if gpu.dropout else "torch's switches rule cuDNN out")
+    from . import launch
+
+    table = launch.timed(gpu.index)
+    if table is None:
+        return False, "; not measured against torch's own on this device"
+    if table.kernels != launch.kernels():
+        return False, f"; the kernels have changed since {table.source} was measured, python -m fused_lstm.tune does it anew"
+    dtype = "tf32" if p.dtype == torch.float32 and gpu.tf32 else str(p.dtype).removeprefix("torch.")
+    near = table.nearest(launch.Timing(
+        dtype, p.needs_grad, p.lengths, p.T, p.B, gpu.input_size, p.hidden_size, p.num_layers, 1 + p.bidirectional,
+        p.proj_size,
+    ))  # fmt: skip
+    if near is None:
+        return False, f"; nothing like this call in {table.source}"
+    ratio = near.torch_us / near.kernels_us
+    words = f"{ratio:.2f}x as fast as torch's own at the nearest size measured, {near}, in {table.source}"
+    return ratio < 1, f"the kernels are {words}" if ratio < 1 else f"; {words}"
 
 
 def choose(p: Problem, backend: str = "auto") -> Plan:
@@ -243,8 +269,10 @@ def _choose(p: Problem, backend: str) -> Plan:
     if p.device == "cuda":
         ok, reason = supports_triton(p)
         if ok:
-            why = f"{reason}{_recomputed(p)}; not measured against torch's own on this device"
-            return _explicit(Way.TRITON, p, why)
+            faster, words = beside_torch(p)
+            if not faster:
+                return _explicit(Way.TRITON, p, f"{reason}{_recomputed(p)}{words}")
+            reason = words
         rejected["triton"] = reason
     else:
         rejected["triton"] = "slower than torch's LSTM in the interpreter" if triton_interpreted() else supports_triton(p)[1]

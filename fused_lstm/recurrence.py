@@ -47,6 +47,18 @@ def _pre_activations(call: LayerCall, rows: Rows, b_ih: Tensor | None) -> Tensor
     return gates
 
 
+def with_first(x: Tensor, h0: Tensor, w_h0: Tensor, call: LayerCall) -> Tensor:
+    """The pre-activations x (..., R*4H) with what h0 (R, B, K) adds to each recurrence's first step, out of place."""
+    rows, R = call.rows, h0.shape[0]
+    gates = x.reshape(-1, R, x.shape[-1] // R)
+    for r, w in enumerate(w_h0.chunk(R)):
+        first = torch.arange(gates.shape[0], device=x.device)[rows.at(0, r)]
+        keep = rows.kept(0, r)
+        h = h0[r] if keep is None else torch.where(keep, h0[r], 0)
+        gates = gates.index_put((first, torch.full_like(first, r)), h @ w.t(), accumulate=True)
+    return gates.view(x.shape)
+
+
 def forward(call: LayerCall) -> Kept:
     """Run one layer."""
     rows = call.rows
@@ -67,7 +79,8 @@ def forward(call: LayerCall) -> Kept:
             # What lies past a row's length nobody writes or reads; but an op's results are the same every time.
             new = gates.new_empty if call.lengths is None else gates.new_zeros
             c_all = new((y.numel() // (R * H), R, H))
-        h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, call.b_hh, h0, _contiguous(call.c0), rows, y, c_all)
+        b_hh, c0 = _contiguous(call.b_hh), _contiguous(call.c0)
+        h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all)
     return Kept(y, h_n, c_n, gates.view(-1, R, 4, H) if call.save and not call.recompute else None, c_all)
 
 

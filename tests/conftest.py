@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,20 @@ torch.set_num_threads(1)  # the tests are small, and pytest-xdist runs several o
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HALVES = (torch.float16, torch.bfloat16)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+if HAS_TRITON and INTERPRET:
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    _patch_lang = interpreter._patch_lang
+
+    def _patch_lang_once(fn: Callable) -> object:
+        """Triton's interpreter makes its language over anew for each function that a kernel calls: half of all its time."""
+        languages = [value for value in fn.__globals__.values() if value is core or value is interpreter.tl]
+        done = languages and not any(core.is_builtin(language.load) for language in languages)
+        return interpreter._LangPatchScope() if done else _patch_lang(fn)
+
+    interpreter._patch_lang = _patch_lang_once
 
 
 def _reason(item: pytest.Item) -> str | None:

@@ -169,7 +169,7 @@ class Redirected:
 
 def redirect_launches(monkeypatch: pytest.MonkeyPatch, schedule: str, run: Callable[..., None]) -> None:
     """Have :class:`Redirected` launch the kernels of a schedule from now on."""
-    from fused_lstm.launch.choose import BY_NAME
+    from fused_lstm.launch.choice import BY_NAME
 
     kernels = BY_NAME[schedule].kernels
     for name, kernel in list(kernels.items()):

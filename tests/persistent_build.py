@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from fused_lstm.launch import persistent
-from fused_lstm.launch.config import Device, Recurrence
-from fused_lstm.launch.persistent import Config
+from fused_lstm.launch.persistent import PersistentConfig
+from fused_lstm.launch.schedule import CELLS, Device, Recurrence
 
 GPUS = {
     "sm_80": Device("A100", 108, 163 * 1024, (8, 0)),
@@ -55,7 +55,9 @@ class Built:
     loop: Counter[str]  # instructions in the loop over turns
 
 
-def build(kernel: str, config: Config, H: int, R: int, dtype: str, target: str, directions: int, absent: tuple) -> Built:
+def build(
+    kernel: str, config: PersistentConfig, H: int, R: int, dtype: str, target: str, directions: int, absent: tuple
+) -> Built:
     """Compile a kernel for tensors of all kinds but those that are absent."""
     function = persistent.KERNELS[kernel if config.form == "whole" else f"{kernel} {config.form}"]
     gpu = GPUS[target]
@@ -67,7 +69,7 @@ def build(kernel: str, config: Config, H: int, R: int, dtype: str, target: str, 
         absent = (*absent, "box")
     absent = (*absent, "running")
     signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {"CELL": persistent.CELLS[kernel], "CONFIG": cut}
+    constants: dict[Any, Any] = {"CELL": CELLS[kernel], "CONFIG": cut}
     aligned = {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
@@ -117,7 +119,7 @@ def total(loop: Counter[str], *parts: str) -> int:
     return sum(n for name, n in loop.items() if all(part in name.split(".") for part in parts))
 
 
-def chosen(H: int, B: int, R: int, dtype: str, target: str) -> Iterator[tuple[str, Config]]:
+def chosen(H: int, B: int, R: int, dtype: str, target: str) -> Iterator[tuple[str, PersistentConfig]]:
     """For each kernel, the configurations that a GPU can run, the quickest by estimate first."""
     for kernel in ("forward", "backward"):
         problem = Recurrence(kernel, "tf32" if dtype == "fp32" else "half", 100, H, B, R)

@@ -16,6 +16,7 @@ from fused_lstm.kernels.rows import Sequences
 from torch import Tensor
 
 from fused_lstm.launch import persistent
+from fused_lstm.launch.schedule import CELLS
 
 
 def rounded(x: Tensor, tf32: bool) -> Tensor:
@@ -137,7 +138,7 @@ class Problem:
         results = {"y": y, "hn": hn, "cn": cn, **dict(zip(wanted, grads, strict=True))}
         return {k: v.detach() for k, v in results.items() if v is not None}
 
-    def add(self, rule: Rule, config: persistent.Config) -> None:
+    def add(self, rule: Rule, config: persistent.PersistentConfig) -> None:
         """Judge what the kernels make of it; fp32 is TF32 to them."""
         ours = self.run(config)
         torchs, exact = self.reference(self.dtype, self.dtype == torch.float32), self.reference(torch.float64)
@@ -150,7 +151,9 @@ class Problem:
     def sequences(self) -> Sequences:
         return Sequences(self.lengths, self.starts, None if self.resets is None else self.resets.view(torch.uint8))
 
-    def forward(self, config: persistent.Config, save: bool = True, given: dict[str, Any] | None = None) -> Forward:
+    def forward(
+        self, config: persistent.PersistentConfig, save: bool = True, given: dict[str, Any] | None = None
+    ) -> Forward:
         """The buffers after the forward kernel; before it, what it is to write holds NaN."""
         t = self.tensors() | (given or {})
         new = {k: (n, self.R, self.H) for k, n in (("h", self.N), ("c", self.N))}
@@ -158,25 +161,25 @@ class Problem:
         out = {k: torch.full(shape, torch.nan, dtype=self.dtype) for k, shape in new.items()}
         if not save:
             del out["c"]
-        return self._launch(persistent.forward, buffers(Forward, {**t, "gates": t["gates"].clone(), **out}), config)
+        return self._launch("forward", buffers(Forward, {**t, "gates": t["gates"].clone(), **out}), config)
 
-    def backward(self, config: persistent.Config, forward: Forward, given: dict[str, Any] | None = None) -> Backward:
+    def backward(
+        self, config: persistent.PersistentConfig, forward: Forward, given: dict[str, Any] | None = None
+    ) -> Backward:
         """The buffers after the backward kernel, from those of the forward one."""
         new = {"dgates": (self.N, self.R, 4, self.H), "h_prev": (self.N, self.R, self.H), "dc0": (self.R, self.B, self.H)}
         out = {k: torch.full(shape, torch.nan, dtype=self.dtype) for k, shape in new.items()}
         saved = {k.removesuffix("_ptr"): t for k, t in forward._asdict().items()}
-        return self._launch(
-            persistent.backward, buffers(Backward, {**self.tensors(), **(given or {}), **saved, **out}), config
-        )
+        return self._launch("backward", buffers(Backward, {**self.tensors(), **(given or {}), **saved, **out}), config)
 
-    def _launch(self, run: Callable, buffers: Any, config: persistent.Config) -> Any:
+    def _launch(self, kernel: str, buffers: Any, config: persistent.PersistentConfig) -> Any:
         """Run a kernel on copies of the buffers, where there is a GPU there, and return them."""
         buffers = type(buffers)(*(None if t is None else t.to(DEVICE) for t in buffers))
         sequences = Sequences(*(None if t is None else t.to(DEVICE) for t in self.sequences))
-        run(buffers, sequences, self.T, self.B, *self.strides, self.directions, config)
+        persistent.run(kernel, buffers, sequences, (self.T, self.B, *self.strides), self.directions, config)
         return type(buffers)(*(None if t is None else t.cpu() for t in buffers))
 
-    def run(self, config: persistent.Config) -> dict[str, Tensor]:
+    def run(self, config: persistent.PersistentConfig) -> dict[str, Tensor]:
         """What :meth:`reference` returns, by the kernels; the gradients of W_hh and h0 by the products that follow them."""
         f = self.forward(replace(config, form="whole") if config.form == "split" else config)
         b = self.backward(config, f)
@@ -209,18 +212,20 @@ def interpret(
     """
     grids: list[Program] = []
     if DEVICE != "cpu":
-        real = persistent.launch
-        monkeypatch.setattr(persistent, "launch", lambda name, grid, *more: (grids.append(grid), real(name, grid, *more)))
+        real = persistent.launch_once
+        monkeypatch.setattr(
+            persistent, "launch_once", lambda name, grid, *more: (grids.append(grid), real(name, grid, *more))
+        )
         return grids
     modules = modules or gluon_interpreter.interpreted()
     found = {name: value for module in modules.values() for name, value in vars(module).items()}
 
     def launch(name: str, grid: Program, buffers: Any, sequences: Sequences, numbers: tuple, cut: Any, _: bool) -> None:
         grids.append(grid)
-        kernel, cell = found[persistent.KERNELS[name].__name__], persistent.CELLS[name.split()[0]]
+        kernel, cell = found[persistent.KERNELS[name].__name__], CELLS[name.split()[0]]
         forked(kernel, grid, (buffers, sequences, *numbers, cell, cut), delays, timeout)
 
-    monkeypatch.setattr(persistent, "launch", launch)
+    monkeypatch.setattr(persistent, "launch_once", launch)
     return grids
 
 

@@ -19,10 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fused_lstm.call import Rows, accumulator_dtype
-from fused_lstm.launch import INTERPRETED
-from fused_lstm.launch.choose import STEPWISE, stepwise_kernel
-from fused_lstm.launch.compiled import Launch
-from fused_lstm.launch.config import LaunchConfig, Recurrence, arithmetic
+from fused_lstm.launch.schedule import INTERPRETED, Launch, Recurrence, arithmetic
+from fused_lstm.launch.stepwise import STEPWISE, StepwiseConfig, stepwise_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -83,7 +81,7 @@ class Compiler:
 
 
 def compile_kernel(
-    kind: str, config: LaunchConfig, target: str, dtype: torch.dtype, tf32: bool, H: int, R: int = 1, directions: int = 1,
+    kind: str, config: StepwiseConfig, target: str, dtype: torch.dtype, tf32: bool, H: int, R: int = 1, directions: int = 1,
     absent: Sequence[str] = (), rows: Sequence[str] = (),
 ) -> Built:  # fmt: skip
     """Compile ``kind`` ("forward" or "backward") for ``target``.

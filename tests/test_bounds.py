@@ -13,13 +13,13 @@ from pairs import IN_INTERPRETER
 from test_kernels import Problem
 
 from fused_lstm import launch
-from fused_lstm.launch.config import LaunchConfig
+from fused_lstm.launch.stepwise import StepwiseConfig
 
 pytestmark = [pytest.mark.kernels, IN_INTERPRETER]
 
 CONFIGS = {
-    "stepwise": LaunchConfig(16, 16, 16),
-    "wide": LaunchConfig(16, 32, 64),
+    "stepwise": StepwiseConfig(16, 16, 16),
+    "wide": StepwiseConfig(16, 32, 64),
 }
 
 

@@ -10,22 +10,25 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from fused_lstm.launch import persistent
-from fused_lstm.launch.choose import (
+from fused_lstm.launch import choice, persistent
+from fused_lstm.launch.choice import (
     BY_NAME,
     STEPWISE,
     Table,
+    Timing,
     choose,
     describe,
     entry,
     file_name,
+    kernels,
     key_of,
     read_table,
     tables,
     user_folder,
     write_table,
 )
-from fused_lstm.launch.config import Device, LaunchConfig, Recurrence, arithmetic, power_of_two
+from fused_lstm.launch.schedule import Device, Recurrence, arithmetic, power_of_two
+from fused_lstm.launch.stepwise import StepwiseConfig
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 * 1024, (9, 0))
 A100 = Device("NVIDIA A100-SXM4-80GB", 108, 163 * 1024, (8, 0))
@@ -104,7 +107,7 @@ def test_what_is_compiled_depends_little_on_the_batch_and_not_on_time() -> None:
 
 def test_the_model_of_the_stepwise_schedule_knows_what_costs_time() -> None:
     p = problem()
-    config = LaunchConfig(64, 16, 64)
+    config = StepwiseConfig(64, 16, 64)
     time = STEPWISE.estimate(config, p, H100)
     assert STEPWISE.estimate(config, replace(p, T=200), H100) == 2 * time
     assert STEPWISE.estimate(config, replace(p, H=2048), H100) > time
@@ -125,7 +128,7 @@ def test_the_model_of_the_stepwise_schedule_knows_what_costs_time() -> None:
 )
 def test_configurations_that_make_no_sense(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LaunchConfig(**{"block_b": 64, "block_h": 16, "block_k": 64} | change)
+        StepwiseConfig(**{"block_b": 64, "block_h": 16, "block_k": 64} | change)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,7 @@ def test_configurations_that_make_no_sense(change: dict[str, int], message: str)
 )
 def test_persistent_configurations_that_make_no_sense(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        persistent.Config(**change)
+        persistent.PersistentConfig(**change)
 
 
 def test_arithmetic_and_powers() -> None:
@@ -161,7 +164,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_was_measured_is_taken(folder: Path) -> None:
-    p, config = problem(B=60), persistent.Config(tiles=8, held=3)
+    p, config = problem(B=60), persistent.PersistentConfig(tiles=8, held=3)
     assert choose(p, H100, tables(H100.name)).config != config
     write_table(folder / file_name(H100.name), [entry(p, config, 1.5)])
     choice = choose(p, H100, tables(H100.name))
@@ -177,7 +180,7 @@ def test_what_was_measured_is_taken(folder: Path) -> None:
 
 
 def test_what_was_measured_is_not_taken_where_it_cannot_run() -> None:
-    p, config = problem(H=1024, B=1), persistent.Config(held=3)
+    p, config = problem(H=1024, B=1), persistent.PersistentConfig(held=3)
     table = Table("somewhere", {key_of(p): config})
     assert choose(p, H100, [table]).measured
     assert not choose(p, SLICE, [table]).measured
@@ -185,12 +188,26 @@ def test_what_was_measured_is_not_taken_where_it_cannot_run() -> None:
 
 def test_a_later_measurement_replaces_an_earlier_one_and_keeps_the_others(folder: Path) -> None:
     path = folder / file_name(H100.name)
-    a, b = LaunchConfig(32, 16, 64), LaunchConfig(64, 16, 64)
+    a, b = StepwiseConfig(32, 16, 64), StepwiseConfig(64, 16, 64)
     write_table(path, [entry(problem(), a, 2.0), entry(problem(H=64), a, 1.0)])
     write_table(path, [entry(problem(), b, 1.0, date="today")])
     table = read_table(path)
     assert table.configs == {key_of(problem()): b, key_of(problem(H=64)): a}
     assert [e.get("date") for e in json.loads(path.read_text())["configs"]] == ["today", None]
+
+
+def test_timings_of_other_kernels_go_when_new_ones_come(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / file_name(H100.name)
+    a, b = (Timing("float16", False, False, T, 16, 512, 512, 1, 1, 0, 2.0, 3.0) for T in (100, 1))
+    write_table(path, [], [a])
+    write_table(path, [], [b, a._replace(torch_us=9.0)])
+    table = read_table(path)
+    assert (table.timings, table.kernels) == ((a._replace(torch_us=9.0), b), kernels())
+    assert table.nearest(a._replace(T=40)).T == 100
+    assert table.nearest(a._replace(T=3)).T == 1
+    monkeypatch.setattr(choice, "kernels", lambda: "others")
+    write_table(path, [entry(problem(), StepwiseConfig(32, 16, 64), 2.0)])
+    assert read_table(path).timings == ()
 
 
 GOOD = {"kernel": "forward", "arithmetic": "half", "H": 64, "B": 1, "R": 1}
@@ -201,6 +218,7 @@ TILES = {"schedule": "stepwise", "block_b": 16, "block_h": 16, "block_k": 16}
     "text",
     [
         "not json",
+        '{"configs": [], "timings": [{"dtype": "float16"}]}',
         "{}",
         '{"configs": {}}',
         '{"configs": [{"H": 1}]}',
@@ -213,7 +231,7 @@ def test_a_broken_table_is_an_error_that_names_the_file(folder: Path, text: str)
     path = folder / file_name(H100.name)
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    for use in (lambda: tables(H100.name), lambda: write_table(path, [entry(problem(), LaunchConfig(16, 16, 16), 1.0)])):
+    for use in (lambda: tables(H100.name), lambda: write_table(path, [entry(problem(), StepwiseConfig(16, 16, 16), 1.0)])):
         with pytest.raises(ValueError, match=f"{path.name} is not a table of launch configurations"):
             use()
 

@@ -9,8 +9,8 @@ from checks import skip_unless_it_compiles
 
 pytest.importorskip("triton")
 
-from fused_lstm.launch.choose import STEPWISE
-from fused_lstm.launch.config import LaunchConfig, Recurrence
+from fused_lstm.launch.schedule import Recurrence
+from fused_lstm.launch.stepwise import STEPWISE, StepwiseConfig
 
 pytestmark = pytest.mark.compile
 
@@ -30,7 +30,7 @@ FLAGS = {
 }
 
 
-def check(name: str, problem: Recurrence, config: LaunchConfig, target: str, flags: dict[str, object]) -> None:
+def check(name: str, problem: Recurrence, config: StepwiseConfig, target: str, flags: dict[str, object]) -> None:
     import stepwise_build
 
     dtype, tf32 = stepwise_build.ARITHMETIC[name]
@@ -72,6 +72,6 @@ def test_other_gpus(name: str, target: str) -> None:
 def test_a_spilling_configuration_is_seen() -> None:
     import stepwise_build
 
-    greedy = LaunchConfig(block_b=128, block_h=64, block_k=64, num_warps=4)
+    greedy = StepwiseConfig(block_b=128, block_h=64, block_k=64, num_warps=4)
     built = stepwise_build.compile_kernel("forward", greedy, "sm_90", torch.float16, False, H=512, **FLAGS["forward"][0])
     assert built.spills > 0

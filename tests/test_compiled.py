@@ -22,13 +22,13 @@ from triton.runtime import driver
 
 from fused_lstm import launch
 from fused_lstm.call import Rows
-from fused_lstm.launch import compiled
-from fused_lstm.launch.choose import STEPWISE, launch_stepwise, stepwise_kernel
-from fused_lstm.launch.config import LaunchConfig, Recurrence, arithmetic
+from fused_lstm.launch import schedule
+from fused_lstm.launch.schedule import Recurrence, arithmetic
+from fused_lstm.launch.stepwise import STEPWISE, StepwiseConfig, stepwise_kernel
 
 pytestmark = pytest.mark.compile
 
-CONFIG = LaunchConfig(16, 16, 16)
+CONFIG = StepwiseConfig(16, 16, 16)
 DEVICES = count(100)  # each test has one of its own, for which Triton knows no kernels yet
 
 
@@ -97,7 +97,7 @@ def gpu() -> Iterator[Recorder]:
 class Call(NamedTuple):
     """A kernel, and what it is launched with."""
 
-    kernel: compiled.Kernel
+    kernel: schedule.Kernel
     steps: range
     buffers: Forward
     sequences: Sequences
@@ -115,7 +115,7 @@ class Call(NamedTuple):
         return self._replace(buffers=self.buffers._replace(**dict.fromkeys(names)))
 
 
-def call(dtype: torch.dtype = torch.float32, config: LaunchConfig = CONFIG) -> Call:
+def call(dtype: torch.dtype = torch.float32, config: StepwiseConfig = CONFIG) -> Call:
     """A forward recurrence of three steps of two rows that have lengths."""
     buffers = Forward(*(torch.zeros(32, dtype=dtype) for _ in Forward._fields))
     buffers = buffers._replace(running_ptr=torch.zeros(32), zeros_ptr=None)
@@ -194,14 +194,14 @@ def test_what_launches_have_in_common() -> None:
             ("forward", like, rows._replace(directions=-1), 1, 16), ("forward", like, rows, 1, 32),
         )
     ]  # fmt: skip
-    with launch.forced(LaunchConfig(16, 16, 32)):
+    with launch.forced(StepwiseConfig(16, 16, 32)):
         others.append(launch.prepare("forward", like, rows, 1, 16))
     assert len({id(launched) for launched in (one, *others)}) == 1 + len(others)
 
 
 def test_on_rocm_a_layout_tells_which_tensors_32_bits_reach(gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "HIP", True)
-    monkeypatch.setattr(compiled, "INT32", 100)  # the buffers have 128 bytes
+    monkeypatch.setattr(schedule, "HIP", True)
+    monkeypatch.setattr(schedule, "INT32", 100)  # the buffers have 128 bytes
     small = call()
     large = small._replace(buffers=small.buffers._replace(c0_ptr=torch.zeros(16)))
     for one in (small, large, small):
@@ -249,7 +249,7 @@ def test_a_launcher_that_is_not_as_expected_is_left_to_triton(gpu: Recorder, mon
 
 
 def test_a_limit_on_what_is_kept(gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "LIMIT", 2)
+    monkeypatch.setattr(schedule, "LIMIT", 2)
     one = call()
     for name in ("no bias", "nothing saved", "no lengths", "no bias"):
         OTHER_LAYOUTS[name](one).run()
@@ -272,7 +272,7 @@ def test_another_thread_may_forget_all(gpu: Recorder) -> None:
 
 
 def test_threads(gpu: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "LIMIT", 1)
+    monkeypatch.setattr(schedule, "LIMIT", 1)
     one = call()
     different = [one, *(OTHER_LAYOUTS[name](one) for name in ("no bias", "nothing saved"))]
     for c in different:
@@ -289,9 +289,9 @@ def test_another_batch_size_is_no_other_kernel() -> None:
     kernels = set()
     for B in (2, 3, 5):
         problem = Recurrence("forward", "fp32", 2, 16, B, 1)
-        launched = compiled.Launch(problem, CONFIG, STEPWISE, None, 1, torch.float32)
+        launched = schedule.Launch(problem, CONFIG, STEPWISE, None, 1, torch.float32)
         rows = Rows(1, B, False, 1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compiled.Kernel, "run", lambda kernel, *_: kernels.add(kernel))
-            launch_stepwise(launched, Forward(*[None] * 9), rows)
+            patch.setattr(schedule.Kernel, "run", lambda kernel, *_: kernels.add(kernel))
+            STEPWISE.launch(launched, Forward(*[None] * 9), rows)
     assert len(kernels) == 1

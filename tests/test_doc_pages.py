@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pack_sequence
 import fused_lstm
 from fused_lstm import ops, plan, tune
 from fused_lstm.call import LayerCall, Problem
-from fused_lstm.launch.choose import read_table
-from fused_lstm.launch.config import Device, Recurrence
+from fused_lstm.launch.choice import read_table
+from fused_lstm.launch.schedule import Device, Recurrence
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -21,8 +21,8 @@ import fused_lstm
 
 pytest.importorskip("triton")
 from fused_lstm import launch
-from fused_lstm.launch.choose import BY_NAME
-from fused_lstm.launch.config import LaunchConfig
+from fused_lstm.launch.choice import BY_NAME
+from fused_lstm.launch.stepwise import StepwiseConfig
 
 OTHERS = [name for name in BY_NAME if name != "stepwise"]
 RAGGED = "hx lengths resets"
@@ -64,7 +64,7 @@ class Problem:
         if not schedule:
             return nullcontext()
         if DEVICE == "cpu":
-            return launch.forced(LaunchConfig(16, 16, 16))
+            return launch.forced(StepwiseConfig(16, 16, 16))
         return by_schedule(schedule, launch.device(0), launch.arithmetic(DTYPES[self.kind], self.kind == "tf32"), *self.size)
 
     def run(self, schedule: str = "") -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 from fused_lstm import launch, ops, recurrence, reference
 from fused_lstm.call import LayerCall, Rows
-from fused_lstm.launch.config import LaunchConfig
+from fused_lstm.launch.stepwise import StepwiseConfig
 
 pytestmark = [
     pytest.mark.kernels,
@@ -98,7 +98,7 @@ def check(problems: Sequence[Problem]) -> None:
 def test_directions_layouts_and_projections(dtype: torch.dtype, mode: str, resets: bool) -> None:
     """All combinations in fp32, in other types every second one, so that every pair is there."""
     layouts = (False,) if mode == "packed" else (False, True)
-    with launch.forced(LaunchConfig(16, 16, 16)):
+    with launch.forced(StepwiseConfig(16, 16, 16)):
         check(
             [
                 Problem(dtype, mode=mode, directions=directions, batch_first=batch_first, K=K, B=5, resets=resets)
@@ -208,9 +208,9 @@ def test_empty_batch() -> None:
 
 
 CONFIGS = {
-    "stepwise": LaunchConfig(16, 16, 16),
-    "wide": LaunchConfig(16, 32, 64),
-    "tall": LaunchConfig(64, 16, 32),
+    "stepwise": StepwiseConfig(16, 16, 16),
+    "wide": StepwiseConfig(16, 32, 64),
+    "tall": StepwiseConfig(64, 16, 32),
 }
 
 
@@ -229,10 +229,10 @@ def test_many_configurations(dtype: torch.dtype, name: str) -> None:
 
 def test_a_configuration_is_forced_for_one_block_of_code() -> None:
     """For each kernel one of its own, in every thread; the blocks may be nested."""
-    outer, inner, rows = LaunchConfig(16, 16, 32), LaunchConfig(32, 16, 16), Rows(3, 2, False, 1)
+    outer, inner, rows = StepwiseConfig(16, 16, 32), StepwiseConfig(32, 16, 16), Rows(3, 2, False, 1)
     like = torch.zeros(1, device=DEVICE)
 
-    def configs() -> tuple[LaunchConfig, LaunchConfig]:
+    def configs() -> tuple[StepwiseConfig, StepwiseConfig]:
         return tuple(launch.prepare(kernel, like, rows, 1, 16).config for kernel in ("forward", "backward"))
 
     usual = configs()

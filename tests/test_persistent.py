@@ -19,7 +19,7 @@ from pairs import IN_INTERPRETER, all_equal
 from persistent_problems import Problem, interpret
 
 from fused_lstm.launch import persistent
-from fused_lstm.launch.persistent import Config
+from fused_lstm.launch.persistent import PersistentConfig
 
 pytestmark = [
     pytest.mark.kernels,
@@ -27,27 +27,27 @@ pytestmark = [
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FOUR = Config(warps=4)
-TURNS = Config(warps=4, tiles=2, ahead=True)
-SPLIT = Config("split", warps=4)
-SPLIT_TURNS = Config("split", warps=4, tiles=2, ahead=True)
+FOUR = PersistentConfig(warps=4)
+TURNS = PersistentConfig(warps=4, tiles=2, ahead=True)
+SPLIT = PersistentConfig("split", warps=4)
+SPLIT_TURNS = PersistentConfig("split", warps=4, tiles=2, ahead=True)
 
 # A configuration and a problem.
-CASES: dict[str, tuple[Config, dict[str, Any]]] = {
+CASES: dict[str, tuple[PersistentConfig, dict[str, Any]]] = {
     "plain": (FOUR, {"H": 32}),
     "one unit block": (FOUR, {"H": 16, "T": 2}),
     "one step": (FOUR, {"H": 32, "T": 1}),
     "no states, no bias": (FOUR, {"H": 32, "states": False, "bias": False}),
     "beyond the last chunk": (FOUR, {"H": 48, "B": 9}),
     "two tiles in turn": (TURNS, {"H": 32, "B": 13}),
-    "three tiles in turn, two groups": (Config(warps=4, tiles=3, ahead=True), {"H": 32, "B": 35, "T": 3}),
-    "tiles in turn, nothing ahead": (Config(warps=4, tiles=2), {"H": 32, "B": 13, "T": 3}),
-    "split over gates, nothing ahead": (Config("split", warps=4, tiles=2), {"H": 64, "B": 13, "T": 3}),
-    "tiles that are empty": (Config(warps=4, tiles=4), {"H": 32, "B": 13, "T": 2}),
-    "eight warps": (Config(warps=8), {"H": 48, "B": 4}),
-    "32 units": (Config(warps=4, units=32, tiles=2, ahead=True), {"H": 64, "B": 10}),
-    "weights in shared memory": (Config(warps=4, held=0), {"H": 48, "B": 4}),
-    "weights in both": (Config(warps=4, held=1, tiles=2, ahead=True), {"H": 144, "B": 10, "T": 2}),
+    "three tiles in turn, two groups": (PersistentConfig(warps=4, tiles=3, ahead=True), {"H": 32, "B": 35, "T": 3}),
+    "tiles in turn, nothing ahead": (PersistentConfig(warps=4, tiles=2), {"H": 32, "B": 13, "T": 3}),
+    "split over gates, nothing ahead": (PersistentConfig("split", warps=4, tiles=2), {"H": 64, "B": 13, "T": 3}),
+    "tiles that are empty": (PersistentConfig(warps=4, tiles=4), {"H": 32, "B": 13, "T": 2}),
+    "eight warps": (PersistentConfig(warps=8), {"H": 48, "B": 4}),
+    "32 units": (PersistentConfig(warps=4, units=32, tiles=2, ahead=True), {"H": 64, "B": 10}),
+    "weights in shared memory": (PersistentConfig(warps=4, held=0), {"H": 48, "B": 4}),
+    "weights in both": (PersistentConfig(warps=4, held=1, tiles=2, ahead=True), {"H": 144, "B": 10, "T": 2}),
     "lengths": (FOUR, {"H": 32, "B": 6, "mode": "lengths"}),
     "lengths, batch first, both directions": (
         TURNS,
@@ -60,7 +60,10 @@ CASES: dict[str, tuple[Config, dict[str, Any]]] = {
     "packed with resets": (FOUR, {"H": 48, "B": 5, "mode": "packed", "resets": True, "directions": 2}),
     "split over gates": (SPLIT, {"H": 64, "B": 4}),
     "split over gates, in turns": (SPLIT_TURNS, {"H": 64, "B": 13}),
-    "split over gates, three tiles": (Config("split", warps=4, tiles=3, held=0, ahead=True), {"H": 64, "B": 20, "T": 2}),
+    "split over gates, three tiles": (
+        PersistentConfig("split", warps=4, tiles=3, held=0, ahead=True),
+        {"H": 64, "B": 20, "T": 2},
+    ),
     "split over gates, lengths with resets": (
         SPLIT_TURNS,
         {"H": 64, "B": 12, "mode": "lengths", "resets": True, "directions": 2},
@@ -121,7 +124,7 @@ def test_recurrences_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     grids = interpret(monkeypatch)
     problem = Problem(torch.float16, H=32, B=4, T=3, directions=2, members=2, mode="lengths")
     together = list(problem.run(FOUR).values())
-    in_turn = list(problem.run(Config(warps=4, at_once=3)).values())
+    in_turn = list(problem.run(PersistentConfig(warps=4, at_once=3)).values())
     assert grids == [(2, 1, 4)] * 2 + [(2, 1, 3), (2, 1, 1)] * 2
     assert all_equal(in_turn, together)
 
@@ -229,7 +232,7 @@ class Fault:
         where: str,
         name: str,
         change: Callable[[Callable], Callable],
-        config: Config = TURNS,
+        config: PersistentConfig = TURNS,
         store: int = 2,
         **options: Any,
     ) -> None:

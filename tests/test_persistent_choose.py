@@ -13,25 +13,24 @@ pytest.importorskip("triton")
 from persistent_build import GPUS, WORKLOADS
 
 from fused_lstm.launch import persistent
-from fused_lstm.launch.config import Device, Recurrence
-from fused_lstm.launch.persistent import Config, candidates, estimate, grid, local, refusal
+from fused_lstm.launch.persistent import PersistentConfig, candidates, estimate, grid, local, refusal
+from fused_lstm.launch.schedule import PASSES, Device, Recurrence
 
 H100 = GPUS["sm_90"]
-KERNELS = ("forward", "backward")
 
 
 def recurrence(kernel: str = "forward", arithmetic: str = "half", H: int = 768, B: int = 16, R: int = 1) -> Recurrence:
     return Recurrence(kernel, arithmetic, 100, H, B, R)
 
 
-def best(problem: Recurrence, gpu: Device = H100) -> Config:
+def best(problem: Recurrence, gpu: Device = H100) -> PersistentConfig:
     able = [c for c in candidates(problem, gpu) if refusal(c, problem, gpu) is None]
     return min(able, key=lambda c: estimate(c, problem, gpu))
 
 
 @pytest.mark.parametrize("target", GPUS)
 @pytest.mark.parametrize(("H", "B", "R", "dtype"), WORKLOADS)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", PASSES)
 def test_candidates(kernel: str, H: int, B: int, R: int, dtype: str, target: str) -> None:
     gpu, problem = GPUS[target], recurrence(kernel, "tf32" if dtype == "fp32" else "half", H, B, R)
     found = candidates(problem, gpu)
@@ -47,7 +46,7 @@ def test_candidates(kernel: str, H: int, B: int, R: int, dtype: str, target: str
         persistent.fragments(config, H, R, 1)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", PASSES)
 def test_sizes_that_fit_nowhere_have_none(kernel: str) -> None:
     assert not candidates(recurrence(kernel, "tf32", H=1152), H100)
     assert not candidates(recurrence(kernel, H=4096), H100)
@@ -56,16 +55,16 @@ def test_sizes_that_fit_nowhere_have_none(kernel: str) -> None:
 @pytest.mark.parametrize(
     ("reason", "config", "problem", "gpu"),
     [
-        ("compute capability 8.0", Config(held=3), {}, replace(H100, capability=(7, 5))),
-        ("not in fp32", Config(held=3), {"arithmetic": "fp32"}, H100),
+        ("compute capability 8.0", PersistentConfig(held=3), {}, replace(H100, capability=(7, 5))),
+        ("not in fp32", PersistentConfig(held=3), {"arithmetic": "fp32"}, H100),
         ("at most 128, in half precision", local(128), {"H": 128, "arithmetic": "tf32"}, H100),
-        ("needs 192 programs at once, H100 runs 132", Config(held=3), {"B": 32}, H100),
-        ("finds no room for the weights of H = 1024", Config(held=4), {"H": 1024}, H100),
-        ("bytes of shared memory for each program, H100 has 232448", Config(held=0), {"H": 2048, "B": 8}, H100),
-        (None, Config(held=3), {}, H100),
+        ("needs 192 programs at once, H100 runs 132", PersistentConfig(held=3), {"B": 32}, H100),
+        ("finds no room for the weights of H = 1024", PersistentConfig(held=4), {"H": 1024}, H100),
+        ("bytes of shared memory for each program, H100 has 232448", PersistentConfig(held=0), {"H": 2048, "B": 8}, H100),
+        (None, PersistentConfig(held=3), {}, H100),
     ],
 )
-def test_refusals(reason: str | None, config: Config, problem: dict[str, Any], gpu: Device) -> None:
+def test_refusals(reason: str | None, config: PersistentConfig, problem: dict[str, Any], gpu: Device) -> None:
     said = refusal(config, recurrence(**problem), gpu)
     assert (said is None) if reason is None else reason in said
 

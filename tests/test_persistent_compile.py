@@ -18,15 +18,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from fused_lstm.launch import persistent
-from fused_lstm.launch.config import Recurrence
-from fused_lstm.launch.persistent import Config
+from fused_lstm.launch.persistent import PersistentConfig
+from fused_lstm.launch.schedule import Recurrence
 
 pytestmark = pytest.mark.compile
 
 SECONDS = 8.0  # of processors' time for a kernel, Triton and ptxas; about 1 on a quiet machine
 
 
-def check(kernel: str, config: Config, H: int, B: int, R: int, dtype: str, target: str, flags: dict) -> None:
+def check(kernel: str, config: PersistentConfig, H: int, B: int, R: int, dtype: str, target: str, flags: dict) -> None:
     built, what = (
         build(kernel, config, H, R, dtype, target, **flags),
         f"{kernel} {H} {B} {R} {dtype} {config} {flags} {target}",
@@ -67,7 +67,7 @@ def test_other_targets(H: int, B: int, R: int, dtype: str, target: str) -> None:
 
 
 def test_spills_are_seen() -> None:
-    assert build("forward", Config(tiles=2, ahead=True), 1024, 1, "fp16", "sm_90", **PLAIN).spills > 0
+    assert build("forward", PersistentConfig(tiles=2, ahead=True), 1024, 1, "fp16", "sm_90", **PLAIN).spills > 0
 
 
 @gluon.jit
@@ -127,16 +127,16 @@ def test_one_binary_for_all_lengths_and_batches(form: str, monkeypatch: pytest.M
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     for name, kernel in persistent.KERNELS.items():
         monkeypatch.setitem(persistent.KERNELS, name, Warmup(kernel, compiled))
-    config = persistent.local(H) if form == "local" else Config(form, warps=4, tiles=2, ahead=True)
+    config = persistent.local(H) if form == "local" else PersistentConfig(form, warps=4, tiles=2, ahead=True)
     forward = replace(config, form="whole") if form == "split" else config
     for T, B in ((1, 16), (7, 9)):
         n = {"R": (1, B, H), "N": (T * B, 1, H), "G": (T * B, 1, 4, H), "w": (1, 4, H, H)}
         t = {k: torch.zeros(v, dtype=torch.float16) for k, v in n.items()}
         lengths = Sequences(torch.full((B,), T), None, None)
         f = Forward(t["G"], t["w"], None, t["N"], t["N"].clone(), t["R"], t["R"], t["R"], t["R"])
-        persistent.forward(f, lengths, T, B, B, 1, 1, forward)
+        persistent.run("forward", f, lengths, (T, B, B, 1), 1, forward)
         b = Backward(t["N"], None, None, t["G"], *[t["N"]] * 2, t["R"], t["R"], t["w"], t["G"].clone(), t["N"], t["R"])
-        persistent.backward(b, lengths, T, B, B, 1, 1, config)
+        persistent.run("backward", b, lengths, (T, B, B, 1), 1, config)
     assert len(compiled) == 4
     assert compiled[0] is compiled[2]
     assert compiled[1] is compiled[3]

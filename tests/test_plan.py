@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.nn.utils.rnn import pack_sequence
 import fused_lstm
 from fused_lstm import functional
 from fused_lstm import plan as plans
+from fused_lstm.call import OnGPU
 from fused_lstm.plan import FLOATS, Plan, Problem, Way, choose
 
 UNSUPPORTED = (torch.complex64, torch.int32, torch.float8_e4m3fn)
@@ -36,6 +39,107 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool | None], None]:
 
 def problem(device: str = "cpu", dtype: torch.dtype = torch.float32, T: int = 5, B: int = 2, **options: Any) -> Problem:
     return Problem(device, dtype, T, B, **{"hidden_size": 4, **options})
+
+
+def on_gpu(**options: Any) -> Problem:
+    """A call that a table of the GPU may know: fp16, T=100, B=16, I=H=512, one layer."""
+    gpu = {"index": 0, "input_size": 512, "tf32": True, "dropout": False, "kernels_only": False}
+    gpu |= {k: options.pop(k) for k in list(options) if k in gpu}
+    return problem("cuda", **{"dtype": torch.float16, "T": 100, "B": 16, "hidden_size": 512, **options}, gpu=OnGPU(**gpu))
+
+
+@pytest.fixture
+def measured(triton: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what was measured on the GPU: rows of a Timing."""
+    launch = pytest.importorskip("fused_lstm.launch")
+    triton(False)
+
+    def use(*rows: tuple, kernels: str | None = None) -> None:
+        table = launch.Table("made-up.json", {}, tuple(launch.Timing(*row) for row in rows), kernels or launch.kernels())
+        monkeypatch.setattr(launch, "timed", lambda index: table if rows else None)
+
+    return use
+
+
+CUDNN_FASTER = ("float16", False, False, 128, 16, 512, 512, 1, 1, 0, 200.0, 100.0)
+CUDNN_SLOWER = ("float16", False, False, 4096, 16, 512, 512, 1, 1, 0, 100.0, 300.0)
+
+
+def test_auto_takes_torch_where_it_was_measured_faster(measured: Callable) -> None:
+    measured(CUDNN_FASTER, CUDNN_SLOWER)
+    plan = choose(on_gpu())
+    assert (plan.backend, plan.how) == ("aten", "fused")
+    assert "0.50x as fast as torch's own at the nearest size measured, T=128 B=16" in plan.rejected["triton"]
+    plan = choose(on_gpu(T=2000))
+    assert plan.backend == "triton"
+    assert "3.00x as fast as torch's own" in plan.reason
+    assert choose(on_gpu(), "triton").backend == "triton"
+    assert choose(on_gpu(T=2000), "aten").backend == "aten"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"resets": True},
+        {"packed": True},
+        {"transformed": True},
+        {"needs_grad": True, "recompute": True},
+        {"dropout": True},
+        {"kernels_only": True},
+        {"needs_grad": True},  # the rest: nothing like it was measured
+        {"lengths": True},
+        {"dtype": torch.bfloat16},
+        {"B": 15},
+        {"input_size": 500},
+        {"num_layers": 2},
+        {"bidirectional": True},
+        {"hidden_size": 128},
+        {"proj_size": 2},
+    ],
+)
+def test_auto_keeps_the_kernels(options: dict[str, Any], measured: Callable) -> None:
+    measured(CUDNN_FASTER)
+    assert choose(on_gpu(**options)).backend == "triton"
+
+
+def test_auto_keeps_the_kernels_where_their_time_is_unknown(measured: Callable) -> None:
+    measured()
+    assert "not measured against torch's own" in choose(on_gpu()).reason
+    measured(CUDNN_FASTER, kernels="older")
+    plan = choose(on_gpu())
+    assert plan.backend == "triton"
+    assert "the kernels have changed since made-up.json was measured" in plan.reason
+    assert plans.choose_compiled("cuda", torch.float16, False, False, False, "auto")[0] == "triton"
+
+
+def test_fp32_is_asked_for_as_torch_computes_it(measured: Callable) -> None:
+    measured(("tf32", *CUDNN_FASTER[1:]))
+    assert choose(on_gpu(dtype=torch.float32)).backend == "aten"
+    assert choose(on_gpu(dtype=torch.float32, tf32=False)).backend == "triton"
+
+
+def test_the_shipped_table_is_that_of_the_committed_results(measured: Callable) -> None:
+    """Its kernels are no longer these; were they, cuDNN would be taken exactly where it was faster."""
+    launch = pytest.importorskip("fused_lstm.launch")
+    data = json.loads((Path(__file__).parents[1] / "bench/results/nvidia-h100-80gb-hbm3.json").read_text())
+    (table,) = (t for t in launch.tables.__wrapped__(data["about"]["device"]) if "configs" in t.source)
+    assert table.kernels != launch.kernels()
+    names = {"bf16": "bfloat16", "fp16": "float16"}
+    times: dict[tuple, dict[str, float]] = {}
+    for r in data["records"]:
+        if r["variant"] == "plain" and r["provider"] in ("fused", "torch") and "us" in r:
+            size = (r["T"], r["B"], r["I"], r["H"], r["layers"], 1 + r["bidirectional"], r["proj"])
+            key = (names.get(r["dtype"], r["dtype"]), r["mode"] == "training", False, *size)
+            times.setdefault(key, {})[r["provider"]] = round(r["us"][1], 1)
+    expected = {k: (t["fused"], t["torch"]) for k, t in times.items() if len(t) == 2}
+    assert {t[:10]: t[10:] for t in table.timings} == expected
+    measured(*table.timings)
+    for dtype, training, _, T, B, I, H, layers, directions, P in expected:  # noqa: E741
+        kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+        size = {"T": T, "B": B, "input_size": I, "hidden_size": H, "num_layers": layers, "proj_size": P}
+        plan = choose(on_gpu(dtype=kind, needs_grad=training, bidirectional=directions == 2, **size))
+        kernels_us, torch_us = expected[dtype, training, False, T, B, I, H, layers, directions, P]
+        assert (plan.backend == "aten") == (torch_us < kernels_us)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -89,12 +193,12 @@ def test_cuda_without_triton(state: bool | None, reason: str, T: int, triton: Ca
         ({"T": 1}, "aten", "cell"),
         ({"T": 1, "needs_grad": True, "proj_size": 2}, "aten", "cell"),
         ({"T": 1, "packed": True}, "aten", "fused"),
-        ({"T": 127, "packed": True, "known": True}, "aten", "fused"),
-        ({"T": 128, "packed": True, "known": True}, "aten", "ragged"),
-        ({"T": 128, "packed": True, "known": True, "same_length": True}, "aten", "fused"),
-        ({"T": 128, "packed": True, "known": True, "same_length": True, "proj_size": 2}, "aten", "ragged"),
-        ({"T": 31, "packed": True, "known": True, "needs_grad": True}, "aten", "fused"),
-        ({"T": 32, "packed": True, "known": True, "needs_grad": True}, "aten", "ragged"),
+        ({"T": 127, "packed": True}, "aten", "fused"),
+        ({"T": 128, "packed": True}, "aten", "ragged"),
+        ({"T": 128, "packed": True, "same_length": True}, "aten", "fused"),
+        ({"T": 128, "packed": True, "same_length": True, "proj_size": 2}, "aten", "ragged"),
+        ({"T": 31, "packed": True, "needs_grad": True}, "aten", "fused"),
+        ({"T": 32, "packed": True, "needs_grad": True}, "aten", "ragged"),
         ({"T": 1, "dtype": torch.float16}, "aten", "cell fp32"),
         ({"T": 1, "B": 16}, "aten", "cell"),
         ({"T": 1, "B": 17}, "aten", "fused"),
@@ -142,7 +246,7 @@ def test_bf16(
         ({"dtype": torch.float16}, "auto", "segments fp32", "in segments of 7 steps, computed in fp32"),
         ({"dtype": torch.float64}, "auto", "segments", "in segments of 7 steps"),
         ({"device": "cuda"}, "aten", "segments", "in segments of 7 steps"),
-        ({"device": "cuda"}, "auto", "triton", "gates recomputed in the backward pass; not measured"),
+        ({"device": "cuda"}, "auto", "triton", "gates recomputed in the backward pass"),
         ({"device": "cuda"}, "triton", "triton", "fused kernels, gates recomputed in the backward pass"),
         ({}, "reference", "reference", "the explicit backward pass, gates recomputed in the backward pass"),
         ({"T": 1}, "auto", "cell", "a cell per layer and direction"),
@@ -326,9 +430,8 @@ def test_the_problem_of_a_call() -> None:
     )
     packed = pack_sequence([randn(n, 3).float() for n in (4, 2, 1)])
     assert layer.requires_grad_(False).problem(packed) == Problem(
-        "cpu", torch.float32, T=4, B=3, hidden_size=4, proj_size=2, num_layers=2, bidirectional=True, packed=True,
-        known=True,
-    )  # fmt: skip
+        "cpu", torch.float32, T=4, B=3, hidden_size=4, proj_size=2, num_layers=2, bidirectional=True, packed=True
+    )
 
 
 def test_explain_raises_what_the_call_raises() -> None:

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 
 
 def seeds(backend: str, dtype: torch.dtype) -> range:
-    """300 for all dtypes together; 100 for the kernels, which are those that run without recompute."""
-    return range(DTYPES.index(dtype), 100 if backend == "triton" else 300, len(DTYPES))
+    """300 for all dtypes together; 48 for the kernels, which are those that run without recompute."""
+    return range(DTYPES.index(dtype), 48 if backend == "triton" else 300, len(DTYPES))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,7 +108,7 @@ def test_gradients_of_some_results_by_some_inputs(of: tuple[int, ...], backend: 
     options = {"proj_size": 2, "bidirectional": True, "dtype": torch.float64}
     theirs, ours = pair(3, 4, backend=backend, recompute=True, **options)
     assert_all_close(call(ours, of=of), call(theirs, of=of))
-    for name in ("weight_ih_l0", "weight_hr_l0", "bias_hh_l0_reverse"):
+    for name in ("weight_ih_l0", "weight_hr_l0", "bias_hh_l0_reverse")[: 1 if backend == "triton" else 3]:
         theirs.get_parameter(name).requires_grad_(False)
         ours.get_parameter(name).requires_grad_(False)
         assert_all_close(call(ours, of=of), call(theirs, of=of))
@@ -140,6 +140,17 @@ def test_backward_twice_through_one_graph(backend: str) -> None:
     loss = layer(randn(9, 2, 3).float())[0].square().sum()
     first = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
     assert all_equal(torch.autograd.grad(loss, list(layer.parameters())), first)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_what_the_backward_pass_reads_again_must_not_change(backend: str) -> None:
+    layer, x = fused_lstm.LSTM(3, 4, backend=backend, recompute=True), randn(5, 2, 3).float()
+    lengths, packed = torch.tensor([5, 3]), pack_sequence([x[:, 0], x[:3, 0]])
+    outputs = [(layer(x, lengths=lengths)[0], lengths), (layer(packed)[0].data, packed.batch_sizes)]
+    for output, given in outputs:
+        given.sub_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
@@ -180,8 +191,8 @@ def test_first_and_second_derivatives(options: dict, given: dict, backend: str) 
         return flat(torch.func.functional_call(layer, dict(zip(names, weights, strict=True)), (x, (h0, c0)), given))
 
     inputs = [t.requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(run, inputs)
-    assert torch.autograd.gradgradcheck(run, inputs)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

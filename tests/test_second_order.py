@@ -10,6 +10,8 @@ from pairs import every_backend
 from torch import Tensor, nn
 
 import fused_lstm
+from fused_lstm.call import Stack
+from fused_lstm.cpu import aten
 
 LAYERS: list[dict[str, Any]] = [
     {},
@@ -45,6 +47,34 @@ def test_gradgradcheck(backend: str, layer: dict[str, Any], ragged: str) -> None
         return y, *states
 
     assert torch.autograd.gradgradcheck(run, [t.requires_grad_() for t in inputs], fast_mode=True)
+
+
+@every_layer
+def test_what_runs_on_cudnn_can_be_differentiated_twice(layer: dict[str, Any]) -> None:
+    """torch's own LSTM as it is called on CUDA; its gradients are its own, those of the gradients a loop's."""
+    torch.manual_seed(0)
+    m = nn.LSTM(2, 3, **{k: v for k, v in layer.items() if k != "recompute"}, dtype=torch.float64)
+    D, B = 2 if m.bidirectional else 1, 2
+    states = [torch.randn(D * m.num_layers, B, size).double() for size in (m.proj_size or 3, 3)]
+    x = torch.randn((B, 4, 2) if m.batch_first else (4, B, 2)).double()
+    inputs = [t.detach().requires_grad_() for t in (x, *states, *m.parameters())]
+    stack = Stack(m.bias, m.num_layers, 0.0, m.bidirectional, m.batch_first)
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        return aten.TwiceDifferentiable.apply(stack, *given)
+
+    cotangents = [torch.randn_like(t) for t in run(*inputs)]
+    ours = torch.autograd.grad(run(*inputs), inputs, cotangents)
+    weights = dict(zip(dict(m.named_parameters()), inputs[3:], strict=True))
+    y, (h, c) = torch.func.functional_call(m, weights, (inputs[0], tuple(inputs[1:3])))
+    torch.testing.assert_close(ours, torch.autograd.grad((y, h, c), inputs, cotangents))
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+    results = run(*inputs)
+    for _ in range(2):  # kept as long as the graph
+        torch.autograd.grad(results[2].sum(), inputs[2], retain_graph=True)
+    inputs[1].detach().zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(results[0].sum(), inputs[0])
 
 
 @every_backend

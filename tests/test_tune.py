@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from pairs import IN_INTERPRETER
@@ -10,11 +12,13 @@ import fused_lstm
 
 pytest.importorskip("triton")
 from fused_lstm import tune
-from fused_lstm.launch.config import Device, LaunchConfig, Recurrence
+from fused_lstm.launch import schedule
+from fused_lstm.launch.schedule import Device, Recurrence
+from fused_lstm.launch.stepwise import StepwiseConfig
 
 H100 = Device("NVIDIA H100 80GB HBM3", 132, 227 * 1024, (9, 0))
-WIDE = LaunchConfig(16, 16, 32)
-STEPWISE = LaunchConfig(16, 16, 16)
+WIDE = StepwiseConfig(16, 16, 32)
+STEPWISE = StepwiseConfig(16, 16, 16)
 
 
 def test_candidates_are_of_both_schedules_and_can_run() -> None:
@@ -55,7 +59,91 @@ class TestInTheInterpreter:
         right = trial.run
         monkeypatch.setattr(trial, "run", lambda config: right(config) * (1.01 if config == WIDE else 1.0))
         assert tune.tune(trial, H100, 8, lambda _, config: 1.0 if config == WIDE else 2.0).best != WIDE
-        assert "not taken: LaunchConfig(block_b=16" in capsys.readouterr().err
+        assert "not taken: StepwiseConfig(block_b=16" in capsys.readouterr().err
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("training", [False, True])
+def test_a_call_is_timed_by_both_backends(training: bool) -> None:
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for call in tune.calls([16], [2], "fp32", [2], 3):
+        if call.training == training:
+            result = tune.timed(call, where, 1)
+            assert result[:10] == call[:10]
+            assert result.kernels_us > 0 < result.torch_us
+
+
+def layouts(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> set[tuple]:
+    """What is compiled for ``run``: kernels with their constants, and which of their arguments there are."""
+    found = set()
+
+    def record(kernel: schedule.Kernel, grid: tuple, buffers: tuple, sequences: tuple, numbers: list) -> None:
+        absent = [t is None for t in (*buffers, *sequences)]
+        found.add((kernel.name, kernel.constants, buffers.gates_ptr.dtype, *absent))
+        for t in buffers:  # the layer goes on with what a kernel would have written
+            if t is not None and t.is_floating_point():
+                t.zero_()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(schedule.Kernel, "run", record)
+        run()
+    return found
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("layer", "given"),
+    [
+        ({}, {"hx": True, "loss_of": ["output", "c_n"]}),
+        ({"num_layers": 2, "bidirectional": True, "batch_first": True}, {"lengths": True, "loss_of": ["h_n"]}),
+        ({"proj_size": 4, "bias": False, "dtype": torch.bfloat16}, {"resets": True}),
+        ({"recompute": True}, {"T": 1, "hx": True, "loss_of": ["output"]}),
+    ],
+)
+@IN_INTERPRETER
+def test_precompiled_is_what_a_call_needs(layer: dict, given: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    T, B = given.get("T", 7), 3
+    lstm = fused_lstm.LSTM(5, 20, backend="triton", **layer)
+    K, kind = lstm.num_layers * (1 + lstm.bidirectional), lstm.weight_hh_l0.dtype
+    x = torch.randn(*((B, T) if lstm.batch_first else (T, B)), 5, dtype=kind)
+    states = (torch.randn(K, B, lstm.proj_size or 20, dtype=kind), torch.randn(K, B, 20, dtype=kind))
+    lengths = torch.tensor([1, T, 2]) if given.get("lengths") else None
+    resets = torch.rand(x.shape[:2]) < 0.3 if given.get("resets") else None
+
+    def run() -> None:
+        with torch.set_grad_enabled("loss_of" in given):
+            y, ends = lstm(x, states if given.get("hx") else None, lengths=lengths, resets=resets)
+        results = dict(zip(tune.RESULTS, (y, *ends), strict=True))
+        if "loss_of" in given:
+            torch.autograd.backward([results[name].sum() for name in given["loss_of"]])
+
+    names = ("hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "proj_size", "recompute")
+    call = {"T": 3, "loss_of": [], "hx": False, "lengths": False, "resets": False, "tf32": True, "device": "cpu"} | given
+    call |= {"layer": {k: getattr(lstm, k) for k in names}, "dtype": str(kind).removeprefix("torch."), "B": B}
+    needed = layouts(monkeypatch, run)
+    assert len(needed) >= 1 + ("loss_of" in given)
+    assert layouts(monkeypatch, lambda: tune.run_call(**call)) == needed
+
+
+@pytest.mark.kernels
+@IN_INTERPRETER
+def test_calls_to_precompile_run_in_processes_of_their_own() -> None:
+    layer = {"hidden_size": 16}
+    call = {"layer": layer, "dtype": "float32", "device": "cpu", "tf32": True, "T": 1, "loss_of": ["output"]}
+    call |= {"B": 2, "hx": True, "lengths": False, "resets": False}
+    tune._in_a_process(call)
+    with pytest.raises(RuntimeError, match=r"the call with B=2 failed: (?s:.*)hidden_size must be greater than zero"):
+        tune._in_a_process({**call, "layer": {**layer, "hidden_size": 0}})
+
+
+def test_precompile_refuses_what_makes_no_sense() -> None:
+    lstm = fused_lstm.LSTM(3, 4)
+    with pytest.raises(ValueError, match=r"at least 1, got \[2, 0\]"):
+        tune.precompile(lstm, [2, 0])
+    with pytest.raises(ValueError, match="some of output, h_n, c_n, got"):
+        tune.precompile(lstm, 2, loss_of=["y"])
+    with pytest.raises(RuntimeError, match=r"expected a layer on a GPU.*got cpu"):
+        tune.precompile(lstm, 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,8 +5,10 @@ Each way is a function (x, hx, weights, stack, sequences) to output, h_n and c_n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +28,60 @@ def zero_states(x: Tensor, B: int, weights: Sequence[Tensor], stack: Stack) -> t
 
 
 def fused(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
-    """torch's own LSTM. Its training flag is set whenever dropout acts or a gradient is needed: cuDNN keeps what its
-    backward pass needs only then, and with dropout at 0 the flag changes nothing else."""
+    """torch's own LSTM."""
+    packed = sequences.batch_sizes is not None
+    B = int(sequences.batch_sizes[0]) if packed else x.shape[0 if stack.batch_first else 1]
+    hx = hx or zero_states(x, B, weights, stack)
+    if not x.is_cuda:
+        return _fused(x, hx, weights, stack, sequences.batch_sizes)
+    with warnings.catch_warnings():  # we keep no flat buffer of weights
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        if packed or stack.dropout > 0 or not torch.is_grad_enabled():
+            return _fused(x, hx, weights, stack, sequences.batch_sizes)
+        return TwiceDifferentiable.apply(stack, x, *hx, *weights)
+
+
+def _fused(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, batch_sizes: Tensor | None = None) -> Result:
+    # The training flag is set whenever dropout acts or a gradient is needed: cuDNN keeps what its backward pass needs only
+    # then, and with dropout at 0 the flag changes nothing else.
     train = stack.dropout > 0 or torch.is_grad_enabled()
     how = (stack.has_biases, stack.num_layers, stack.dropout, train, stack.bidirectional)
-    if sequences.batch_sizes is not None:
-        hx = hx or zero_states(x, int(sequences.batch_sizes[0]), weights, stack)
-        return _VF.lstm(x, sequences.batch_sizes, hx, weights, *how)
-    hx = hx or zero_states(x, x.shape[0 if stack.batch_first else 1], weights, stack)
+    if batch_sizes is not None:
+        return _VF.lstm(x, batch_sizes, hx, weights, *how)
     return _VF.lstm(x, hx, weights, *how, stack.batch_first)
+
+
+class TwiceDifferentiable(torch.autograd.Function):
+    """torch's own LSTM without dropout, of cuDNN's, whose gradient has none of its own: y, h_n and c_n.
+
+    Where a gradient is to be differentiated, it is taken of a loop over steps instead, which computes the results again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, stack: Stack, *tensors: Tensor) -> Result:
+        given = [t.detach().requires_grad_(need) for t, need in zip(tensors, ctx.needs_input_grad[1:], strict=True)]
+        with torch.enable_grad():
+            x, h0, c0, *weights = given
+            results = _fused(x, (h0, c0), weights, stack)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.stack, ctx.graph = stack, (results, given)
+        return tuple(t.detach() for t in results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        again, (results, given), needs = torch.is_grad_enabled(), ctx.graph, ctx.needs_input_grad[1:]
+        tensors = ctx.saved_tensors  # also if not used: here torch sees that they are as they were
+        if again:
+            given = tensors
+            x, h0, c0, *weights = given
+            results = _steps(x, (h0, c0), weights, ctx.stack, PLAIN)
+        pairs = [(t, g) for t, g in zip(results, grads, strict=True) if g is not None]
+        found = iter(()) if not pairs else iter(torch.autograd.grad(
+            [t for t, _ in pairs], [t for t, need in zip(given, needs, strict=True) if need], [g for _, g in pairs],
+            retain_graph=True, create_graph=again, allow_unused=True,
+        ))  # fmt: skip
+        return None, *(next(found, None) if need else None for need in needs)
 
 
 def time_first(way: Callable[..., Result]) -> Callable[..., Result]:
@@ -119,6 +166,23 @@ def by_direction(
     return each_layer(layer, x, hx, weights, stack)
 
 
+@time_first
+def _steps(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
+    """The stack as a loop over cells, without dropout, which torch differentiates to any order."""
+
+    def direction(
+        order: slice, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], one: Stack
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ys = []
+        for x_t in x.unbind(0)[order]:
+            h, c = _cell(x_t, h, c, weights, one.has_biases)
+            ys.append(h)
+        return torch.stack(ys[order]), h, c
+
+    runs = [partial(direction, slice(None, None, 1 - 2 * d)) for d in range(stack.directions)]
+    return by_direction(runs, x, hx, weights, stack._replace(dropout=0.0))
+
+
 def single_step(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
     """A single time step: a cell per layer and direction."""
     time = 1 if stack.batch_first else 0
@@ -132,7 +196,7 @@ def _cells(x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]], has_biases
     """A layer's cells; output and states share no memory."""
     if len(groups) == 1:
         h, c = _cell(x, hx[0][0], hx[1][0], groups[0], has_biases)
-        return h, h.clone()[None], c[None]
+        return h.clone(), h.unsqueeze(0), c.unsqueeze(0)  # not [None], which is slower
     hs, cs = zip(*(_cell(x, hx[0][d], hx[1][d], g, has_biases) for d, g in enumerate(groups)), strict=True)
     return torch.cat(hs, -1), torch.stack(hs), torch.stack(cs)
 

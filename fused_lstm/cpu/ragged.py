@@ -154,27 +154,27 @@ class PackedUnfolding(Unfolding):
 
     def __init__(self, batch_sizes: Tensor, device: torch.device, backwards: bool, H: int | None = None) -> None:
         sizes = batch_sizes.tolist()
-        N, T, rows = sum(sizes), len(sizes), torch.arange(sizes[0])
+        N, T, rows = sum(sizes), len(sizes), torch.arange(sizes[0], device="cpu")
         starts = batch_sizes.cumsum(0) - batch_sizes  # of each time, in the data
         lengths = torch.searchsorted(-batch_sizes, -rows)  # how many times have a row more than these
         self.shape, self.resets = (N,), False
         self.past = self.begins = self.empty = self.order = self.ranks = self.inverse = None
         self.last = (rows if backwards else starts[lengths - 1] + rows).to(device, non_blocking=True)
         self.blocks, taken = [], 0
-        inverse = torch.empty(N + 1, dtype=torch.long)  # the last for padding
+        inverse = batch_sizes.new_empty(N + 1)  # the last for padding
         marks = [0, T] if H is None or device.type != "cpu" else cuts(lengths, T, H, packed=True)
         for first, end in pairwise(marks):
             n, blank, columns = sizes[first], None, []
             size, whole = n * (end - first), n == sizes[end - 1]
             if whole and not backwards:
                 source = slice(int(starts[first]), int(starts[first]) + size)
-                inverse[source] = torch.arange(taken, taken + size)
+                inverse[source] = torch.arange(taken, taken + size, device="cpu")
             else:
                 self.inverse = inverse  # else the blocks, one behind the other, are the data
-                step, ends = torch.arange(first, end)[:, None], lengths[:n]
+                step, ends = torch.arange(first, end, device="cpu")[:, None], lengths[:n]
                 padding = step >= ends
                 source = torch.where(padding, N, starts[ends - 1 - step if backwards else step] + rows[:n]).flatten()
-                inverse[source] = torch.arange(taken, taken + size)
+                inverse[source] = torch.arange(taken, taken + size, device="cpu")
                 source = source.clamp(max=N - 1).to(device, non_blocking=True)
                 if not whole:
                     padding = padding.to(device, non_blocking=True)
@@ -200,7 +200,8 @@ def cuts(ends: Tensor, steps: int, H: int, packed: bool = False) -> list[int]:
     n = min(16, max(9, B // 8))
     ranks = {*((k * B - 1) // n for k in range(1, n + 1)), *(B - 1 - (B >> k) for k in range(1, B.bit_length()))}
     marks = sorted({0, *ordered[sorted(ranks)].tolist()})
-    filled = ordered.clamp(max=torch.tensor(marks)[:, None]).sum(1).tolist()  # steps before each mark that hold data
+    bounds = torch.tensor(marks, device=ends.device)[:, None]
+    filled = ordered.clamp(max=bounds).sum(1).tolist()  # how many steps before each mark hold data
     ordered = ordered.tolist()
     longer = [B, *(B - bisect_right(ordered, mark) for mark in marks[1:])]  # at first all, also those without a step
     best = [(0, 0)]  # the least cost up to each mark, and the mark before it

@@ -8,7 +8,7 @@ through the segments from the last to the first, runs each again and differentia
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,16 +85,18 @@ class Recomputed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         direction, one, x, h, c, *weights = inputs
         between = output[3:]
-        ctx.direction, ctx.one, ctx.n_states = direction, one, len(between) + 2
+        ctx.direction, ctx.one, ctx.n_states = replace(direction, sequences=PLAIN), one, len(between) + 2
         ctx.mark_non_differentiable(*between)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, c, *between, *weights)
+        # What says how the sequences lie, too: so that torch raises where somebody changed it before it is read again.
+        ctx.save_for_backward(*direction.sequences[:3], x, h, c, *between, *weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         grads = grads[:3]
-        direction, one, needs = ctx.direction, ctx.one, ctx.needs_input_grad[2:]
-        x, *saved = ctx.saved_tensors
+        one, needs = ctx.one, ctx.needs_input_grad[2:]
+        batch_sizes, lengths, resets, x, *saved = ctx.saved_tensors
+        direction = replace(ctx.direction, sequences=Sequences(batch_sizes, lengths, resets))
         states, weights = saved[: ctx.n_states], saved[ctx.n_states :]
         with no_autocast(x):
             if torch.is_grad_enabled():

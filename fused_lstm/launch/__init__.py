@@ -14,9 +14,9 @@ from torch import Tensor
 from ..call import ALIGNMENT, Problem, Rows, accumulator_dtype
 from ..gemm import tf32_allowed
 from ..kernels.buffers import Backward, Forward
-from .choose import BY_NAME, choose, describe, tables
-from .compiled import INTERPRETED, Launch
-from .config import KERNELS, Device, LaunchConfig, Recurrence, arithmetic, ceil_div  # noqa: F401
+from .choice import BY_NAME, Table, Timing, choose, describe, kernels, tables  # noqa: F401
+from .schedule import INTERPRETED, PASSES, Device, Launch, Recurrence, arithmetic, ceil_div
+from .stepwise import StepwiseConfig  # noqa: F401
 
 # Triton 3.6's compiler stops at some fp64 products ("fp64 don't support largeK MMA"); 3.9's takes them all.
 FP64 = INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
@@ -55,10 +55,15 @@ def explain(call: Problem, where: torch.device) -> dict[str, str]:
     kind = arithmetic(call.dtype, where.type == "cuda" and tf32_allowed())
     H = ceil_div(call.hidden_size, ALIGNMENT) * ALIGNMENT
     words = {}
-    for kernel in KERNELS if call.needs_grad and call.B else ("forward",) * bool(call.B):
+    for kernel in PASSES if call.needs_grad and call.B else ("forward",) * bool(call.B):
         problem = Recurrence(kernel, kind, call.T, H, call.B, 2 if call.bidirectional else 1)
         words[kernel] = describe(choose(problem, gpu, tables(gpu.name) if gpu else ()), problem, gpu)
     return words
+
+
+def timed(index: int) -> Table | None:
+    """The first table of a GPU that tells times of layers."""
+    return next((table for table in tables(device(index).name) if table.timings), None)
 
 
 def prepare(kernel: str, like: Tensor, rows: Rows, R: int, H: int) -> Launch:

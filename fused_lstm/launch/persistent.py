@@ -14,16 +14,13 @@ import torch
 from torch import Tensor
 
 from ..call import Rows
-from ..kernels.buffers import Backward, Forward
-from ..kernels.cell import lstm_backward, lstm_forward
 from ..kernels.fragments import ROWS, Fragments
 from ..kernels.persistent_backward import lstm_backward_fragments
 from ..kernels.persistent_forward import lstm_forward_fragments
 from ..kernels.persistent_local import lstm_backward_local, lstm_forward_local
 from ..kernels.persistent_split import lstm_backward_split, owners
 from ..kernels.rows import Sequences
-from .compiled import Kernel, Launch, Schedule, pointers
-from .config import Device, Recurrence, ceil_div
+from .schedule import CELLS, Device, Kernel, Launch, Recurrence, Schedule, ceil_div, check_integer, pointers
 
 KERNELS: dict[str, Any] = {
     "forward": lstm_forward_fragments,
@@ -32,11 +29,10 @@ KERNELS: dict[str, Any] = {
     "forward local": lstm_forward_local,
     "backward local": lstm_backward_local,
 }
-CELLS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward}
 
 
 @dataclass(frozen=True)
-class Config:
+class PersistentConfig:
     """How a recurrence is cut into programs."""
 
     schedule: ClassVar[str] = "persistent"
@@ -53,29 +49,27 @@ class Config:
         if self.form not in ("whole", "split", "local"):
             raise ValueError(f"form should be 'whole', 'split' or 'local', got {self.form!r}")
         for name, least in (("units", 16), ("warps", 1), ("held", 0), ("tiles", 1), ("at_once", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} should be an integer of at least {least}, got {value!r}")
+            check_integer(name, getattr(self, name), least)
 
 
-def local(H: int) -> Config:
+def local(H: int) -> PersistentConfig:
     """The configuration whose programs own all units."""
     units = max(16, 1 << (H - 1).bit_length())
-    return Config("local", units, units // 16)
+    return PersistentConfig("local", units, units // 16)
 
 
-def room(config: Config) -> int:
+def room(config: PersistentConfig) -> int:
     """Tiles for whose states there is memory: a power of two, so that one binary serves many batches."""
     return 1 << (config.tiles - 1).bit_length()
 
 
 @lru_cache(maxsize=1024)
-def fragments(config: Config, H: int, R: int, directions: int, max16: bool = True) -> Fragments:
+def fragments(config: PersistentConfig, H: int, R: int, directions: int, max16: bool = True) -> Fragments:
     """The kernel's constexpr configuration. It knows the number of tiles only roughly: one binary for many batches."""
     return Fragments(H, R, directions, config.units, config.warps, config.held, room(config), config.ahead, max16)
 
 
-def grid(config: Config, H: int, B: int, R: int) -> tuple[int, int, int]:
+def grid(config: PersistentConfig, H: int, B: int, R: int) -> tuple[int, int, int]:
     """Programs of one launch, of at most ``config.at_once`` of R recurrences."""
     programs = owners(H) if config.form == "split" else ceil_div(H, config.units)
     return programs, ceil_div(ceil_div(B, ROWS), config.tiles), min(R, config.at_once or R)
@@ -88,20 +82,20 @@ PARTLY = {"half": {"forward": 112, "backward": 160, "split": 150}, "tf32": {"for
 TIGHTLY = {"forward": 120, "backward": 180, "split": 150}  # ... where shared memory holds no more
 
 
-def _columns(config: Config, kernel: str) -> int:
+def _columns(config: PersistentConfig, kernel: str) -> int:
     """Rows of a program's operand A."""
     return {"forward": 4 * config.units, "backward": config.units}[kernel] if config.form == "whole" else 64
 
 
-def _reduction(config: Config, problem: Recurrence) -> int:
+def _reduction(config: PersistentConfig, problem: Recurrence) -> int:
     return 4 * problem.H if problem.kernel == "backward" and config.form == "whole" else problem.H
 
 
-def _chunks(config: Config, problem: Recurrence) -> int:
+def _chunks(config: PersistentConfig, problem: Recurrence) -> int:
     return ceil_div(_reduction(config, problem), 32 * config.warps)
 
 
-def _held(config: Config, problem: Recurrence, gpu: Device) -> int | None:
+def _held(config: PersistentConfig, problem: Recurrence, gpu: Device) -> int | None:
     """Chunks of the weights to keep in registers; None where the weights find no room."""
     kind = "split" if config.form == "split" else problem.kernel
     chunks, words = _chunks(config, problem), problem.element_size / 4
@@ -116,7 +110,7 @@ def _held(config: Config, problem: Recurrence, gpu: Device) -> int | None:
     return held if held * chunk + states <= max(partly, TIGHTLY[kind] if held == least else 0) else None
 
 
-def shared_memory(config: Config, problem: Recurrence) -> int:
+def shared_memory(config: PersistentConfig, problem: Recurrence) -> int:
     """What a program keeps in shared memory, in bytes, at most."""
     if config.form == "local":  # states or gradients of two steps, and a gate's weights on their way to registers
         return 128 * config.units + 2 * config.units**2
@@ -139,7 +133,7 @@ def unsuitable(problem: Recurrence, gpu: Device) -> str | None:
     return None
 
 
-def refusal(config: Config, problem: Recurrence, gpu: Device) -> str | None:
+def refusal(config: PersistentConfig, problem: Recurrence, gpu: Device) -> str | None:
     """Why a device cannot run a configuration; None if it can."""
     why = unsuitable(problem, gpu)
     if why is not None:
@@ -158,7 +152,7 @@ def refusal(config: Config, problem: Recurrence, gpu: Device) -> str | None:
     return None
 
 
-def candidates(problem: Recurrence, gpu: Device) -> list[Config]:
+def candidates(problem: Recurrence, gpu: Device) -> list[PersistentConfig]:
     """The few configurations that are worth a comparison; some may be refused."""
     if unsuitable(problem, gpu):
         return []
@@ -167,7 +161,7 @@ def candidates(problem: Recurrence, gpu: Device) -> list[Config]:
     found = []
     for form in ("whole", "split") if problem.kernel == "backward" else ("whole",):
         for units in (16, 32) if form == "whole" and problem.H % 32 == 0 else (16,):
-            config = Config(form, units)
+            config = PersistentConfig(form, units)
             x, y, z = grid(config, problem.H, problem.B, problem.R)
             at_once = min(z, gpu.multiprocessors // x)
             if not at_once:
@@ -194,7 +188,7 @@ DRAM = 2.5e6  # bytes in a us
 MULTIPLY_ADDS = {"half": 1.5e8, "tf32": 0.75e8}  # of all tensor cores in a us, in tiles as narrow as ours
 
 
-def traffic(config: Config, problem: Recurrence) -> float:
+def traffic(config: PersistentConfig, problem: Recurrence) -> float:
     """Bytes that all programs together read from L2 in a step."""
     row = problem.B * problem.R * problem.H * problem.element_size
     if config.form == "local":
@@ -204,7 +198,7 @@ def traffic(config: Config, problem: Recurrence) -> float:
     return row * (1 if problem.kernel == "forward" else 4) * problem.H / config.units
 
 
-def estimate(config: Config, problem: Recurrence, gpu: Device) -> float:
+def estimate(config: PersistentConfig, problem: Recurrence, gpu: Device) -> float:
     """Microseconds of the whole recurrence, roughly: good for a comparison, not for a promise."""
     share = gpu.multiprocessors / 132  # of an H100
     x, y, z = grid(config, problem.H, problem.B, problem.R)
@@ -234,49 +228,22 @@ def unwritten(t: Tensor) -> Tensor:
     return t
 
 
-def forward(
-    buffers: Forward,  # tensors, h allocated
+def run(
+    kernel: str,  # "forward" or "backward"
+    buffers: Any,  # Forward or Backward of tensors; what is to be written is allocated
     sequences: Sequences,
-    T: int,
-    B: int,
-    row_stride_t: int,
-    row_stride_b: int,
+    size: tuple[int, int, int, int],  # T, B, and from one time step's and one batch row's data row to the next's
     directions: int,
-    config: Config,
+    config: PersistentConfig,
 ) -> None:
-    """Fill h, hn and cn, and where there is c, that and the activated gates. h is zero past a row's length."""
-    _run("forward", buffers, buffers.h_ptr, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
-
-
-def backward(
-    buffers: Backward,  # tensors, dgates allocated
-    sequences: Sequences,
-    T: int,
-    B: int,
-    row_stride_t: int,
-    row_stride_b: int,
-    directions: int,
-    config: Config,
-) -> None:
-    """Fill dgates, h_prev and dc0; the first two are zero past a row's length."""
-    if buffers.gates_ptr is buffers.dgates_ptr:  # which is filled before the gates are read
-        buffers = buffers._replace(gates_ptr=buffers.gates_ptr.clone())
-    if config.form == "split":
-        R, B, H = buffers.dc0_ptr.shape
-        box = buffers.dgates_ptr.new_zeros(R, 2, owners(H), 3, B, 16, dtype=torch.int64)
-        buffers = buffers._replace(box_ptr=box)
-    _run("backward", buffers, buffers.dgates_ptr, sequences, (T, B, row_stride_t, row_stride_b), directions, config)
-
-
-def _run(
-    kernel: str,
-    buffers: Any,
-    exchanged: Tensor,
-    sequences: Sequences,
-    size: tuple[int, int, int, int],
-    directions: int,
-    config: Config,
-) -> None:
+    """One pass. h, dgates and h_prev are zero past a row's length."""
+    exchanged = buffers.h_ptr if kernel == "forward" else buffers.dgates_ptr
+    if kernel == "backward":
+        if buffers.gates_ptr is exchanged:  # which is filled before the gates are read
+            buffers = buffers._replace(gates_ptr=buffers.gates_ptr.clone())
+        if config.form == "split":
+            R, B, H = buffers.dc0_ptr.shape
+            buffers = buffers._replace(box_ptr=exchanged.new_zeros(R, 2, owners(H), 3, B, 16, dtype=torch.int64))
     H, B = buffers.w_hh_ptr.shape[-1], size[1]
     R = buffers.w_hh_ptr.numel() // (4 * H * H)
     if not B:
@@ -291,7 +258,7 @@ def _run(
     waits = config.form != "local" and x > 1
     for first_r in range(0, R, z):
         numbers = (*size[:2], config.tiles, first_r, *size[2:])
-        launch(name, (x, y, min(z, R - first_r)), buffers, sequences, numbers, cut, waits)
+        launch_once(name, (x, y, min(z, R - first_r)), buffers, sequences, numbers, cut, waits)
 
 
 @lru_cache
@@ -310,20 +277,18 @@ def compiled_kernel(name: str, cut: Fragments, waits: bool) -> Kernel:
     return Kernel(KERNELS, name, constants, {"launch_cooperative_grid": waits, **options(cut.warps)})
 
 
-def launch(
+def launch_once(
     name: str, grid: tuple[int, int, int], buffers: Any, sequences: Sequences, numbers: tuple, cut: Fragments, waits: bool
 ) -> None:
-    """One launch."""
     compiled_kernel(name, cut, waits).run(grid, buffers, sequences, [numbers])
 
 
-def launch_persistent(given: Launch, buffers: Any, rows: Rows) -> None:
-    run = forward if given.problem.kernel == "forward" else backward
+def launch(given: Launch, buffers: Any, rows: Rows) -> None:
     size = rows.T, rows.B, rows.stride_t, rows.stride_b
-    run(buffers, pointers(rows), *size, given.directions, given.config)
+    run(given.problem.kernel, buffers, pointers(rows), size, given.directions, given.config)
 
 
-def describe(config: Config, problem: Recurrence) -> str:
+def describe(config: PersistentConfig, problem: Recurrence) -> str:
     x, y, z = grid(config, problem.H, problem.B, problem.R)
     n = ceil_div(problem.R, z)
     words = "one launch for the whole sequence" if n == 1 else f"{n} launches, each of some recurrences"
@@ -336,4 +301,4 @@ def describe(config: Config, problem: Recurrence) -> str:
     return f"{words}, {cut}; {programs}"
 
 
-PERSISTENT = Schedule("persistent", Config, KERNELS, unsuitable, candidates, refusal, estimate, describe, launch_persistent)
+PERSISTENT = Schedule("persistent", PersistentConfig, KERNELS, unsuitable, candidates, refusal, estimate, describe, launch)

@@ -5,7 +5,9 @@ Everything here but the reading of tables is pure and needs no GPU, so that a ch
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,108 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 
-from ..call import Rows
-from ..kernels.cell import lstm_backward, lstm_forward
-from ..kernels.stepwise import Constants, lstm_backward_step, lstm_forward_step
-from .compiled import INTERPRETED, Kernel, Launch, Schedule, pointers
-from .config import SMALLEST, Device, LaunchConfig, Recurrence, ceil_div, power_of_two
+from .. import kernels as device_code
+from .schedule import SMALLEST, Device, Recurrence, power_of_two
+from .stepwise import STEPWISE, StepwiseConfig
 
-
-class Tiles(NamedTuple):
-    """The tiles open to the stepwise schedule for one kind of arithmetic; none of them spills on sm_90."""
-
-    min_block_b: int
-    max_block_b: int
-    blocks_h: tuple[int, ...]
-    block_k: int
-    num_warps: int = 8
-    max_registers: int | None = None
-
-
-TILES = {
-    "half": Tiles(SMALLEST, 64, (32, 16), 64, max_registers=255),
-    "tf32": Tiles(64, 64, (32, 16), 32),
-    "fp32": Tiles(SMALLEST, 64, (16,), 16, max_registers=255),
-    "fp64": Tiles(SMALLEST, 16, (16,), 16, num_warps=4),
-}
-
-
-def candidates(problem: Recurrence, device: Device | None = None) -> list[LaunchConfig]:
-    """Every configuration with a launch for each time step."""
-    tiles = TILES[problem.arithmetic]
-    block_b = min(max(power_of_two(problem.B), tiles.min_block_b), tiles.max_block_b)
-    return [
-        LaunchConfig(block_b, block_h, tiles.block_k, tiles.num_warps, max_registers=tiles.max_registers)
-        for block_h in tiles.blocks_h
-        if block_h <= max(problem.H, SMALLEST)
-    ]
-
-
-def unsuitable(problem: Recurrence, device: Device) -> None:
-    """Nothing: any device runs a launch for each step."""
-
-
-def refusal(config: LaunchConfig, problem: Recurrence, device: Device) -> None:
-    """Nothing, likewise."""
-
-
-# What the model below reckons with, in microseconds and bytes or multiply-adds per microsecond: public numbers of H100s.
-LAUNCH, STEP = 2.5, 0.7  # STEP: a step's own latencies, whatever its size
-L2_PROGRAM, L2_DEVICE = 42e3, 5.5e6  # bytes
-MULTIPLY_ADDS = {"half": 1.7e6, "tf32": 0.85e6, "fp32": 0.2e6, "fp64": 0.1e6}  # of a multiprocessor
-
-
-def estimate(config: LaunchConfig, problem: Recurrence, device: Device) -> float:
-    """Microseconds of the whole recurrence, roughly: good for a comparison, not for a promise."""
-    x, y, z = config.grid(problem.H, problem.B, problem.R)
-    segments, width = (1, 4) if problem.kernel == "forward" else (4, 1)
-    K, N = segments * ceil_div(problem.H, config.block_k) * config.block_k, width * config.block_h
-    M = max(config.block_b, 64) if device.wgmma and problem.arithmetic in ("half", "tf32") else config.block_b
-    multiply = M * N * K / MULTIPLY_ADDS[problem.arithmetic]
-    states = min(config.block_b, problem.B) * segments * problem.H * problem.element_size
-    weights = ceil_div(problem.H, config.block_k) * config.block_k * 4 * config.block_h * problem.element_size
-    waves = ceil_div(x * y * z, device.multiprocessors)
-    moved = max((states + weights) / L2_PROGRAM, x * y * z * (states + weights) / L2_DEVICE / waves)
-    return problem.T * (LAUNCH + waves * (STEP + multiply + moved))
-
-
-def describe_stepwise(config: LaunchConfig, problem: Recurrence) -> str:
-    x, y, z = config.grid(problem.H, problem.B, problem.R)
-    programs = f"{x} x {y} x {z} programs of {config.block_h} units x {config.block_b} rows"
-    return f"{problem.T} launches, one for each time step; {programs}"
-
-
-@lru_cache(maxsize=1024)
-def stepwise_kernel(
-    kernel: str, arithmetic: str, dtype: torch.dtype, R: int, H: int, directions: int, config: LaunchConfig
-) -> Kernel:
-    """A kernel for problems of any T and B."""
-    precision = "tf32" if arithmetic == "tf32" else "ieee"
-    bf16 = INTERPRETED and dtype == torch.bfloat16
-    constants = Constants(R, H, directions, precision, bf16, config.block_b, config.block_h, config.block_k)
-    only_nvidia = {} if torch.version.hip else {"maxnreg": config.max_registers}
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **only_nvidia)
-    return Kernel(STEPWISE.kernels, kernel, (CELL[kernel], constants), options)
-
-
-def launch_stepwise(launch: Launch, buffers: Any, rows: Rows) -> None:
-    p, T, B = launch.problem, rows.T, rows.B
-    if launch.kernel is None:
-        what = p.kernel, p.arithmetic, launch.dtype, p.R, p.H, launch.directions, launch.config
-        launch.kernel, launch.grid = stepwise_kernel(*what), launch.config.grid(p.H, B, p.R)
-    steps = range(T) if p.kernel == "forward" else range(T - 1, -1, -1)
-    size = T, B, rows.stride_t, rows.stride_b
-    launch.kernel.run(launch.grid, buffers, pointers(rows), [(s, *size) for s in steps])
-
-
-CELL = {"forward": lstm_forward, "backward": lstm_backward}
-STEPWISE = Schedule(
-    "stepwise", LaunchConfig, {"forward": lstm_forward_step, "backward": lstm_backward_step},
-    unsuitable, candidates, refusal, estimate, describe_stepwise, launch_stepwise,
-)  # fmt: skip
 GLUON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 if GLUON:
     from . import persistent
@@ -168,7 +74,7 @@ def choose(problem: Recurrence, device: Device | None, tables: Sequence[Table] =
 def _interpreted(problem: Recurrence) -> Choice:
     """For Triton's interpreter, whose time goes by the number of operations, not by their size."""
     block_h, block_k = (min(max(power_of_two(problem.H), SMALLEST), most) for most in (64, 256))
-    return Choice(LaunchConfig(16, block_h, block_k), "Triton's interpreter, which runs programs one after another")
+    return Choice(StepwiseConfig(16, block_h, block_k), "Triton's interpreter, which runs programs one after another")
 
 
 def describe(choice: Choice, problem: Recurrence, device: Device | None) -> str:
@@ -181,12 +87,60 @@ Key = tuple[str, str, int, int, int]
 KEYS = ("kernel", "arithmetic", "H", "B", "R")
 
 
+class Timing(NamedTuple):
+    """Microseconds of a call of the layer, the host's part included."""
+
+    dtype: str  # "float16", "bfloat16", "float64"; of fp32 "tf32" or "float32"
+    training: bool
+    lengths: bool
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    layers: int
+    directions: int
+    P: int  # of a projection, or 0
+    kernels_us: float = 0.0
+    torch_us: float = 0.0  # of torch's own LSTM, by the "aten" backend
+
+    @property
+    def algorithm(self) -> str:
+        """Which of cuDNN's algorithms torch takes (``get_algo`` in its ATen/native/cudnn/RNN.cpp)."""
+        if self.P or self.dtype == "float64":
+            return "standard"
+        if (128 if self.training else 192) >= self.H:
+            return "small persistent"
+        in_128s = self.H % 128 == 0 and self.I % 128 == 0 and self.B % 8 == 0
+        single = self.layers == self.directions == 1 and not self.lengths
+        if self.dtype == "float16" and single and in_128s and self.H <= 1024 and self.B <= 128:
+            return "persistent"
+        return "standard"
+
+    def like(self, other: Timing) -> bool:
+        """Whether the times of the one say something of the other's."""
+        return self[:3] == other[:3] and self.algorithm == other.algorithm
+
+    def distance(self, other: Timing) -> float:
+        """How far apart two sizes are: by how many times, in all."""
+        return sum(abs(math.log2((a + 1) / (b + 1))) for a, b in zip(self[3:10], other[3:10], strict=True))
+
+    def __str__(self) -> str:
+        more = f" layers={self.layers}" * (self.layers > 1) + " both directions" * (self.directions > 1)
+        return f"T={self.T} B={self.B} I={self.I} H={self.H}" + more + f" P={self.P}" * (self.P > 0)
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Measured configurations of one device, and the file they come from."""
+    """What was measured on one device, and the file that says it."""
 
     source: str
     configs: dict[Key, Any]
+    timings: tuple[Timing, ...] = ()
+    kernels: str = ""  # with which kernels the timings were measured
+
+    def nearest(self, to: Timing) -> Timing | None:
+        """What was measured of a call like this one, at the size that is nearest to its."""
+        return min((t for t in self.timings if t.like(to)), key=to.distance, default=None)
 
 
 def key_of(problem: Recurrence) -> Key:
@@ -215,19 +169,26 @@ def file_name(device_name: str) -> str:
 @lru_cache
 def tables(device_name: str) -> tuple[Table, ...]:
     """What is known of a device: the user's table, then the one that comes with the package."""
-    shipped = Path(__file__).parents[1] / "kernels" / "configs"
-    if not shipped.is_dir():  # an editable install
-        shipped = Path(__file__).parents[2] / "kernels" / "configs"
+    shipped = Path(device_code.__file__).parent / "configs"
     paths = (folder / file_name(device_name) for folder in (user_folder(), shipped))
     return tuple(read_table(path) for path in paths if path.is_file())
+
+
+@lru_cache
+def kernels() -> str:
+    """A digest of the kernels' sources, to tell whether they are those that were measured."""
+    files = sorted(Path(device_code.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def read_table(path: Path) -> Table:
     """The table in a file. Raises ValueError if the file holds none, rather than go on as if it were not there."""
     try:
-        entries = json.loads(path.read_text())["configs"]
+        data = json.loads(path.read_text())
+        entries = data["configs"]
         if not isinstance(entries, list):
             raise TypeError(f"configs should be a list, got {type(entries).__name__}")
+        timings = tuple(Timing(**t) for t in data.get("timings", ()))
         configs = {}
         for entry in entries:
             problem = Recurrence(T=1, **{k: entry[k] for k in KEYS})
@@ -237,7 +198,7 @@ def read_table(path: Path) -> Table:
             f"{path} is not a table of launch configurations ({type(error).__name__}: {error}); "
             "remove it, and measure anew with python -m fused_lstm.tune"
         ) from error
-    return Table(str(path), configs)
+    return Table(str(path), configs, timings, data.get("kernels", ""))
 
 
 def read_config(fields: dict[str, Any]) -> Any:
@@ -246,12 +207,19 @@ def read_config(fields: dict[str, Any]) -> Any:
     return BY_NAME[fields.pop("schedule")].config(**fields)
 
 
-def write_table(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Add measured entries to a table, in place of those for the same problems. Raises what :func:`read_table` raises."""
-    old = json.loads(path.read_text())["configs"] if path.is_file() and read_table(path) else []
+def write_table(path: Path, entries: Sequence[dict[str, Any]], timings: Sequence[Timing] = ()) -> None:
+    """Add what was measured to a table, in place of what it holds of the same problems; timings of other kernels go.
+
+    Raises what :func:`read_table` raises.
+    """
+    old, table = [], None
+    if path.is_file():
+        table, old = read_table(path), json.loads(path.read_text())["configs"]
     new = {key_of(Recurrence(T=1, **{k: e[k] for k in KEYS})): e for e in (*old, *entries)}
+    kept = table.timings if table is not None and table.kernels == kernels() else ()
+    timed = [t._asdict() for t in {t[:10]: t for t in (*kept, *timings)}.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"configs": list(new.values())}, indent=1) + "\n")
+    path.write_text(json.dumps({"configs": list(new.values()), "kernels": kernels(), "timings": timed}, indent=1) + "\n")
     tables.cache_clear()
 
 

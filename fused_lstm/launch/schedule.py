@@ -1,9 +1,11 @@
-"""Launching a kernel for the price of its launch: what Triton works out of the arguments is kept for others like them."""
+"""What a schedule is chosen by and launched with: a recurrence, a device, and kernels for the price of their launch."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +14,84 @@ from triton import knobs
 from triton.runtime import driver
 
 from ..call import Rows
+from ..kernels.cell import lstm_backward, lstm_forward
 from ..kernels.rows import Sequences
 from ..kernels.stepwise import lstm_forward_step
-from .config import Device, Recurrence
+
+SMALLEST = 16  # what Triton's dot product takes in each dimension
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Device:
+    """What :func:`choose` needs to know of a GPU."""
+
+    name: str
+    multiprocessors: int
+    shared_memory: int = 0  # bytes that one program may use
+    capability: tuple[int, int] = (0, 0)  # of an NVIDIA GPU
+
+    @property
+    def wgmma(self) -> bool:
+        """Whether its tensor cores multiply from shared memory."""
+        return self.capability[0] in (9, 10)
+
+
+PASSES = ("forward", "backward")
+CELLS: dict[str, Any] = {"forward": lstm_forward, "backward": lstm_backward}
+ARITHMETICS = ("half", "tf32", "fp32", "fp64")
+
+
+def check_integer(name: str, value: object, least: int, most: int | None = None) -> None:
+    if type(value) is not int or value < least or (most is not None and value > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} should be an integer {bounds}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """One layer's recurrence, as a problem for one kernel."""
+
+    kernel: str  # "forward" or "backward"
+    arithmetic: str  # "half", "tf32", "fp32" or "fp64"
+    T: int
+    H: int  # as the kernels see it: a multiple of 16
+    B: int
+    R: int  # recurrences of one launch
+
+    def __post_init__(self) -> None:
+        if self.kernel not in PASSES or self.arithmetic not in ARITHMETICS:
+            raise ValueError(
+                f"kernel should be one of {', '.join(PASSES)} and arithmetic one of {', '.join(ARITHMETICS)}, "
+                f"got {self.kernel!r} and {self.arithmetic!r}"
+            )
+        for name in ("T", "H", "B", "R"):
+            check_integer(name, getattr(self, name), 1)
+
+    @property
+    def element_size(self) -> int:
+        return {"half": 2, "fp64": 8}.get(self.arithmetic, 4)
+
+
+def arithmetic(dtype: torch.dtype, tf32: bool) -> str:
+    """The kind of arithmetic of a dtype, with fp32 products in TF32 or not."""
+    if dtype == torch.float32:
+        return "tf32" if tf32 else "fp32"
+    return "fp64" if dtype == torch.float64 else "half"
+
 
 # TRITON_INTERPRET=1, set before the kernels are imported, makes them run on CPU tensors.
 INTERPRETED = not isinstance(lstm_forward_step, triton.JITFunction)
 
+LOG = logging.getLogger("fused_lstm")
 LIMIT = 64  # layouts that are remembered of one kernel; Triton itself remembers all
 INT32 = 2**31 - 1
 HIP = torch.version.hip is not None
@@ -64,6 +137,9 @@ class Kernel:
         for each in numbers:
             args = (buffers, sequences, *each, *constants)
             if found is None:
+                LOG.info(
+                    "first launch of %s (%s): Triton compiles it, or finds it in its cache", self.name, self.constants[1]
+                )
                 found = self.remember(key, self.kernels[self.name][grid](*args, **self.options))
             elif hooked:
                 told = found.kernel.launch_metadata(grid, stream, *args)
