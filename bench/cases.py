@@ -29,7 +29,8 @@ class Case:
     layers: int = 1
     bidirectional: bool = False
     proj: int = 0
-    variant: str = "plain"  # "lengths": rows of T/4 to T steps; "resets": 3% of the steps begin an episode
+    # "lengths": rows of T/4 to T steps; "packed": the same as a PackedSequence; "resets": 3% of the steps begin an episode
+    variant: str = "plain"
     source: str = ""
     suite: str = "workloads"
 
@@ -122,12 +123,20 @@ def ragged(variant: str, quick: bool) -> Iterator[Case]:
         yield Case(f"B={B} T={T} I={I} H={H}", B, T, I, H, "", variant=variant, suite=variant)
 
 
+PACKED = ((16, 500, 64), (16, 50, 64), (64, 5, 64), (4, 2000, 64), (64, 128, 256))
+
+
+def packed(quick: bool) -> Iterator[Case]:
+    for B, T, H in PACKED[:2] if quick else PACKED:
+        yield Case(f"B={B} T={T} H={H}", B, T, H, H, "", variant="packed", suite="packed")
+
+
 def memory(quick: bool) -> Iterator[Case]:
     for B, T, H in ((16, 128, 128), (64, 128, 256), (64, 128, 512), (64, 512, 512))[: 3 if quick else 4]:
         yield Case(f"B={B} T={T} H={H}", B, T, H, H, "", suite="memory")
 
 
-SUITES = ("workloads", "latency", "lengths", "resets", "memory", "grid")
+SUITES = ("workloads", "latency", "lengths", "packed", "resets", "memory", "grid")
 
 
 def suite(name: str, device: str, dtype: str | None = None, quick: bool = False) -> list[Case]:
@@ -138,7 +147,7 @@ def suite(name: str, device: str, dtype: str | None = None, quick: bool = False)
     elif name in ("lengths", "resets"):
         cases = list(ragged(name, quick))
     else:
-        cases = list({"grid": grid, "latency": latency, "memory": memory}[name](quick))
+        cases = list({"grid": grid, "latency": latency, "memory": memory, "packed": packed}[name](quick))
     if device == "cpu":
         cases = [case for case in cases if case.dtype != "tf32"]
     if dtype:

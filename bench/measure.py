@@ -46,7 +46,7 @@ class Data:
             torch.randn(D, case.B, n, generator=generator, device=device).to(dtype) for n in sizes
         ]
         self.ragged: Ragged = {}
-        if case.variant == "lengths":
+        if case.variant in ("lengths", "packed"):
             least = max(1, case.T // 4)
             self.ragged["lengths"] = torch.randint(least, case.T + 1, (case.B,), generator=generator, device=device)
         if case.variant == "resets":

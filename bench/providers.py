@@ -118,6 +118,11 @@ def with_torch_compile(theirs: nn.LSTM, case: Case, ragged: Ragged) -> Runner:
 def with_fused(theirs: nn.LSTM, case: Case, ragged: Ragged, schedule: str = "", **options: Any) -> Runner:
     ours = fused_lstm.LSTM.from_torch(theirs, **options).train()
     x = torch.empty(case.T, case.B, case.I, device=theirs.weight_ih_l0.device, dtype=theirs.weight_ih_l0.dtype)
+    call, given, more = partial(_call, ours, ragged), x, ragged
+    if case.variant == "packed" and ragged:  # as a model does that was written for nn.LSTM
+        lengths = ragged["lengths"].cpu()
+        call, given = partial(_packed, ours, lengths=lengths), pack_padded_sequence(x, lengths, enforce_sorted=False)
+        more = {}
     within = nullcontext
     if schedule:
         if not torch.cuda.is_available():
@@ -128,10 +133,14 @@ def with_fused(theirs: nn.LSTM, case: Case, ragged: Ragged, schedule: str = "", 
         within = partial(by_schedule, schedule, gpu, kind, case.T, case.H, case.B, 1 + case.bidirectional)
     try:
         with within():
-            plan = str(fused_lstm.explain(ours, x, **ragged))
+            plan = str(fused_lstm.explain(ours, given, **more))
     except (ValueError, TypeError, RuntimeError) as error:
         raise CannotRun(str(error)) from error
-    return of_module(ours, lambda x: flat(ours(x, **ragged)), plan, within=within)
+    return of_module(ours, call, plan, within=within)
+
+
+def _call(lstm: nn.Module, ragged: Ragged, x: Tensor) -> Sequence[Tensor]:
+    return flat(lstm(x, **ragged))
 
 
 def by_schedule(name: str, device: Any, arithmetic: str, T: int, H: int, B: int, R: int) -> AbstractContextManager:

@@ -208,6 +208,7 @@ def sections(results: Results) -> Iterator[str]:
 SUITES = {
     "workloads": "Workloads of real projects",
     "lengths": "Rows of different lengths",
+    "packed": "Packed rows",
     "resets": "Episodes that begin anywhere",
     "latency": "Few steps, few rows",
     "memory": "Memory of a training step",

@@ -300,6 +300,7 @@ KINDS = {  # of a case: what it is called, and what nn.LSTM does about it
     "single": ("single steps", "nn.LSTM"),
     "plain": ("plain sequences", "nn.LSTM"),
     "lengths": ("`lengths=`", "packing"),
+    "packed": ("packed sequences", "nn.LSTM"),
     "resets": ("`resets=`", "a loop over steps"),
 }
 
@@ -309,7 +310,7 @@ def means(records: Sequence[Record]) -> Iterator[tuple[str, str, str, str, float
 
     Of cases of like kind only; the suites on memory and on a grid of sizes have none that would mean much.
     """
-    for part in ("workloads", "latency", "lengths", "resets"):
+    for part in ("workloads", "latency", "lengths", "packed", "resets"):
         for kind, (what, usual) in KINDS.items():
             for mode in MODES:
                 for base, name in (("torch", usual), ("torch-by-hand", BY_HAND.get(kind, ""))):

@@ -227,12 +227,10 @@ def _layer(
     h0, c0 = (None, None) if hx is None else hx
     w_ih, w_hh, *rest = groups[0] if len(groups) == 1 else [torch.cat(each) for each in zip(*groups, strict=True)]
     b_ih, b_hh = rest[:2] if stack.has_biases else (None, None)
-    w_hr = w_h0 = None
-    if len(rest) % 2:
+    w_hr, w_h0 = [group[-1] for group in groups] if len(rest) % 2 else [], None
+    if w_hr:
         # With h = W_hr m, W_hh h = (W_hh W_hr) m: a plain recurrence over m, which h0 enters through the first step.
-        w_hr = torch.stack([group[-1] for group in groups])
-        w_h0, w_hh = w_hh, (w_hh.unflatten(0, (len(groups), -1)) @ w_hr).flatten(0, 1)
-        w_h0 = None if h0 is None else w_h0
+        w_h0, w_hh = None if h0 is None else w_hh, torch.cat([group[1] @ group[-1] for group in groups])
     R, H = len(groups), w_hh.shape[1]
     pad = -H % ALIGNMENT if engine == "triton" else 0
     if pad:  # units of zero weight stay at zero: the results are the same, and every row is aligned
@@ -246,7 +244,7 @@ def _layer(
         x = F.linear(x, w_ih, None if b_ih is None else b_ih + b_hh)
         if w_h0 is not None:
             x = recurrence.with_first(x, h0, w_h0, LayerCall(*tensors, *more, False, engine, False))
-        tensors = (x, h0 if w_hr is None else None, c0, None, w_hh, None, None, None)
+        tensors = (x, None if w_hr else h0, c0, None, w_hh, None, None, None)
     if engine == "loop":
         kept = Kept(*reference.layer(LayerCall(*tensors, *more, False, engine, False)), None, None)
     else:
@@ -256,16 +254,17 @@ def _layer(
         kept = ops.layer(LayerCall(*tensors, *more, save or keep is not None, engine, recompute))
     y, h_n, c_n = kept[:3]
     if pad:
-        y, h_n, c_n = y.unflatten(-1, (R, H + pad))[..., :H].flatten(-2), h_n[..., :H], c_n[..., :H]
-    if w_hr is not None:
-        y = torch.einsum("...rh,rph->...rp", y.unflatten(-1, (R, H)), w_hr)
-        h_n = h_n @ w_hr.mT
+        parts = y.unflatten(-1, (R, H + pad))[..., :H].flatten(-2), h_n[..., :H], c_n[..., :H]
+        y, h_n, c_n = (part.contiguous() for part in parts)
+    if w_hr:
+        # One by one, since a batched product would give gradients by W_hr that are not dense.
+        ys = [F.linear(part, w) for part, w in zip(y.split(H, -1), w_hr, strict=True)]
+        y, h_n = torch.cat(ys, -1) if R > 1 else ys[0], torch.stack([F.linear(h, w) for h, w in zip(h_n, w_hr, strict=True)])
         if sequences.lengths is not None:
             # A row without steps keeps h0, which m knows nothing of; and a NaN for padding must not reach w_hr.
             first = h_n.new_zeros(()) if h0 is None else h0
             h_n = torch.where((sequences.lengths == 0)[:, None], first, h_n)
-            y = torch.where(_valid(y, stack, sequences.lengths)[..., None], y, 0)
-        y = y.flatten(-2)
+            y = torch.where(_valid(y, stack, sequences.lengths), y, 0)
     if keep is not None:
         keep(kept._replace(y=y, gates=kept.gates[..., :H], c=kept.c[..., :H]))
     return y, h_n, c_n
@@ -314,7 +313,7 @@ def problem_of(
         sizes is not None,
         sequences.lengths is not None,
         sequences.resets is not None,
-        sequences.same_length > 0,
+        sequences.same_length > 0 if sizes is None else int(sizes[-1]) == B,
         len(sequences.starts),
         torch.is_grad_enabled()
         and (

@@ -161,7 +161,12 @@ def way_of_aten(p: Problem) -> tuple[Way, bool, str]:
         n = segment_steps(p.T)
         why = f"torch's own fused LSTM, gates recomputed in the backward pass, in segments of {n} step{'s' * (n > 1)}"
         return Way.SEGMENTS, fp32, why + computed
-    if p.same_length:
+    # torch's own packed LSTM is a loop over steps, and its backward pass takes time by their square. Below so many steps it
+    # is faster than blocks (measured, H from 16 to 512); and rows of one length it gives to oneDNN as they are.
+    at_once = p.same_length and p.dtype != torch.float64 and not p.proj_size
+    if p.packed and p.device == "cpu" and (32 if p.needs_grad else 128) <= p.T and not at_once:
+        return Way.RAGGED, fp32, "packed rows in blocks of time, each by torch's own fused LSTM" + computed
+    if p.same_length and not p.packed:
         return Way.PREFIX, fp32, "all rows have the same length: torch's own fused LSTM over so many steps" + computed
     # A call for each stretch is worth more than control columns where the stretches have many rows (measured, H from 128 to
     # 512), in one direction, on a CPU.

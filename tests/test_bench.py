@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 TINY = Case("tiny", 3, 5, 4, 6, "fp32")
-RAGGED = [TINY, replace(TINY, variant="lengths"), replace(TINY, variant="resets")]
+RAGGED = [TINY, *(replace(TINY, variant=v) for v in ("lengths", "packed", "resets"))]
 
 
 def measured(case: Case, names: list[str], mode: str = "training", seconds: float = 0.0) -> dict[str, dict[str, Any]]:

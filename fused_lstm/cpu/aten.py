@@ -17,7 +17,7 @@ from torch import _VF, Tensor
 from ..call import PLAIN, Result, Sequences, Stack, States, each_layer
 from ..gemm import linear, uses_onednn
 from ..reference import cell, lstm_cell
-from .ragged import LayOut, Unfolding, control_weights
+from .ragged import ControlWeights, LayOut, PackedUnfolding, Unfolding, control_weights
 
 
 def zero_states(x: Tensor, B: int, weights: Sequence[Tensor], stack: Stack) -> tuple[Tensor, Tensor]:
@@ -122,25 +122,34 @@ def stretches(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, se
 @time_first
 def ragged(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
     """lengths and resets through torch's fused LSTM, by control columns (see :mod:`fused_lstm.cpu.ragged`)."""
-    of = (*x.shape[:2], sequences.lengths, sequences.resets)
-    layouts = [Unfolding(*of, backwards=d == 1, H=hx[1].shape[-1]) for d in range(stack.directions)]
+    H, layouts = hx[1].shape[-1], []
+    for backwards in (False, True)[: stack.directions]:
+        if sequences.batch_sizes is not None:
+            layouts.append(PackedUnfolding(sequences.batch_sizes, x.device, backwards, H))
+        else:
+            layouts.append(Unfolding(*x.shape[:2], sequences.lengths, sequences.resets, backwards, H))
     return by_direction([partial(controlled, layout) for layout in layouts], x, hx, weights, stack)
 
 
 def controlled(layout: Unfolding, x: Tensor, h0: Tensor, c0: Tensor, weights: Sequence[Tensor], one: Stack) -> Result:
     """One direction of one layer over x (T, B, I), in the layout given; h0 and c0 (B, ...)."""
     w_ih, *others = weights
-    weights = [control_weights(w_ih, layout.resets), *others]
+    controls = None
+    if any(block.columns for block in layout.blocks):
+        controls = (ControlWeights.apply if w_ih.requires_grad else control_weights)(w_ih, layout.resets)
     h, c = (layout.sorted(s if layout.begins is None else torch.where(layout.begins, 0, s))[None] for s in (h0, c0))
     parts, held = [], []
     for laid_out in LayOut.apply(layout, x) if torch.is_grad_enabled() else layout.lay_out(x):
         n = laid_out.shape[1]  # the others have ended, and hold their cell state
         held.append(c[0, n:])
-        y, h, c = fused(laid_out, (h[:, :n], c[:, :n]), weights, one, PLAIN)
+        w = w_ih if laid_out.shape[-1] == w_ih.shape[-1] else controls
+        y, h, c = fused(laid_out, (h[:, :n], c[:, :n]), [w, *others], one, PLAIN)
         parts.append(y)
-    y, last = layout.take_back(parts, c)
-    h_n = torch.where(layout.empty, h0, last)
-    return y, h_n, torch.where(layout.empty, c0, layout.unsorted(torch.cat([c[0], *reversed(held)])))
+    y, h_n = layout.take_back(parts, c)
+    c_n = layout.unsorted(torch.cat([c[0], *reversed(held)]))
+    if layout.empty is None:
+        return y, h_n, c_n
+    return y, torch.where(layout.empty, h0, h_n), torch.where(layout.empty, c0, c_n)
 
 
 def by_direction(

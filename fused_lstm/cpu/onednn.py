@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..call import Kept, LayerCall, Rows
-from .ragged import Unfolding, control_weights
+from .ragged import PackedUnfolding, Unfolding, control_weights
 
 LSTM_MODE = 2  # as torch numbers the kinds of RNN
 
@@ -23,21 +22,19 @@ class Direction:
 
     def __init__(
         self,
-        x: Tensor,  # (T, B, I)
+        x: Tensor,  # (T, B, I), or (N, I) if packed
         h0: Tensor,  # (B, H)
         c0: Tensor,  # (B, H)
         w_ih: Tensor,  # (4H, I)
         w_hh: Tensor,  # (4H, H)
         biases: Sequence[Tensor | None],  # (4H,) each
-        lengths: Tensor | None,  # (B,)
-        resets: Tensor | None,  # (T, B)
+        layout: Unfolding | None,  # in one block
         backwards: bool,
     ) -> None:
-        T, B, self.I = x.shape
-        self.layout, self.reverse = None, backwards
-        if lengths is not None or resets is not None:
-            self.layout, self.reverse = Unfolding(T, B, lengths, resets, backwards), False
-            (x,), w_ih = self.layout.lay_out(x), control_weights(w_ih, resets is not None)
+        self.I, self.layout, self.reverse = x.shape[-1], layout, backwards and layout is None
+        if layout is not None:
+            (x,) = layout.lay_out(x)
+            w_ih = control_weights(w_ih, layout.resets) if layout.blocks[0].columns else w_ih
             h0, c0 = self._begun(h0), self._begun(c0)
         b_ih, b_hh = (w_ih.new_zeros(w_ih.shape[0]) if b is None else b.contiguous() for b in biases)
         weights = (w_ih.contiguous(), w_hh.contiguous(), b_ih, b_hh)
@@ -59,15 +56,14 @@ class Direction:
             return y, h, c, workspace
         # What is held to the end is c_n of every row, also of one without steps.
         y, last = self.layout.take_back([y], c)
-        return y, torch.where(self.layout.empty, h0, last), c, workspace
+        return y, last if self.layout.empty is None else torch.where(self.layout.empty, h0, last), c, workspace
 
     def backward(self, y: Tensor, c_n: Tensor, dy: Tensor, dh: Tensor, dc: Tensor, workspace: Tensor) -> tuple[Tensor, ...]:
         """Gradients by x, h0, c0, w_ih, w_hh and both biases, from those by y (T, B, H), h_n and c_n (B, H)."""
         layout = self.layout
         dh_n = dh
         if layout is not None:
-            dy = dy.index_put((layout.last, layout.rows), dh, accumulate=True)  # of an empty row: not spread
-            (y,), (dy,) = layout.spread(y), layout.spread(dy)
+            (y,), (dy,) = layout.spread(y), layout.spread(dy, dh)  # of an empty row: not spread
             dh = torch.zeros_like(dh)
         h0, c0 = self.inputs[-2:]
         h_last = y[0 if self.reverse else -1]
@@ -80,7 +76,8 @@ class Direction:
         if layout is not None:
             dx = layout.gather([dx[..., : self.I]])
             dw_ih = dw_ih[:, : self.I].contiguous()
-            dh0, dc0 = torch.where(layout.empty, dh_n, self._begun(dh0)), self._begun(dc0)
+            dh0, dc0 = self._begun(dh0), self._begun(dc0)
+            dh0 = dh0 if layout.empty is None else torch.where(layout.empty, dh_n, dh0)
         return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh
 
 
@@ -97,7 +94,7 @@ def forward(call: LayerCall, rows: Rows) -> Kept:
     else:
         runs, h0 = _directions(call, rows)
         ys, hs, cs, spaces = zip(*(run.forward(h0[r], save) for r, run in enumerate(runs)), strict=True)
-        y = _as_given(torch.cat(ys, -1) if len(ys) > 1 else ys[0], rows)
+        y = _time_first(torch.cat(ys, -1) if len(ys) > 1 else ys[0], rows).contiguous()
         h_n, states = torch.stack(hs), torch.stack(cs)
         workspace = torch.cat(spaces) if save else None
     c_n = states.clone() if call.save else states
@@ -116,7 +113,7 @@ def backward(
     runs, h0 = _directions(call, rows)
     dy = torch.zeros_like(y) if dy is None else dy
     dh_n, dc_n = (torch.zeros_like(c_n) if grad is None else grad for grad in (dh_n, dc_n))
-    ys, dys = (_padded(t, rows).split(H, -1) for t in (y, dy))
+    ys, dys = (_time_first(t, rows).split(H, -1) for t in (y, dy))
     spaces = workspace.view(len(runs), -1) if workspace is not None else [run.forward(h0[0], True)[3] for run in runs]
     found = [run.backward(ys[r], c_n[r], dys[r], dh_n[r], dc_n[r], spaces[r]) for r, run in enumerate(runs)]
     dxs, dh0, dc0, *others = zip(*found, strict=True)
@@ -124,7 +121,7 @@ def backward(
     if needs[0]:
         each = len(dxs) // (x.shape[-1] // call.w_ih.shape[1])  # recurrences of a member
         dx = torch.cat([sum(dxs[k + 1 : k + each], dxs[k]) for k in range(0, len(dxs), each)], -1)
-        dx = _as_given(dx, rows)
+        dx = _time_first(dx, rows).contiguous()
     grads = (dx, torch.stack(dh0), torch.stack(dc0), *(torch.cat(g) for g in others), None)
     return [grad if need and t is not None else None for grad, t, need in zip(grads, inputs, needs, strict=True)]
 
@@ -132,31 +129,23 @@ def backward(
 def _directions(call: LayerCall, rows: Rows) -> tuple[list[Direction], Tensor]:
     """Each recurrence, and the initial hidden states (R, B, H)."""
     R, H, I = call.R, call.H, call.w_ih.shape[1]  # noqa: E741
-    resets = None if rows.resets is None else _padded(rows.resets.view(call.x.shape[:-1]), rows)
-    parts = _padded(call.x, rows).split(I, -1)
+    resets = None if rows.resets is None else _time_first(rows.resets.view(call.x.shape[:-1]), rows)
+    parts = _time_first(call.x, rows).split(I, -1)
     w_ih, w_hh = call.w_ih.chunk(R), call.w_hh.chunk(R)
     b_ih, b_hh = ([None] * R if b is None else b.chunk(R) for b in (call.b_ih, call.b_hh))
     h0, c0 = (call.x.new_zeros(R, rows.B, H) if s is None else s for s in (call.h0, call.c0))
-    runs = [
-        Direction(
-            parts[r * len(parts) // R], h0[r], c0[r], w_ih[r], w_hh[r], (b_ih[r], b_hh[r]), rows.lengths, resets,
-            rows.backwards(r),
-        )
-        for r in range(R)
-    ]  # fmt: skip
-    return runs, h0
+
+    def run(r: int) -> Direction:
+        backwards, layout, x = rows.backwards(r), None, parts[r * len(parts) // R]
+        if rows.batch_sizes is not None:
+            layout = PackedUnfolding(rows.batch_sizes, x.device, backwards)
+        elif rows.lengths is not None or resets is not None:
+            layout = Unfolding(rows.T, rows.B, rows.lengths, resets, backwards)
+        return Direction(x, h0[r], c0[r], w_ih[r], w_hh[r], (b_ih[r], b_hh[r]), layout, backwards)
+
+    return [run(r) for r in range(R)], h0
 
 
-def _padded(data: Tensor, rows: Rows) -> Tensor:
-    """Data as the op has it, as (T, B, ...)."""
-    if rows.batch_sizes is not None:
-        return pad_packed_sequence(PackedSequence(data, rows.batch_sizes))[0]
-    return data.transpose(0, 1) if rows.batch_first else data
-
-
-def _as_given(data: Tensor, rows: Rows) -> Tensor:
-    """The inverse of :func:`_padded`."""
-    if rows.batch_sizes is not None:
-        assert rows.lengths is not None
-        return pack_padded_sequence(data, rows.lengths).data
-    return data.transpose(0, 1).contiguous() if rows.batch_first else data
+def _time_first(data: Tensor, rows: Rows) -> Tensor:
+    """Data as the op has it, as (T, B, ...) unless it is packed; or the other way round."""
+    return data.transpose(0, 1) if rows.batch_first and rows.batch_sizes is None else data

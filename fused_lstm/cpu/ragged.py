@@ -8,6 +8,7 @@ derivative of zero. What no gate can stop is a NaN: zero times NaN is NaN, so on
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,6 @@ class Unfolding:
         self, T: int, B: int, lengths: Tensor | None, resets: Tensor | None, backwards: bool, H: int | None = None
     ) -> None:
         device = (resets if lengths is None else lengths).device
-        self.T, self.B = T, B
         t = torch.arange(T, device=device)[:, None]
         lengths = torch.full((B,), T, device=device) if lengths is None else lengths
         valid = t < lengths
@@ -46,8 +46,9 @@ class Unfolding:
         self.begins = None if resets is None or backwards else (resets[0] & valid[0])[:, None]
         self.empty = (lengths == 0)[:, None]
         self.rows = torch.arange(B, device=device)
-        self.last = torch.zeros_like(lengths) if backwards else (lengths - 1).clamp(min=0)  # time of each row's last step
-        self.steps = T
+        # Where each row's last step lies, t*B + b.
+        self.last = self.rows if backwards else (lengths - 1).clamp(min=0) * B + self.rows
+        self.shape, self.steps = (T, B), T
         position = None  # where it is t
         if backwards:
             position = torch.where(valid, lengths - 1 - t, t)  # in the order of processing
@@ -72,13 +73,13 @@ class Unfolding:
             self.order = ends.argsort(descending=True, stable=True)
             self.ranks = self.order.argsort()
         if position is None and self.order is None:  # all stays where it is
-            self.blocks, self.inverse = [Block((T, B), None, self.past, [over])], None
+            self.blocks, self.inverse = [Block((T, B), slice(None), self.past, [over])], None
         else:
             self._lay_out(marks, position, ends, flags)
 
     def _lay_out(self, marks: list[int], position: Tensor | None, ends: Tensor, flags: Tensor | None) -> None:
         """The blocks between marks, and in ``inverse`` where in them, one behind the other, each t*B + b is."""
-        T, B, steps = self.T, self.B, self.steps
+        (T, B), steps = self.shape, self.steps
         order = rows = self.rows
         if self.order is not None:
             order, rows = self.order, self.ranks
@@ -105,18 +106,27 @@ class Unfolding:
 
     def lay_out(self, x: Tensor) -> list[Tensor]:
         """x (T, B, I) with its control columns, of each block; what x holds past a row's length does not matter."""
+        x = x.flatten(0, -2)
         return [block.with_columns(x) for block in self.blocks]
 
-    def spread(self, y: Tensor) -> list[Tensor]:
-        """y (T, B, H) as it is laid out, of each block, and zero in what is put in between."""
+    def spread(self, y: Tensor, last: Tensor | None = None) -> list[Tensor]:
+        """y (T, B, H) as it is laid out, of each block, and zero in what is put in between; ``last`` (B, H) is added to the
+        last step of each row."""
+        y = y.reshape(-1, y.shape[-1])
+        if last is not None:
+            y = y.index_put((self.last,), last, accumulate=True)
         return [block.of(y) for block in self.blocks]
 
     def gather(self, parts: Sequence[Tensor]) -> Tensor:
-        """What :meth:`spread` undoes: the steps of time 0..T-1, (T, B, H), zero past a row's length."""
+        """What :meth:`spread` undoes: the steps of time 0..T-1, (T, B, H), zero past a row's length. Shares no memory."""
         parts = [part.reshape(-1, part.shape[-1]) for part in parts]
-        y = torch.cat(parts) if len(parts) > 1 else parts[0]
-        y = self.past.cleared(y) if self.inverse is None else self.past.clear_(y.index_select(0, self.inverse))
-        return y.view(self.T, self.B, y.shape[-1])
+        y = torch.cat(parts) if len(parts) > 1 or self.inverse is None else parts[0]
+        if self.inverse is not None:
+            y = y.index_select(0, self.inverse)
+        if self.past is not None:
+            self.past.clear_(y)
+        # No view for autograd, which would forbid users to change in place what a Function returns.
+        return torch.ops.aten._unsafe_view(y, (*self.shape, y.shape[-1]))
 
     def sorted(self, state: Tensor) -> Tensor:
         """A state (B, ...) in the order of the blocks' rows."""
@@ -128,29 +138,81 @@ class Unfolding:
     def take_back(self, parts: Sequence[Tensor], c: Tensor) -> tuple[Tensor, Tensor]:
         """Output of each step (T, B, H) and of each row's last (B, H), from the blocks' outputs and the last block's c."""
         (y, *more) = parts
-        if more or self.inverse is not None or y.requires_grad or y.device.type != "cpu" or c.isnan().any():
+        if y.requires_grad:
             return TakeBack.apply(self, *parts)
         # Zero past a row's length as it is, since the output gate is shut; unless a NaN got in, which the cell then holds.
-        return y, y[self.last, self.rows]
+        if more or self.inverse is not None or y.device.type != "cpu" or c.isnan().any():
+            y = self.gather(parts)
+        return y.view(*self.shape, y.shape[-1]), y.view(-1, y.shape[-1])[self.last]
 
 
-def cuts(ends: Tensor, steps: int, H: int) -> list[int]:
+class PackedUnfolding(Unfolding):
+    """The same for packed data (N, I), whose rows go from the longest to the shortest.
+
+    A block in which no row ends is plain data without control columns, and forward not even a copy.
+    """
+
+    def __init__(self, batch_sizes: Tensor, device: torch.device, backwards: bool, H: int | None = None) -> None:
+        sizes = batch_sizes.tolist()
+        N, T, rows = sum(sizes), len(sizes), torch.arange(sizes[0], device="cpu")
+        starts = batch_sizes.cumsum(0) - batch_sizes  # of each time, in the data
+        lengths = torch.searchsorted(-batch_sizes, -rows)  # how many times have a row more than these
+        self.shape, self.resets = (N,), False
+        self.past = self.begins = self.empty = self.order = self.ranks = self.inverse = None
+        self.last = (rows if backwards else starts[lengths - 1] + rows).to(device, non_blocking=True)
+        self.blocks, taken = [], 0
+        inverse = batch_sizes.new_empty(N + 1)  # the last for padding
+        marks = [0, T] if H is None or device.type != "cpu" else cuts(lengths, T, H, packed=True)
+        for first, end in pairwise(marks):
+            n, blank, columns = sizes[first], None, []
+            size, whole = n * (end - first), n == sizes[end - 1]
+            if whole and not backwards:
+                source = slice(int(starts[first]), int(starts[first]) + size)
+                inverse[source] = torch.arange(taken, taken + size, device="cpu")
+            else:
+                self.inverse = inverse  # else the blocks, one behind the other, are the data
+                step, ends = torch.arange(first, end, device="cpu")[:, None], lengths[:n]
+                padding = step >= ends
+                source = torch.where(padding, N, starts[ends - 1 - step if backwards else step] + rows[:n]).flatten()
+                inverse[source] = torch.arange(taken, taken + size, device="cpu")
+                source = source.clamp(max=N - 1).to(device, non_blocking=True)
+                if not whole:
+                    padding = padding.to(device, non_blocking=True)
+                    blank, columns = Rest(padding.flatten()), [padding]
+            self.blocks.append(Block((end - first, n), source, blank, columns))
+            taken += size
+        if self.inverse is not None:
+            self.inverse = inverse[:N].to(device, non_blocking=True)
+
+
+def cuts(ends: Tensor, steps: int, H: int, packed: bool = False) -> list[int]:
     """The steps at which to go on with the longer rows only, from 0 to the last, so that rows that end at ``ends`` (B,) take
-    the least time; [0, steps] if cutting does not pay."""
+    the least time; [0, steps] if cutting does not pay. ``packed``: and so that no block has more padding than data."""
     B, call, once = len(ends), CALL_COST + CALL_COST_TIMES_H // H, CUT_COST_TIMES_H // H
-    enough = 0.95 * (call + steps * (B + STEP_COST)) - once
+    enough, most = (math.inf, 2) if packed else (0.95 * (call + steps * (B + STEP_COST)) - once, math.inf)
     last = int(ends.max()) if B else 0
     # In one call up to the last end, or in two or more: less they cannot cost.
     if last == 0 or min(call + last * (B + STEP_COST), 2 * call + int(ends.sum()) + last * STEP_COST) > enough:
         return [0, steps]
     ordered = ends.sort().values
-    n = min(16, max(9, B // 8))  # ends of so many rows, the last among them: more would take longer to choose from
-    marks = sorted({0, *ordered[(torch.arange(1, n + 1, device=ends.device) * B + n - 1) // n - 1].tolist()})
+    # Ends of so many rows, the last among them, and those after which half, a quarter, ... are left: more would take longer
+    # to choose from.
+    n = min(16, max(9, B // 8))
+    ranks = {*((k * B - 1) // n for k in range(1, n + 1)), *(B - 1 - (B >> k) for k in range(1, B.bit_length()))}
+    marks = sorted({0, *ordered[sorted(ranks)].tolist()})
+    bounds = torch.tensor(marks, device=ends.device)[:, None]
+    filled = ordered.clamp(max=bounds).sum(1).tolist()  # how many steps before each mark hold data
     ordered = ordered.tolist()
     longer = [B, *(B - bisect_right(ordered, mark) for mark in marks[1:])]  # at first all, also those without a step
     best = [(0, 0)]  # the least cost up to each mark, and the mark before it
     for j in range(1, len(marks)):
-        best.append(min((best[i][0] + call + (marks[j] - marks[i]) * (longer[i] + STEP_COST), i) for i in range(j)))
+        best.append(
+            min(
+                (best[i][0] + call + (marks[j] - marks[i]) * (longer[i] + STEP_COST), i)
+                for i in range(j)
+                if longer[i] * (marks[j] - marks[i]) <= most * (filled[j] - filled[i])
+            )
+        )
     if best[-1][0] > enough:
         return [0, steps]
     path = [len(marks) - 1]
@@ -172,32 +234,33 @@ class Rest:
         """Put zero in these rows of data (N, features)."""
         return data.masked_fill_(self.mask, 0) if self.index is None else data.index_fill_(0, self.index, 0)
 
-    def cleared(self, data: Tensor) -> Tensor:
-        return data.masked_fill(self.mask, 0) if self.index is None else data.index_fill(0, self.index, 0)
-
 
 @dataclass
 class Block:
     """Some steps of a layout, of some of its rows."""
 
     shape: tuple[int, int]  # steps, rows
-    source: Tensor | None  # (steps*rows,) whose data they hold, t*B + b; None: their own
-    blank: Rest
-    columns: list[Tensor]  # the control columns, (steps, rows) each
+    source: slice | Tensor  # (steps*rows,) the data rows that they hold
+    blank: Rest | None = None  # None, and then there are no columns: all hold data
+    columns: Sequence[Tensor] = ()  # the control columns, (steps, rows) each
 
     def of(self, y: Tensor) -> Tensor:
-        y = y.reshape(-1, y.shape[-1])
-        y = self.blank.cleared(y) if self.source is None else self.blank.clear_(y.index_select(0, self.source))
+        """Of data (N, features), in memory of its own unless all of the block are its rows, one behind the other."""
+        y = y[self.source] if isinstance(self.source, slice) else y.index_select(0, self.source)
+        if self.blank is not None:
+            y = self.blank.clear_(y.clone() if isinstance(self.source, slice) else y)
         return y.view(*self.shape, y.shape[-1])
 
     def with_columns(self, x: Tensor) -> Tensor:
+        if self.blank is None:
+            return self.of(x)
         I = x.shape[-1]  # noqa: E741
         laid_out = x.new_empty(*self.shape, I + len(self.columns))
         flat = laid_out.flatten(0, 1)
-        if self.source is None:
-            laid_out[..., :I] = x
+        if isinstance(self.source, slice):
+            flat[:, :I] = x[self.source]
         else:
-            torch.index_select(x.flatten(0, 1), 0, self.source, out=flat[:, :I])
+            torch.index_select(x, 0, self.source, out=flat[:, :I])
         self.blank.clear_(flat)
         for k, column in enumerate(self.columns):
             laid_out[..., I + k] = column
@@ -227,7 +290,7 @@ class TakeBack(torch.autograd.Function):
     @staticmethod
     def forward(layout: Unfolding, *parts: Tensor) -> tuple[Tensor, Tensor]:
         y = layout.gather(parts)
-        return y, y[layout.last, layout.rows]
+        return y, y.flatten(0, -2)[layout.last]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -241,10 +304,8 @@ class TakeBack(torch.autograd.Function):
         if dy is None and dh is None:
             return None, *(None for _ in layout.blocks)
         if dy is None:
-            dy = dh.new_zeros(layout.T, layout.B, ctx.features)
-        if dh is not None:
-            dy = dy.index_put((layout.last, layout.rows), dh, accumulate=True)
-        return None, *layout.spread(dy)
+            dy = dh.new_zeros(*layout.shape, ctx.features)
+        return None, *layout.spread(dy, dh)
 
 
 def control_weights(w_ih: Tensor, resets: bool) -> Tensor:
@@ -260,3 +321,19 @@ def control_weights(w_ih: Tensor, resets: bool) -> Tensor:
     if resets:
         columns.append(torch.cat((shut, shut, zero, shut)))
     return torch.cat((w_ih, torch.stack(columns, 1)), 1)
+
+
+class ControlWeights(torch.autograd.Function):
+    """:func:`control_weights` with a gradient, which is dense: that of its last step, torch.cat, would be a view."""
+
+    @staticmethod
+    def forward(w_ih: Tensor, resets: bool) -> Tensor:
+        return control_weights(w_ih, resets)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.features = inputs[0].shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[:, : ctx.features].contiguous(), None

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..call import PLAIN, Result, Sequences, Stack, States, accumulator_dtype, no_autocast
 from ..plan import segment_steps
 from .aten import by_direction, controlled, fused, time_first
-from .ragged import Unfolding
+from .ragged import PackedUnfolding, Unfolding
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,10 @@ class SegmentedDirection:
         """The steps of first <= t < end, of which x is the data, from states (B, ...) to y and new states."""
         sizes, lengths, resets = self.sequences.batch_sizes, self.sequences.lengths, self.sequences.resets
         if sizes is not None:
-            return self._run_packed(sizes[first:end], x, h, c, weights, one)
+            n = int(sizes[first])  # the rows that have a step here; the others keep their states
+            layout = PackedUnfolding(sizes[first:end], x.device, self.backwards, c.shape[-1])
+            y, h_n, c_n = controlled(layout, x, h[:n], c[:n], weights, one)
+            return y, torch.cat((h_n, h[n:])), torch.cat((c_n, c[n:]))
         if lengths is None and resets is None:
             y, h, c = fused(x.flip(0) if self.backwards else x, (h[None], c[None]), weights, one, PLAIN)
             return y.flip(0) if self.backwards else y, h[0], c[0]
@@ -61,16 +63,6 @@ class SegmentedDirection:
             cut = (resets[first] if lengths is None else resets[first] & (first < lengths))[:, None]
             h, c = torch.where(cut, 0, h), torch.where(cut, 0, c)
         return y, h, c
-
-    def _run_packed(
-        self, sizes: Tensor, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], one: Stack
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As padded data with lengths, which oneDNN takes; no more than a segment is ever padded."""
-        n = int(sizes[0])  # the rows that have a step here; the others keep their states
-        x, lengths = pad_packed_sequence(PackedSequence(x, sizes))
-        layout = Unfolding(*x.shape[:2], lengths.to(x.device, non_blocking=True), None, self.backwards, c.shape[-1])
-        y, h_n, c_n = controlled(layout, x, h[:n], c[:n], weights, one)
-        return pack_padded_sequence(y, lengths).data, torch.cat((h_n, h[n:])), torch.cat((c_n, c[n:]))
 
 
 class Recomputed(torch.autograd.Function):
