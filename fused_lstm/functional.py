@@ -152,7 +152,8 @@ def run(
 ) -> Result:
     """:func:`lstm` for arguments that were checked. ``keep`` is given what each layer computed, one after the other; ways
     that do not show it give way to the explicit one."""
-    if autocast(input):
+    compiling = torch.compiler.is_compiling()
+    if (compiling or torch._C._is_any_autocast_enabled()) and autocast(input):
         h0, c0 = hx or (None, None)
         input, h0, c0, *weights = (None if t is None else t.to(cast_dtype(t)) for t in (input, h0, c0, *weights))
         hx = None if hx is None else (h0, c0)
@@ -160,7 +161,7 @@ def run(
             check_like(input, hx, weights)
             return run(input, hx, weights, stack, sequences, backend, keep)
     # Without a look at T and B, which are to stay dynamic; nor at the numbers of lengths and resets under torch.jit.trace.
-    if torch.compiler.is_compiling() or (sequences is not PLAIN and torch._C._get_tracing_state() is not None):
+    if compiling or (sequences is not PLAIN and torch._C._get_tracing_state() is not None):
         levels = (active(), differentiates() or forward_mode())
         word, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
         if word == "onednn" and not unknown_sizes():
@@ -360,7 +361,7 @@ def check(
     P, H = weights[step - 1].shape if step > plain else (weights[1].shape[1],) * 2
     if step > plain and P >= H:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got weights of {P} and {H}")
-    check_weights(weights, stack, (input.shape[-1], H, P if step > plain else 0))
+    check_weights(input, weights, stack, (input.shape[-1], H, P if step > plain else 0))
     for k, (tensor, width) in enumerate(zip(hx, (P, H), strict=True)):
         if tensor.shape != (groups, B, width):
             raise RuntimeError(f"Expected hidden[{k}] size {(groups, B, width)}, got {list(tensor.shape)}")
@@ -368,13 +369,14 @@ def check(
 
 
 def check_weights(
-    weights: Sequence[Tensor], stack: Stack, sizes: tuple[int, int, int], names: Sequence[str] | None = None
+    input: Tensor, weights: Sequence[Tensor], stack: Stack, sizes: tuple[int, int, int], names: Sequence[str] | None = None
 ) -> None:
     """Shapes, dtypes and devices of the weights, which would else be read past their ends. ``sizes``: I, H and P, or 0."""
     find = _kinds.__wrapped__ if torch.compiler.is_compiling() else _kinds  # a compiler warns of caches
-    kinds = find(stack.has_biases, stack.num_layers, stack.directions, *sizes, weights[0].dtype, weights[0].device)
-    if [(w.shape, w.dtype, w.device) for w in weights] == kinds:
+    of = stack.has_biases, stack.num_layers, stack.directions, *sizes
+    if [(w.shape, w.dtype, w.device) for w in weights] == find(*of, input.dtype, input.device):
         return
+    kinds = find(*of, weights[0].dtype, weights[0].device)
     for k, (w, (shape, dtype, device)) in enumerate(zip(weights, kinds, strict=True)):
         name = names[k] if names else f"weights[{k}]"
         if w.shape != shape:
@@ -383,6 +385,7 @@ def check_weights(
             raise ValueError(
                 f"weights should be of one dtype and device, got {dtype} on {device} and {name} of {w.dtype} on {w.device}"
             )
+    check_like(input, None, weights)
 
 
 @lru_cache(maxsize=4096)

@@ -298,8 +298,9 @@ class LSTM(nn.RNNBase):
             self.check_input(x, batch_sizes)
             if hx is not None:
                 self._check_states(x, hx, batch_sizes)
-        check_like(x, hx, weights)
-        check_weights(weights, stack, (self.input_size, self.hidden_size, self.proj_size), self._flat_weights_names)
+        check_weights(x, weights, stack, (self.input_size, self.hidden_size, self.proj_size), self._flat_weights_names)
+        if hx is not None:
+            check_like(x, hx, weights)
         if resets is not None and x is not input and batch_sizes is None:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
         return x, *settle(x, hx, stack, batch_sizes, lengths, resets)

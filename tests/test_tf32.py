@@ -17,7 +17,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 import numpy as np
 from fused_lstm.kernels import stepwise
-from fused_lstm.launch.config import LaunchConfig
+from fused_lstm.launch.stepwise import StepwiseConfig
 from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
@@ -68,7 +68,7 @@ def refusal(name: str, T: int, B: int, monkeypatch: pytest.MonkeyPatch, of: str 
         return data.results(with_fused(data.layer, case, data.ragged, backend=backend), "training")
 
     exact = data.exact(data.ragged, "training")
-    with launch.forced(LaunchConfig(64 if B > 16 else 16, 128, 256)):
+    with launch.forced(StepwiseConfig(64 if B > 16 else 16, 128, 256)):
         ours = results("triton")
     with monkeypatch.context() as patched:
         patched.setattr(reference, "products_with", products_with)
