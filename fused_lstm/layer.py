@@ -85,9 +85,8 @@ class LSTM(nn.RNNBase):
 
     @property
     def _flat_weights(self) -> tuple[Tensor | None, ...]:
-        # RNNBase stores a list of its weights. functional_call and parametrizations replace weights later, and that list
-        # would still hold the old ones. So they are looked up at each call: then weight_norm and swapped or tied
-        # parameters work as well. A tuple, so that nobody changes an entry in vain.
+        # RNNBase stores a list, which would still hold the old weights when functional_call or parametrizations replaced
+        # them. So they are looked up at each call. A tuple, so that nobody changes an entry in vain.
         return tuple(self._weights(None))
 
     @_flat_weights.setter
@@ -124,7 +123,9 @@ class LSTM(nn.RNNBase):
 
     def _check_states(self, x: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
         # As check_forward_args, which is slow, and so only asked for its words.
-        B = int(batch_sizes[0]) if batch_sizes is not None else x.shape[0 if self.batch_first else 1]
+        B = x.shape[0 if self.batch_first else 1]
+        if batch_sizes is not None:  # numbers that no compiler knows: then the op compares them
+            B = hx[0].shape[1] if torch.compiler.is_compiling() else int(batch_sizes[0])
         K, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
         if hx[0].shape != (K, B, self.proj_size or H) or hx[1].shape != (K, B, H):
             self.check_forward_args(x, hx, batch_sizes)
@@ -294,10 +295,9 @@ class LSTM(nn.RNNBase):
                         f"also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
                     )
                 hx = (hx[0], hx[1]) if dims == 3 else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        if batch_sizes is None or not torch.compiler.is_compiling():  # else they depend on numbers that no compiler knows
-            self.check_input(x, batch_sizes)
-            if hx is not None:
-                self._check_states(x, hx, batch_sizes)
+        self.check_input(x, batch_sizes)
+        if hx is not None:
+            self._check_states(x, hx, batch_sizes)
         check_weights(x, weights, stack, (self.input_size, self.hidden_size, self.proj_size), self._flat_weights_names)
         if hx is not None:
             check_like(x, hx, weights)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import recurrence, reference
-from .call import Kept, LayerCall, active, no_autocast
+from .call import Kept, LayerCall, active, check_batch_sizes, no_autocast
 
 N_INPUTS = 8  # the differentiable inputs of a LayerCall come first: x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0
 
@@ -35,9 +35,15 @@ _LIBRARY.define(
 )
 
 
-def _forward_op(*call: Any) -> tuple[Tensor, ...]:
+def _forward_op(*args: Any) -> tuple[Tensor, ...]:
     """What was not kept is empty: an op cannot return None."""
-    kept = recurrence.forward(LayerCall(*call))
+    call = LayerCall(*args)
+    if call.batch_sizes is not None:  # a compiler, which knows no numbers, could not check them
+        check_batch_sizes(call.batch_sizes, call.x.shape[0])
+        B = int(call.batch_sizes[0])
+        if any(state is not None and state.shape[1] != B for state in (call.h0, call.c0)):
+            raise RuntimeError(f"Expected hidden states of {B} batch rows, as the packed input has")
+    kept = recurrence.forward(call)
     return tuple(kept.y.new_empty(0) if t is None else t for t in kept)
 
 

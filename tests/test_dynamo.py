@@ -12,7 +12,7 @@ from pairs import IN_INTERPRETER, every_backend, every_quick_backend
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._pytree import tree_leaves
 
 import fused_lstm
@@ -153,6 +153,19 @@ def test_packed(backend: str, enforce_sorted: bool) -> None:
         by = list(module.parameters())
         a, b = (torch.autograd.grad(y.data.sum() + h.sum() + c.sum(), by) for y, (h, c) in (ours, theirs))
         assert_close(list(a), list(b))
+
+
+def test_packed_calls_that_do_not_fit() -> None:
+    """A compiler cannot look at batch sizes: the op does."""
+    layer, x, sizes = fused_lstm.LSTM(3, 4, backend="reference"), torch.randn(9, 3), torch.tensor([4, 3, 2])
+    compiled = torch.compile(layer, backend="eager")
+    for bad, hx, message in [
+        (torch.tensor([4, 3, 3]), None, "add up to the 9 rows of the input"),
+        (sizes, (torch.zeros(1, 7, 4),) * 2, "Expected hidden states of 4 batch rows"),
+        (sizes, (torch.zeros(1, 4, 3), torch.zeros(1, 4, 4)), r"Expected hidden\[0\] size \(1, 4, 4\), got \[1, 4, 3\]"),
+    ]:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            compiled(PackedSequence(x, bad), hx)
 
 
 def test_under_autocast() -> None:
