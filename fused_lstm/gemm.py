@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -53,25 +55,83 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
     return linear(b.contiguous().t(), a.contiguous().t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
 
 
+# From torch 2.9 on each kind of op has a switch, which may inherit a general one; the older switch for products remains, and
+# raises when it is read unless both say the same.
+_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+_set_precision = getattr(torch._C, "_set_fp32_precision_setter", None)
+
+
 def tf32_allowed() -> bool:
     """Whether torch lets cuDNN's fp32 recurrent layers use TF32 (``torch.backends.cudnn``)."""
-    rnn = getattr(torch.backends.cudnn, "rnn", None)
-    precision = getattr(rnn, "fp32_precision", None)  # torch >= 2.9; "none" defers to the switch for all of cuDNN
-    if precision in ("tf32", "ieee"):
-        return precision == "tf32"
-    return torch.backends.cudnn.allow_tf32
+    return torch.backends.cudnn.allow_tf32 if _precision is None else _precision("cuda", "rnn") == "tf32"
 
 
 def tf32_as_cudnn(x: Tensor) -> AbstractContextManager[None]:
     """Let the GEMMs inside use TF32 exactly when cuDNN's LSTM would; does nothing off CUDA or in another dtype."""
-    return _as_cudnn() if x.is_cuda and x.dtype == torch.float32 else NOTHING
+    return _AS_CUDNN if x.is_cuda and x.dtype == torch.float32 else NOTHING
 
 
-@contextmanager
-def _as_cudnn() -> Iterator[None]:
-    before = torch._C._get_cublas_allow_tf32()
-    torch._C._set_cublas_allow_tf32(tf32_allowed())
+class _AsCudnn:
+    """Sets torch's switches for products, where they differ from the one for cuDNN's recurrent layers.
+
+    torch has no others than those of the whole process: while a call is in here, the fp32 products of all threads go by
+    them, and a change that another thread makes is lost. The last call to leave puts back what the first one found.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.calls, self.undo = Lock(), 0, None
+
+    def __enter__(self) -> None:
+        tf32 = tf32_allowed()
+        with self.lock:
+            if tf32 != (torch._C._get_cublas_allow_tf32() if _precision is None else _precision("cuda", "matmul") == "tf32"):
+                undo = _switch(tf32)
+                self.undo = self.undo or undo
+            self.calls += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.calls -= 1
+            if self.calls == 0 and self.undo is not None:
+                self.undo()
+                self.undo = None
+
+
+_AS_CUDNN = _AsCudnn()
+
+
+def _switch(tf32: bool) -> Callable[[], None]:
+    """Set both switches for products, the older one as far as it can be put back; returns what puts them back."""
     try:
-        yield
-    finally:
-        torch._C._set_cublas_allow_tf32(before)
+        older = torch._C._get_float32_matmul_precision()
+    except RuntimeError:  # the two already differ
+        older = None
+    if _precision is None:
+        torch._C._set_cublas_allow_tf32(tf32)
+        return partial(torch._C._set_float32_matmul_precision, older)
+    own = _own("cuda", "matmul")
+    if older in ("highest", "high"):
+        torch._C._set_cublas_allow_tf32(tf32)
+    _set_precision("cuda", "matmul", "tf32" if tf32 else "ieee")
+
+    def undo() -> None:
+        if older in ("highest", "high"):
+            torch._C._set_cublas_allow_tf32(older == "high")
+        _set_precision("cuda", "matmul", own)
+
+    return undo
+
+
+_PARENT = {("cuda", "matmul"): ("cuda", "all"), ("cuda", "all"): ("generic", "all")}
+
+
+def _own(*switch: str) -> str:
+    """What a switch says itself, "none" if it inherits. torch tells only what that comes to: see whether it follows."""
+    found, parent = _precision(*switch), _PARENT.get(switch)
+    if found == "none" or parent is None or found != _precision(*parent):
+        return found
+    before = _own(*parent)
+    _set_precision(*parent, "ieee" if found == "tf32" else "tf32")
+    follows = _precision(*switch) != found
+    _set_precision(*parent, before)
+    return "none" if follows else found

@@ -108,8 +108,9 @@ def _gradient(*args: Any) -> Sequence[Tensor | None]:
     if active():
         return MappedLayerGradient.apply(*args)
     dy, dh_n, dc_n, *call, y, gates, c, needs = args
-    mapped = map(torch._C._functorch.is_legacy_batchedtensor, (g for g in (dy, dh_n, dc_n) if g is not None))
-    if any(mapped) or not plain((dy, dh_n, dc_n, *call[:11])):  # is_grads_batched maps without being a transform
+    given = [g for g in (dy, dh_n, dc_n) if g is not None]
+    # A compiler is to look no further; is_grads_batched maps without being a transform.
+    if not plain((*given, *call[:11])) or any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
         return layer_backward(dy, dh_n, dc_n, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
     if torch.is_grad_enabled():
         return LayerGradient.apply(*args)

@@ -75,3 +75,15 @@ def narrow(x, dtype: tl.constexpr, INTERPRET_BF16: tl.constexpr):
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """x for a product of fp32 numbers in that precision: in TF32 to nearest, where the tensor cores would drop the bits.
+
+    What they drop has one sign, so that errors do not cancel in a sum. Numbers of other types are left as they are.
+    """
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        x = tl.where(x == x, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), x)  # a NaN could overflow
+    return x

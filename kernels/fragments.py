@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .cell import operand
 from .rows import BatchRows, carried, data_rows, row_lengths
 
 ROWS = 8  # batch rows of a tile
@@ -180,15 +181,6 @@ def exchangeable(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def operand(x):
-    """fp32 rounded to TF32, to nearest: the tensor cores would drop the bits. Other types as they are."""
-    if x.dtype == gl.float32:
-        bits = x.to(gl.int32, bitcast=True)
-        x = gl.where(x == x, ((bits + 0x1000) & -0x2000).to(gl.float32, bitcast=True), x)  # a NaN could overflow
-    return x
-
-
-@gluon.jit
 def weight_chunk(w_ptr, k, inside, stride, q: gl.constexpr, K: gl.constexpr, CONFIG: gl.constexpr):
     """Chunk q of a program's weights as operand A: w_ptr points at the elements of chunk 0, zero where not inside."""
     at = w_ptr + q * CONFIG.warps * 32 * stride
@@ -196,7 +188,7 @@ def weight_chunk(w_ptr, k, inside, stride, q: gl.constexpr, K: gl.constexpr, CON
         chunk = gl.load(at, mask=inside & (k + q * CONFIG.warps * 32 < K), other=0.0)
     else:
         chunk = gl.load(at, mask=inside, other=0.0)
-    return operand(gl.convert_layout(chunk, operand_layout(0, CONFIG.warps)))
+    return operand(gl.convert_layout(chunk, operand_layout(0, CONFIG.warps)), "tf32")
 
 
 @gluon.jit
@@ -325,7 +317,7 @@ def settle(begun, source, dtype: gl.constexpr, K: gl.constexpr, CONFIG: gl.const
     )  # fmt: skip
     operands = ()
     for q in gl.static_range(CHUNKS):
-        operands = operands + (operand(found[q].to(dtype, bitcast=True)),)
+        operands = operands + (operand(found[q].to(dtype, bitcast=True), "tf32"),)
     return operands
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .cell import accumulator, narrow
+from .cell import accumulator, narrow, operand
 from .rows import batch_rows, carried, data_rows, padding_rows
 
 
@@ -210,6 +210,7 @@ def product(acc, a_rows, mask_rows, w_rows, mask_n, segment, stride_k: tl.conste
         w = tl.load(w_rows[:, None] + offs_w[None, :], mask=mask_n[:, None] & mask_k, other=0.0)
         if config.INTERPRET_BF16:
             a, w = a.to(tl.float32), w.to(tl.float32)
+        a, w = operand(a, config.PRECISION), operand(w, config.PRECISION)
         acc = tl.dot(a, tl.trans(w), acc, input_precision=config.PRECISION, out_dtype=acc.dtype)
     return acc
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -227,6 +231,39 @@ def test_no_forward_is_lost() -> None:
     assert_all_close(flat(Ours.from_torch(theirs)(X)), flat(theirs(X)))
     assert_all_close(flat(NamedOurs.from_torch(named)(X)), flat(named(X)))
     assert fused_lstm.replace_lstm(theirs) is theirs
+
+
+@pytest.mark.parametrize("convert", [fused_lstm.LSTM.from_torch, fused_lstm.replace_lstm, copy.deepcopy])
+def test_the_old_modules_compiled_call_is_dropped(convert: Callable) -> None:
+    old = nn.LSTM(3, 4, 2, dropout=0.5) if convert is not copy.deepcopy else fused_lstm.LSTM(3, 4, 2, dropout=0.5)
+    old.compile(backend="eager")
+    old.extra = old.extra_repr  # a method bound to it
+    with (
+        pytest.warns(UserWarning, match="the compiled call of the old module is dropped")
+        if type(old) is nn.LSTM
+        else nullcontext()
+    ):
+        new = convert(old).eval()
+    assert all_equal(flat(new(X.float())), flat(new(X.float()))), "dropout is off"
+    new(X.float(), lengths=[1, 2])
+    new.load_state_dict({name: torch.zeros_like(w) for name, w in new.state_dict().items()}, assign=True)
+    assert not new(X.float())[0].any()
+    assert new.extra.__self__ is new
+
+
+def test_a_forward_set_on_a_module_is_not_lost() -> None:
+    """As torch.compile and the hooks of accelerate do it: the module is left alone, or refused."""
+    theirs, ours = nn.LSTM(3, 4), fused_lstm.LSTM(3, 4)
+    for module, convert in ((theirs, fused_lstm.LSTM.from_torch), (ours, fused_lstm.LSTM.to_torch)):
+        own = module.forward
+        module.forward = partial(lambda forward, *args: [2 * t for t in flat(forward(*args))], own)
+        assert fused_lstm.replace_lstm(nn.Sequential(module))[0] is module
+        with pytest.raises(TypeError, match="expected a module with its class's forward, got: LSTM with one set on itself"):
+            convert(module)
+        module.forward = own  # as accelerate leaves it when its hook is taken off
+        assert "forward" not in vars(convert(module))
+    wrapped = torch.compile(theirs, backend="eager")
+    assert type(fused_lstm.replace_lstm(nn.Sequential(wrapped))[0]._orig_mod) is nn.LSTM
 
 
 def test_torchs_class_is_known_while_its_name_is_ours() -> None:

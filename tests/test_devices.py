@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import fused_lstm
@@ -96,3 +100,45 @@ def test_compiled(device: str) -> None:
         expected.square().sum().backward()
         for a, b in ((y, expected), (ours.weight_hh_l0.grad, exact.weight_hh_l0.grad)):
             torch.testing.assert_close(a.double().cpu(), b, rtol=5e-3, atol=5e-3 * b.abs().max().item())
+
+
+class Transfer(TorchFunctionMode):
+    """Stands in for a GPU: a tensor of the meta device holds ``numbers``, which a copy shows that is waited for."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is Tensor.to and args[0].is_meta:
+            return torch.zeros_like(self.numbers) if kwargs["non_blocking"] else self.numbers
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_lengths_and_resets_of_a_gpu_for_data_on_the_cpu(backend: str) -> None:
+    lstm, x = fused_lstm.LSTM(5, 8, backend=backend), torch.randn(7, 3, 5)
+    for kind, numbers in (("lengths", torch.tensor([7, 2, 3])), ("resets", torch.rand(7, 3) < 0.3)):
+        with Transfer(numbers):
+            y = lstm(x, **{kind: numbers.to("meta")})[0]
+        assert torch.equal(y, lstm(x, **{kind: numbers})[0])
+    with (
+        Transfer(torch.tensor([8, 2, 3])),
+        pytest.raises(ValueError, match="lengths should be between 0 and T = 7, got 2 to 8"),
+    ):
+        lstm(x, lengths=torch.empty(3, device="meta", dtype=torch.int64))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_torchs_default_device_does_not_matter(backend: str, recompute: bool) -> None:
+    lstm, x = fused_lstm.LSTM(5, 8, bidirectional=True, backend=backend, recompute=recompute), torch.randn(40, 4, 5)
+    packed = nn.utils.rnn.pack_sequence([x[:n, 0] for n in (9, 3, 3)])
+    calls = [lambda: lstm(packed)[0].data, *(partial(lambda n: lstm(x, lengths=n)[0], n) for n in ((40, 1, 1, 0), [3] * 4))]
+    for call in calls:
+        results = []
+        for device in ("cpu", "meta"):
+            with torch.device(device):
+                y = call()
+                results.append((y, *torch.autograd.grad(y.sum(), list(lstm.parameters()))))
+        assert all(map(torch.equal, *results))

@@ -251,3 +251,28 @@ def test_transforms_inside_a_graph(backend: str, mode: str) -> None:
         by = list(weights.values())
         a, b = (torch.autograd.grad([t.sum() for t in results], by) for results in (ours, expected))
         assert_close(list(a), list(b))
+
+
+@pytest.mark.parametrize("mode", ["eager", "vmap", "to differentiate again", "one training step"])
+def test_compiled_autograd(mode: str) -> None:
+    """One graph with one op also for the backward pass."""
+    torch.manual_seed(0)
+    module, x = fused_lstm.LSTM(I, H, backend="reference"), torch.randn(4, 3, I)
+    given = {"lengths": torch.tensor([4, 0, 2]), "resets": torch.rand(4, 3) < 0.3} if mode == "eager" else {}
+    by, counter = list(module.parameters()), CompileCounterWithBackend("eager")
+
+    def loss() -> Tensor:
+        y = torch.vmap(lambda x: module(x)[0])(x[None]) if mode == "vmap" else module(x, **given)[0]
+        return y.square().sum()
+
+    expected = torch.autograd.grad(loss(), by)
+    if mode == "one training step":
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            torch.compile(lambda: loss().backward(), backend=counter)()
+        ours = [p.grad for p in by]
+    else:
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend=counter, fullgraph=True)):
+            ours = torch.autograd.grad(loss(), by, create_graph=mode == "to differentiate again")
+    assert_close(list(ours), list(expected))
+    targets = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    assert sum("fused_lstm.layer_backward" in target for target in targets) == 1

@@ -1,10 +1,12 @@
-"""torch.export and AOTInductor: one node per layer, which takes other T and B than those it was exported with."""
+"""torch.export and AOTInductor: one node per layer, which takes other T and B than those it was exported with. torch.fx and
+torch.jit.trace."""
 
 from __future__ import annotations
 
 import importlib
 import io
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -100,6 +102,35 @@ def test_a_package_of_aotinductor_takes_any_size(tmp_path: Path) -> None:
         for sizes in SIZES:
             arguments = call(lstm, "lengths", *sizes)
             assert_all_close(flat(package(**arguments)), flat(lstm(**arguments)))
+
+
+def test_torch_fx_takes_the_layer_for_a_leaf() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), fused_lstm.LSTM(3, 4, 2, dropout=0.5))
+    traced, x = torch.fx.symbolic_trace(model), torch.randn(5, 2, 3)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+    assert not torch.equal(traced(x)[0], traced(x)[0])
+    assert_all_close(flat(traced.eval()(x)), flat(model.eval()(x)))
+    assert pickle.loads(pickle.dumps(model[1])).__class__ is fused_lstm.LSTM
+
+
+@pytest.mark.parametrize("kind", ["lengths", "resets"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_jit_trace_decides_nothing_by_numbers(backend: str, kind: str) -> None:
+    layer, x = fused_lstm.LSTM(3, 4, bidirectional=True, backend=backend).requires_grad_(False), torch.randn(5, 3, 3)
+    given = {
+        "lengths": [torch.tensor(lengths) for lengths in ([5, 5, 5], [2, 2, 2], [1, 5, 0])],
+        "resets": [x[..., 0] > 9, x[..., 0] > 0, x[..., 0] < 0],
+    }[kind]
+
+    class Call(torch.nn.Module):
+        def forward(self, x: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(flat(layer(x, **{kind: value})))
+
+    for example in given:
+        traced = torch.jit.trace(Call(), (x, example), check_trace=False)
+        for value in given:
+            assert_all_close(traced(x, value), flat(layer(x, **{kind: value})))
 
 
 def test_onnx_is_not_imported_unasked() -> None:

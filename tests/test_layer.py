@@ -280,6 +280,42 @@ def test_bad_calls_that_torch_words_badly(backend: str) -> None:
         layer(packed.double())
 
 
+@every_backend
+def test_weights_that_do_not_fit(backend: str) -> None:
+    """What is too short would be read past its end, and what has another dtype as well."""
+    x, wide = torch.randn(4, 2, 3), dict(fused_lstm.LSTM(3, 32).named_parameters())
+    for bad, message in [
+        ({"weight_hh_l0": torch.randn(64, 8)}, r"Expected weight_hh_l0 size \(64, 16\), got \[64, 8\]"),
+        ({"bias_hh_l0": torch.randn(60)}, r"Expected bias_hh_l0 size \(64,\), got \[60\]"),
+        (wide, r"Expected weight_ih_l0 size \(64, 3\), got \[128, 3\]"),
+        (
+            {"bias_hh_l0": torch.randn(64).half()},
+            r"weights should be of one dtype and device, .* bias_hh_l0 of torch.float16",
+        ),
+        (
+            {"weight_hh_l0": torch.randn(64, 16, device="meta")},
+            r"one dtype and device, .* weight_hh_l0 of torch.float32 on meta",
+        ),
+    ]:
+        layer = fused_lstm.LSTM(3, 16, backend=backend)
+        layer(x)
+        for name, weight in bad.items():
+            setattr(layer, name, nn.Parameter(weight))
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            layer(x)
+
+
+@every_backend
+def test_strides_of_biases_and_lengths(backend: str) -> None:
+    layer, x = fused_lstm.LSTM(3, 16, backend=backend), torch.randn(4, 2, 3)
+    bias, lengths = torch.randn(64, 2)[:, 0], torch.tensor([[3, 9], [2, 9]])[:, 0]
+    results = []
+    for kind in (torch.Tensor.clone, lambda t: t):
+        layer.bias_hh_l0 = nn.Parameter(kind(bias))
+        results.append(flat(layer(x, lengths=kind(lengths))))
+    assert all_equal(*results)
+
+
 def test_shapes_on_the_meta_device() -> None:
     theirs, ours = (cls(3, 4, 2, bidirectional=True, proj_size=2, device="meta") for cls in (nn.LSTM, fused_lstm.LSTM))
     x = torch.randn(5, 2, 3, device="meta")

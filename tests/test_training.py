@@ -53,6 +53,18 @@ def test_dropout_draws_what_torch_draws(options: dict, x: Tensor | PackedSequenc
     assert all_equal(*got)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_dropout_of_the_explicit_path_draws_what_torch_draws(backend: str, batch_first: bool) -> None:
+    options = {"dropout": 0.4, "batch_first": batch_first, "bidirectional": True, "dtype": torch.float64}
+    got = []
+    for module in pair(3, 4, 3, backend=backend, **options):
+        torch.manual_seed(3)
+        got.append(gradients(module, randn(2, 5, 3).requires_grad_()))
+    assert fused_lstm.explain(module, randn(2, 5, 3)).how == "reference"
+    assert_all_close(*got)
+
+
 @every_backend
 @pytest.mark.parametrize("steps", [1, 5])
 def test_dropout_follows_the_seed(steps: int, backend: str) -> None:

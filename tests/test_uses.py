@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pairs import NUMPYS, all_equal, assert_all_close, change_and_run, every_backend, flat, pair, randn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -136,6 +137,36 @@ def test_as_torch_does(use: str, backend: str) -> None:
         assert keeps_values or not all_equal(got[-1][:3], before), "the use has an effect"
     assert_same(got[1], got[0], backend)
     assert keys[0] == keys[1]
+
+
+@every_backend
+def test_weights_assigned_for_a_call(backend: str) -> None:
+    """Recurrent dropout as subclasses implement it."""
+
+    class Dropped:
+        def forward(self, *args: Any) -> Any:
+            kept = self._flat_weights
+            names = zip(self._flat_weights_names, kept, strict=True)
+            self._flat_weights = [F.dropout(w, 0.5) if name.startswith("weight_hh") else w for name, w in names]
+            result = super().forward(*args)
+            self._flat_weights = kept
+            return result
+
+    got = []
+    for base in (nn.LSTM, fused_lstm.LSTM):
+        torch.manual_seed(0)
+        own = {"backend": backend} if base is fused_lstm.LSTM else {}
+        module = type("Module", (Dropped, base), {})(3, 4, 2, dtype=torch.float64, **own)
+        got.append(outcome(module))
+    assert_same(got[1], got[0], backend)
+    kept = module._flat_weights
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        module._flat_weights[1] = torch.zeros(16, 4)
+    for undo in (lambda: module.to("cpu"), lambda: setattr(module, "weight_hh_l0", nn.Parameter(kept[1].detach().clone()))):
+        module._flat_weights = [torch.zeros_like(w) for w in kept]
+        assert not fused_lstm.LSTM.forward(module, X)[0].any()
+        undo()
+        assert module._flat_weights[1] is module.weight_hh_l0
 
 
 @every_backend
