@@ -1,4 +1,4 @@
-"""The results as tensors: dense where nn.LSTM's are, to be changed in place where nn.LSTM's may be."""
+"""The results as tensors: dense and to be changed in place where nn.LSTM's are, without numbers where the input has none."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pairs import every_backend, every_quick_backend, flat, pair
+from pairs import call, every_backend, every_quick_backend, flat, pair
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fused_lstm
@@ -52,3 +53,25 @@ def test_results_may_be_changed_in_place(backend: str, dtype: torch.dtype, what:
             grads.append(torch.autograd.grad(sum(t.cos().sum() for t in results), list(lstm.parameters())))
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_without_numbers(backend: str, dtype: torch.dtype, device: str) -> None:
+    """Of FakeTensorMode, or on the meta device."""
+    if (backend, device) == ("triton", "meta"):
+        pytest.skip("the kernels refuse the meta device")
+    for layer in ({}, {"proj_size": 3, "batch_first": True}, {"bidirectional": True, "num_layers": 2, "recompute": True}):
+        for names in ("", "lengths", "resets", "lengths resets"):
+            real = fused_lstm.LSTM(3, 5, **layer, dtype=dtype)
+            expected = flat(real(**call(real, names, 4, 2)))
+            with FakeTensorMode() if device == "cpu" else torch.device("meta"):
+                lstm = fused_lstm.LSTM(3, 5, **layer, backend=backend, dtype=dtype)
+                shape = (2, 4, 3) if lstm.batch_first else (4, 2, 3)
+                given = {"lengths": torch.ones(2, dtype=torch.int64), "resets": torch.ones(shape[:2])}
+                results = flat(lstm(torch.ones(shape, dtype=dtype), **{name: given[name] for name in names.split()}))
+                sum(t.sum() for t in results).backward()
+            assert all(w.grad.shape == w.shape for w in lstm.parameters())
+            for a, b in zip(results, expected, strict=True):
+                assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, device)
