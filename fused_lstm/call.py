@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 Result = tuple[Tensor, Tensor, Tensor]  # output, h_n, c_n
@@ -301,9 +302,14 @@ def mapped(tensors: Iterable[Tensor]) -> bool:
     return False
 
 
-def traced() -> bool:
-    """Whether the call is recorded for other numbers than those at hand, so that nothing may depend on them."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or active()
+def numberless(t: Tensor) -> bool:
+    """Whether t has a shape only: it is on the meta device, or one of FakeTensorMode's."""
+    return t.is_meta or isinstance(t, FakeTensor)
+
+
+def traced(t: Tensor) -> bool:
+    """Whether t's numbers are unknown, or the call is recorded for others, so that nothing may depend on them."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or active() or numberless(t)
 
 
 def check_batch_sizes(batch_sizes: Tensor, N: int) -> None:
@@ -343,7 +349,7 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
         raise ValueError(f"lengths should have shape ({B},), one for each batch row, got {tuple(given.shape)}")
     given = given.long()  # unsigned types know no minimum
     moved, same = _moved(given, device), 0
-    if not traced():  # else only the op, or nobody, sees numbers
+    if not traced(given):  # else only the op, or nobody, sees numbers
         low, high = check_range(given if given.device.type == "cpu" else moved, T)
         if low == high == T:
             return None, 0

@@ -29,6 +29,7 @@ from .call import (
     each_layer,
     forward_mode,
     mapped,
+    numberless,
     traced,
 )
 from .cpu import aten, segments
@@ -126,7 +127,7 @@ def settle(
         if T == 1 and lengths is None:  # with a single step, a reset only clears the state before it
             return _cleared(hx, resets, stack), PLAIN
         same = 0
-        if lengths is None and resets.device.type == "cpu" and not traced():
+        if lengths is None and resets.device.type == "cpu" and not traced(resets):
             begins = resets.any(0 if stack.batch_first else 1).nonzero().flatten().tolist()
             starts = (0, *(t for t in begins if t > 0))
     return hx, PLAIN if lengths is None and resets is None else Sequences(None, lengths, resets, same, starts)
@@ -160,8 +161,9 @@ def run(
         with torch.autocast(input.device.type, enabled=False):
             check_like(input, hx, weights)
             return run(input, hx, weights, stack, sequences, backend, keep)
-    # Without a look at T and B, which are to stay dynamic; nor at the numbers of lengths and resets under torch.jit.trace.
-    if compiling or (sequences is not PLAIN and torch._C._get_tracing_state() is not None):
+    # Without a look at T and B, which are to stay dynamic; nor at the numbers of lengths and resets where there are none, or
+    # torch.jit.trace records the call for others.
+    if compiling or (sequences is not PLAIN and (torch._C._get_tracing_state() is not None or numberless(input))):
         levels = (active(), differentiates() or forward_mode())
         word, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
         if word == "onednn" and not unknown_sizes():

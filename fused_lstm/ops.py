@@ -165,7 +165,9 @@ class LayerFunction(torch.autograd.Function):
             directions, batch_first, save, engine, recompute,
         )  # fmt: skip
         kept = recurrence.forward(call)
-        _keep(ctx, call, kept)
+        # Where the gates tell y, as they do the explicit path, it is not kept, and users may change it in place.
+        found = engine == "reference" and kept.gates is not None
+        _keep(ctx, call, kept._replace(y=kept.y.new_empty(0)) if found else kept)
         return kept[:3]
 
 

@@ -166,7 +166,7 @@ def recurrence_backward(
     dc_n: Tensor | None,  # (R, B, H)
     gates: Tensor,  # (N, R, 4, H) activated; may be dgates, whose memory is then used twice
     c_all: Tensor,  # (N, R, H)
-    y: Tensor,  # (N, R, H)
+    y: Tensor,  # (N, R, H), or empty: found in gates and c_all
     h0: Tensor | None,  # (R, B, H); None: zero
     c0: Tensor | None,  # (R, B, H); None: zero
     w_hh: Tensor,  # (R*4H, H)
@@ -176,8 +176,11 @@ def recurrence_backward(
 ) -> Tensor:
     """Gradients through the recurrence, by hand. Returns dc_0, (R, B, H)."""
     R, H = c_all.shape[1:]
-    y, w_hh, dgates, h_prev = y.view(-1, R, H), w_hh.view(R, 4 * H, H), dgates.view(-1, R, 4, H), h_prev.view(-1, R, H)
-    dy = torch.zeros_like(y) if dy is None else dy.view(-1, R, H)
+    w_hh, dgates, h_prev = w_hh.view(R, 4 * H, H), dgates.view(-1, R, 4, H), h_prev.view(-1, R, H)
+    dy = torch.zeros_like(c_all) if dy is None else dy.view(-1, R, H)
+    i, f, g, o = gates.unbind(2)
+    tanh_c = torch.tanh(c_all)
+    y = y.view(-1, R, H) if y.numel() else o * tanh_c
     c_prev = torch.empty_like(c_all)
     for r in range(R):
         h_prev[:, r] = rows.previous(y, None if h0 is None else h0[r], r)
@@ -185,14 +188,12 @@ def recurrence_backward(
     # Before the loop, for all steps: the derivative of c_s by the pre-activations of i, f and g, and of h_s by that of o.
     # They are written to dgates, which may be the memory of gates. So each line reads its gates before it overwrites them,
     # and f, which the loop reads again, is copied.
-    i, f, g, o = gates.unbind(2)
     f = f.clone()
-    tanh_c = torch.tanh(c_all)
     dc_dh = d_tanh(o, tanh_c)  # h_s = o * tanh(c_s)
     dgates[:, :, 0], dgates[:, :, 2] = d_sigmoid(g, i), d_tanh(i, g)
     dgates[:, :, 1], dgates[:, :, 3] = d_sigmoid(c_prev, f), d_sigmoid(tanh_c, o)
-    del tanh_c, c_prev
-    dh_n, dc_0 = (y.new_zeros(R, rows.B, H) if grad is None else grad.clone() for grad in (dh_n, dc_n))
+    del tanh_c, c_prev, y
+    dh_n, dc_0 = (c_all.new_zeros(R, rows.B, H) if grad is None else grad.clone() for grad in (dh_n, dc_n))
     for r in rows.in_step(R):
         dh_next = dh_n[r].transpose(0, 1)  # gradient by h_s that comes from the steps after s, or from h_n
         dc_next = dc_0[r].transpose(0, 1)  # and by c_s
