@@ -4,6 +4,12 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 JOBS ?= auto
 BIN := $(VENV)/bin
+ifdef SYSTEM  # torch is there, in VENV if that exists, else in PYTHON's own environment, on top of which VENV is made
+TORCH = torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')
+MAKE_VENV := { test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV); } && $(BIN)/python -c 'import torch'
+else
+MAKE_VENV := $(PYTHON) -m venv $(VENV)
+endif
 
 .PHONY: setup demo test bench ledger lint clean
 
@@ -12,17 +18,17 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) --version); say make PYTHON=/path/to/python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[test,examples,bench,libraries]' $(TORCH)  # again: no library may replace it
+	$(MAKE_VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[test,examples,bench,libraries]' $(TORCH)  # again: no library may replace it
 	@touch $@
 
 demo: setup
 	$(BIN)/python examples/char_lm.py
 
 test: setup
-	$(BIN)/pytest -n $(JOBS)
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(JOBS) -m kernels
+	$(BIN)/python -m pytest -n $(JOBS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m kernels
 
 bench: setup
 	@$(BIN)/python bench/run.py --suite all --quick --processes 2 --modes inference training --json runs/bench/results.json; \
@@ -33,9 +39,9 @@ ledger: setup
 	$(BIN)/python tests/persistent_build.py sm_80 sm_90 sm_100 sm_120
 
 lint: setup
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-* dist build *.egg-info
+	rm -rf $(if $(SYSTEM),,$(VENV)) .venv-* dist build *.egg-info

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from cases import DTYPES, MODES, Case
 from providers import PLAIN, PROVIDERS, CannotRun, Ragged, Runner, with_torch
-from timing import Timer, device_us, host_us
+from timing import Timer, device_us, device_work, host_us
 from torch import Tensor, nn
 
 # Results are compared with fp64's, of all batch rows; of larger cases than so many operations, of some rows drawn anew.
@@ -251,6 +251,36 @@ def _from_trace(trace: Any) -> dict[str, int]:
     return {"peak_bytes": peak, "retained_bytes": retained}
 
 
+def prepared(case: Case, device: str, seed: int = 0) -> Data:
+    """A case's data, and torch's switches as its dtype wants them."""
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    return Data(case, device, seed)
+
+
+def rehearse(case: dict[str, Any], modes: Sequence[str], providers: Sequence[str], device: str) -> None:
+    """Call once, at three steps, what :func:`measure` will call, so that it finds the kernels compiled: T is none of their
+    constants."""
+    data = prepared(Case(**case | {"T": min(case["T"], 3)}), device)
+    for name in providers:
+        with suppress(CannotRun):
+            runner = PROVIDERS[name](data.layer, data.case, data.ragged_of(name))
+            for mode in modes:
+                data.results(runner, mode)
+                with runner.within():
+                    one_step(runner, data, mode)()
+
+
+def profile(case: dict[str, Any], providers: Sequence[str]) -> dict[str, Any]:
+    """What a GPU does in a training step, or, of a single step, in inference."""
+    data, found = prepared(Case(**case), "cuda"), {}
+    for name in providers:
+        runner = PROVIDERS[name](data.layer, data.case, data.ragged_of(name))
+        with runner.within():
+            found[name] = device_work(one_step(runner, data, "training" if data.case.T > 1 else "inference"))
+    return found
+
+
 def measure(
     case: dict[str, Any],
     modes: Sequence[str],
@@ -262,11 +292,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Records of a case for each mode and provider: the times of each round, or why there are none."""
     torch.set_num_threads(threads)
-    case_ = Case(**case)
-    if device == "cuda":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = case_.dtype == "tf32"
-    data = Data(case_, device, seed)
-    records = []
+    case_, data, records = Case(**case), prepared(Case(**case), device, seed), []
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}")

@@ -3,60 +3,101 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
 import platform
+import queue
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 MARK = "result: "  # what else a process prints is not its result
 
 
-def isolated(function: str, limit: float, path: Path | None = None, **arguments: Any) -> dict[str, Any]:
-    """Call ``module:function`` of this folder with arguments that JSON can hold; with ``path`` before all packages.
+class Worker:
+    """A process that serves one call after another: what it has imported, and its place on a GPU, it pays for once.
 
-    A crash or a hang, which ``limit`` seconds end, loses one result.
-
-    Returns {"result": what it returned} or {"failed": why, "output": the end of what it printed}; "seconds" in both.
+    It is started when it is first called, and again after a crash or a hang, which lose one call. ``path`` goes before all
+    packages.
     """
-    start = time.monotonic()
-    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
-    command = [sys.executable, __file__, function, json.dumps(arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    # In a session of its own, so that its children can be ended with it.
-    with subprocess.Popen(command, **pipes, text=True, cwd=ROOT, env=environment, start_new_session=True) as child:
-        try:
-            out, err = child.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            _end(child)
-            out, err = child.communicate()
-            return {"failed": f"no end after {limit:.0f} s", "output": (out + err)[-3000:], "seconds": round(limit, 1)}
-        except BaseException:  # Ctrl-C
-            _end(child)
-            raise
-    seconds = round(time.monotonic() - start, 1)
-    results = [line for line in out.splitlines() if line.startswith(MARK)]
-    if child.returncode != 0 or not results:
-        output = (out + err)[-3000:]
-        return {"failed": f"exit status {child.returncode}", "output": output, "seconds": seconds}
-    return {"result": json.loads(results[-1].removeprefix(MARK)), "seconds": seconds}
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+        self.child: subprocess.Popen[str] | None = None
+        self.lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()  # what it prints; None: it has ended
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it and all that it started."""
+        if self.child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, signal.SIGKILL)
+            with contextlib.suppress(BrokenPipeError):
+                self.child.stdin.close()
+            self.child.wait()
+            self.child = None
+
+    def start(self) -> subprocess.Popen[str]:
+        # In a session of its own, so that its children can be ended with it.
+        child = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", cwd=ROOT, env=self.environment, start_new_session=True,
+        )  # fmt: skip
+        self.child, self.lines = child, queue.SimpleQueue()
+        threading.Thread(target=_read, args=(child.stdout, self.lines), daemon=True).start()
+        return child
+
+    def call(self, function: str, limit: float, **arguments: Any) -> dict[str, Any]:
+        """Call ``module:function`` of this folder with arguments that JSON can hold.
+
+        Returns {"result": what it returned} or {"failed": why, "output": the end of what it printed}; "seconds" in both.
+        """
+        start, output = time.monotonic(), []
+        child = self.child or self.start()
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.write(json.dumps([function, arguments]) + "\n")
+            child.stdin.flush()
+        while True:
+            try:
+                line = self.lines.get(timeout=max(0.0, start + limit - time.monotonic()))
+            except queue.Empty:
+                why = f"no end after {limit:.0f} s"
+                break
+            if line is None:
+                why = f"exit status {child.wait()}"
+                break
+            if line.startswith(MARK):
+                return {"result": json.loads(line.removeprefix(MARK)), "seconds": round(time.monotonic() - start, 1)}
+            output.append(line)
+        self.__exit__()
+        return {"failed": why, "output": "".join(output)[-3000:], "seconds": round(time.monotonic() - start, 1)}
 
 
-def _end(child: subprocess.Popen[str]) -> None:
-    """A process and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+def _read(pipe: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    with pipe:
+        for line in pipe:
+            lines.put(line)
+    lines.put(None)
+
+
+def isolated(function: str, limit: float, path: Path | None = None, **arguments: Any) -> dict[str, Any]:
+    """A call in a process of its own, as :meth:`Worker.call`."""
+    with Worker(path) as worker:
+        return worker.call(function, limit, **arguments)
 
 
 def unpack(revision: str, folder: Path) -> Path:
@@ -133,9 +174,18 @@ def _cpu() -> str:
 
 
 def main() -> None:
-    module, function = sys.argv[1].split(":")
-    result = getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
-    print(MARK + json.dumps(result), flush=True)
+    """Serve the calls that come in; nobody else is to read them."""
+    requests = os.fdopen(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for request in iter(requests.readline, ""):
+        name, arguments = json.loads(request)
+        module, function = name.split(":")
+        result = getattr(importlib.import_module(module), function)(**arguments)
+        print(f"\n{MARK}{json.dumps(result)}", flush=True)
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():  # its memory is for the next one
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -105,6 +105,29 @@ def device_us(run: Run) -> dict[str, Any]:
         return {"device_us": None, "device_us_missing": str(error)[:200]}
 
 
+def device_work(run: Run) -> dict[str, Any]:
+    """What the device does in a call, by the profiler."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    on_device = [e for e in trace.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
+    return work_of([(e.start_ns() / 1000, e.duration_ns() / 1000, e.name()) for e in on_device])
+
+
+def work_of(kernels: list[tuple[float, float, str]]) -> dict[str, Any]:
+    """Of kernels (start, time and name): how many, their time, the gaps in which none ran, and those that took longest."""
+    by_name: dict[str, list[Any]] = {}
+    gaps, end = 0.0, min((start for start, _, _ in kernels), default=0.0)
+    for start, us, name in sorted(kernels):
+        gaps, end = gaps + max(0.0, start - end), max(end, start + us)
+        row = by_name.setdefault(name[:80], [0.0, 0, name[:80]])
+        row[0], row[1] = row[0] + us, row[1] + 1
+    top = sorted(by_name.values(), reverse=True)[:8]
+    return {"total_us": sum(us for _, us, _ in kernels), "gaps_us": gaps, "launches": len(kernels), "top": top}
+
+
 def rates(device: str, dtypes: list[str], threads: int) -> dict[str, Any]:
     """Everything that :func:`cases.floor` wants to know of a device, measured in the run of the cases."""
     torch.set_num_threads(threads)

@@ -201,6 +201,7 @@ def product(acc, a_rows, mask_rows, w_rows, mask_n, segment, stride_k: tl.conste
     ``w_rows`` (N,) points at the weights of the first value of segment 0, ``stride_k`` lies from one value's to the next's;
     values are those of gate ``segment``. Rows not in ``mask_rows`` count as zero.
     """
+    PRECISION: tl.constexpr = config.PRECISION
     bound = tl.where(tl.max(mask_rows.to(tl.int32), 0) > 0, config.H, 0)  # nothing is read where no row has values
     for k in range(0, bound, config.BLOCK_K):
         offs_k = k + tl.arange(0, config.BLOCK_K)
@@ -210,8 +211,8 @@ def product(acc, a_rows, mask_rows, w_rows, mask_n, segment, stride_k: tl.conste
         w = tl.load(w_rows[:, None] + offs_w[None, :], mask=mask_n[:, None] & mask_k, other=0.0)
         if config.INTERPRET_BF16:
             a, w = a.to(tl.float32), w.to(tl.float32)
-        a, w = operand(a, config.PRECISION), operand(w, config.PRECISION)
-        acc = tl.dot(a, tl.trans(w), acc, input_precision=config.PRECISION, out_dtype=acc.dtype)
+        a, w = operand(a, PRECISION), operand(w, PRECISION)
+        acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
