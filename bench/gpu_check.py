@@ -71,9 +71,9 @@ def run_tests(arguments: Sequence[str], tool: str = "") -> dict[str, Any]:
 def tuned(problem: Mapping[str, Any], dtype: str, timed: bool = True) -> dict[str, Any]:
     """The fastest launch configuration of a recurrence, as an entry of a table; untimed, only compiled and checked."""
     import torch
+    from fused_lstm.launch.config import Recurrence
 
     from fused_lstm import launch, tune
-    from fused_lstm.launch.config import Recurrence
 
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     recurrence = Recurrence(arithmetic=tune.KINDS.get(dtype, dtype), **problem)

@@ -17,11 +17,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 import numpy as np
 from fused_lstm.kernels import stepwise
-from fused_lstm.launch.stepwise import StepwiseConfig
 from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 from fused_lstm import launch, reference
+from fused_lstm.launch.stepwise import StepwiseConfig
 
 pytestmark = [pytest.mark.kernels, IN_INTERPRETER]
 CASES = {case.name: case for case in WORKLOADS}
