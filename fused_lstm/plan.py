@@ -153,6 +153,17 @@ def segment_steps(T: int) -> int:
     return math.isqrt((T - 1) // 2) + 1
 
 
+def packed_steps(p: Problem) -> float:
+    """How many steps packed rows need for a CPU to run them in blocks.
+
+    torch's own packed LSTM is a loop over steps, and its backward pass takes time by their square; only rows of one length
+    does it give to oneDNN. With fewer steps than these it is faster (measured, H from 16 to 512, B to 64).
+    """
+    if supports_onednn(p):
+        return 32 if p.needs_grad else 128
+    return 256 if p.needs_grad else math.inf  # a block is a loop as well
+
+
 def way_of_aten(p: Problem) -> tuple[Way, bool, str]:
     """How the aten backend serves a problem, whether in fp32, and the reason."""
     fp32 = better_in_fp32(p)
@@ -161,10 +172,7 @@ def way_of_aten(p: Problem) -> tuple[Way, bool, str]:
         n = segment_steps(p.T)
         why = f"torch's own fused LSTM, gates recomputed in the backward pass, in segments of {n} step{'s' * (n > 1)}"
         return Way.SEGMENTS, fp32, why + computed
-    # torch's own packed LSTM is a loop over steps, and its backward pass takes time by their square. Below so many steps it
-    # is faster than blocks (measured, H from 16 to 512); and rows of one length it gives to oneDNN as they are.
-    at_once = p.same_length and p.dtype != torch.float64 and not p.proj_size
-    if p.packed and p.device == "cpu" and (32 if p.needs_grad else 128) <= p.T and not at_once:
+    if p.packed and p.device == "cpu" and packed_steps(p) <= p.T and not (p.same_length and supports_onednn(p)):
         return Way.RAGGED, fp32, "packed rows in blocks of time, each by torch's own fused LSTM" + computed
     if p.same_length and not p.packed:
         return Way.PREFIX, fp32, "all rows have the same length: torch's own fused LSTM over so many steps" + computed

@@ -106,8 +106,9 @@ def test_graph_may_be_walked_twice() -> None:
 
 
 def test_changing_the_output_in_place_is_noticed() -> None:
+    """Where the backward pass reads it, to compute the gates again."""
     tensors, options = problem(T=3, B=2)
-    y = ops.layer(LayerCall(*tensors, *options, True, "reference", False))[0]
+    y = ops.layer(LayerCall(*tensors, *options, True, "reference", True))[0]
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

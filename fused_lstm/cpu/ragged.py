@@ -189,19 +189,19 @@ def cuts(ends: Tensor, steps: int, H: int, packed: bool = False) -> list[int]:
     """The steps at which to go on with the longer rows only, from 0 to the last, so that rows that end at ``ends`` (B,) take
     the least time; [0, steps] if cutting does not pay. ``packed``: and so that no block has more padding than data."""
     B, call, once = len(ends), CALL_COST + CALL_COST_TIMES_H // H, CUT_COST_TIMES_H // H
-    enough, most = (math.inf, 2) if packed else (0.95 * (call + steps * (B + STEP_COST)) - once, math.inf)
+    enough = math.inf if packed else 0.95 * (call + steps * (B + STEP_COST)) - once
     last = int(ends.max()) if B else 0
     # In one call up to the last end, or in two or more: less they cannot cost.
     if last == 0 or min(call + last * (B + STEP_COST), 2 * call + int(ends.sum()) + last * STEP_COST) > enough:
         return [0, steps]
     ordered = ends.sort().values
-    # Ends of so many rows, the last among them, and those after which half, a quarter, ... are left: more would take longer
-    # to choose from.
-    n = min(16, max(9, B // 8))
-    ranks = {*((k * B - 1) // n for k in range(1, n + 1)), *(B - 1 - (B >> k) for k in range(1, B.bit_length()))}
-    marks = sorted({0, *ordered[sorted(ranks)].tolist()})
-    bounds = torch.tensor(marks, device=ends.device)[:, None]
-    filled = ordered.clamp(max=bounds).sum(1).tolist()  # how many steps before each mark hold data
+    n = min(16, max(9, B // 8))  # ends of so many rows, the last among them: more would take longer to choose from
+    ranks = [(k * B - 1) // n for k in range(1, n + 1)]
+    if packed:  # and those after which half of the rows are left, a quarter, ...: else padding could be more than data
+        ranks += [B - 1 - (B >> k) for k in range(1, B.bit_length())]
+    marks = sorted({0, *ordered[ranks].tolist()})
+    if packed:  # how many steps before each mark hold data
+        filled = ordered.clamp(max=torch.tensor(marks, device=ends.device)[:, None]).sum(1).tolist()
     ordered = ordered.tolist()
     longer = [B, *(B - bisect_right(ordered, mark) for mark in marks[1:])]  # at first all, also those without a step
     best = [(0, 0)]  # the least cost up to each mark, and the mark before it
@@ -210,7 +210,7 @@ def cuts(ends: Tensor, steps: int, H: int, packed: bool = False) -> list[int]:
             min(
                 (best[i][0] + call + (marks[j] - marks[i]) * (longer[i] + STEP_COST), i)
                 for i in range(j)
-                if longer[i] * (marks[j] - marks[i]) <= most * (filled[j] - filled[i])
+                if not packed or longer[i] * (marks[j] - marks[i]) <= 2 * (filled[j] - filled[i])
             )
         )
     if best[-1][0] > enough:
