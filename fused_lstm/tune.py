@@ -271,7 +271,8 @@ def run_call(
     resets: bool,
 ) -> None:  # fmt: skip
     """One call by the kernels, which do not depend on the input's features."""
-    torch.backends.cudnn.allow_tf32 = tf32
+    if tf32 != tf32_allowed():
+        torch.backends.cudnn.allow_tf32 = tf32
     options = {"device": device, "dtype": getattr(torch, dtype)}
     lstm = LSTM(1, **layer, backend="triton", **options)
     K, H, P = lstm.num_layers * (1 + lstm.bidirectional), lstm.hidden_size, lstm.proj_size
