@@ -15,7 +15,6 @@ from .call import (
     PLAIN,
     Kept,
     LayerCall,
-    OnGPU,
     Problem,
     Result,
     Sequences,
@@ -28,13 +27,11 @@ from .call import (
     differentiates,
     each_layer,
     forward_mode,
-    mapped,
     numberless,
     traced,
 )
 from .cpu import aten, segments
-from .gemm import tf32_allowed
-from .plan import HALVES, Way, choose, choose_compiled, unknown_sizes
+from .plan import HALVES, Way, choose, choose_compiled, problem_of, unknown_sizes
 
 
 def lstm(
@@ -290,51 +287,6 @@ def autocast(x: Tensor) -> bool:
 def cast_dtype(x: Tensor) -> torch.dtype:
     """The dtype x is computed in: as torch's own autocast does, which leaves fp64 alone."""
     return torch.get_autocast_dtype(x.device.type) if autocast(x) and x.dtype != torch.float64 else x.dtype
-
-
-def problem_of(
-    input: Tensor, dtype: torch.dtype, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences
-) -> Problem:
-    """What a plan needs to know of a call that is computed in ``dtype``. Raises RuntimeError for T = 0, as torch does."""
-    shape, sizes = input.shape, sequences.batch_sizes
-    if sizes is not None:
-        T, B = sizes.shape[0], int(sizes[0])
-    else:
-        B, T = shape[:2] if stack.batch_first else (shape[1], shape[0])
-    if T == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    functions, projected = active(), stack.projects(weights)
-    return Problem(
-        input.device.type,
-        dtype,
-        T,
-        B,
-        weights[0].shape[0] // 4,
-        weights[1].shape[1] if projected else 0,
-        stack.num_layers,
-        stack.bidirectional,
-        sizes is not None,
-        sequences.lengths is not None,
-        sequences.resets is not None,
-        sequences.same_length > 0 if sizes is None else int(sizes[-1]) == B,
-        len(sequences.starts),
-        torch.is_grad_enabled()
-        and (
-            input.requires_grad
-            or any([w.requires_grad for w in weights])
-            or (hx is not None and (hx[0].requires_grad or hx[1].requires_grad))
-        ),
-        stack.recompute,
-        functions,
-        functions and mapped(weights),
-        forward_mode(),
-        _on_gpu(input, stack) if input.is_cuda else None,
-    )
-
-
-def _on_gpu(input: Tensor, stack: Stack) -> OnGPU:
-    kernels_only = torch.are_deterministic_algorithms_enabled() or not torch.backends.cudnn.enabled
-    return OnGPU(input.device.index, input.shape[-1], tf32_allowed(), stack.dropout > 0, kernels_only)
 
 
 def check(

@@ -14,8 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Problem, Sequences, Stack, States, as_resets
-from .functional import cast_dtype, check_like, check_weights, problem_of, run, settle
-from .plan import BACKENDS, Plan, choose
+from .functional import cast_dtype, check_like, check_weights, run, settle
+from .plan import BACKENDS, Plan, choose, problem_of
 
 L = TypeVar("L", bound=nn.RNNBase)
 M = TypeVar("M", bound=nn.Module)
