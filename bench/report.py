@@ -333,11 +333,15 @@ def picture(name: str, title: str) -> Iterator[str]:
 
 
 def readme_part(all_results: Sequence[Results], folder: str = "bench/results") -> str:
-    """What the main page shows: of a GPU's results if there are any, else of the newest."""
-    results = next((r for r in all_results if r.about["kind"] == "cuda"), all_results[0])
-    chart = "\n".join(picture(f"{folder}/{results.slug}-speed", CHARTS["speed"]))
-    about = f"commit {commit(results)}, torch {results.about['torch']}, {results.about['date'][:10]}"
-    return f"{summary(results)} ({about}; [all results]({folder}/README.md))\n\n{chart}"
+    """What the main page shows: the newest results of a GPU and of a CPU, of the first the chart as well."""
+    newest = {results.about["kind"]: results for results in reversed(all_results)}
+    shown = [newest[kind] for kind in ("cuda", "cpu") if kind in newest]
+    lines = [
+        f"{summary(r)} (commit {commit(r)}, torch {r.about['torch']}, {r.about['date'][:10]}; "
+        f"[all results]({folder}/README.md))\n"
+        for r in shown
+    ]
+    return "\n".join([*lines, *picture(f"{folder}/{shown[0].slug}-speed", CHARTS["speed"])])
 
 
 # --- charts
