@@ -349,8 +349,9 @@ def as_lengths(lengths: Tensor | Sequence[int], T: int, B: int, device: torch.de
         raise ValueError(f"lengths should have shape ({B},), one for each batch row, got {tuple(given.shape)}")
     given = given.long()  # unsigned types know no minimum
     moved, same = _moved(given, device), 0
-    if not traced(given):  # else only the op, or nobody, sees numbers
-        low, high = check_range(given if given.device.type == "cpu" else moved, T)
+    seen = given if given.device.type == "cpu" else moved
+    if not traced(seen):  # else only the op, or nobody, sees numbers
+        low, high = check_range(seen, T)
         if low == high == T:
             return None, 0
         same = low if low == high else 0
