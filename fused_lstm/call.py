@@ -55,6 +55,7 @@ class Sequences(NamedTuple):
 
 PLAIN = Sequences()
 NOTHING = nullcontext()
+FAKE = torch._C._TorchDispatchModeKey.FAKE
 ALIGNMENT = 16  # hidden units that the kernels see come in multiples of it: they read rows in vectors
 
 
@@ -303,8 +304,8 @@ def mapped(tensors: Iterable[Tensor]) -> bool:
 
 
 def numberless(t: Tensor) -> bool:
-    """Whether t has a shape only: it is on the meta device, or one of FakeTensorMode's."""
-    return t.is_meta or isinstance(t, FakeTensor)
+    """Whether what is made of t has a shape only: it is on the meta device, one of FakeTensorMode's, or seen by that."""
+    return t.is_meta or isinstance(t, FakeTensor) or torch._C._get_dispatch_mode(FAKE) is not None
 
 
 def traced(t: Tensor) -> bool:

@@ -331,6 +331,8 @@ def check_weights(
     if [(w.shape, w.dtype, w.device) for w in weights] == find(*of, input.dtype, input.device):
         return
     kinds = find(*of, weights[0].dtype, weights[0].device)
+    if len(kinds) != len(weights):
+        raise ValueError(f"expected {len(kinds)} weights for num_layers={stack.num_layers}, got {len(weights)}")
     for k, (w, (shape, dtype, device)) in enumerate(zip(weights, kinds, strict=True)):
         name = names[k] if names else f"weights[{k}]"
         if w.shape != shape:

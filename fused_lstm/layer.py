@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from .call import Problem, Sequences, Stack, States, as_resets
+from .call import Problem, Sequences, Stack, States, as_resets, numberless
 from .functional import cast_dtype, check_like, check_weights, run, settle
 from .plan import BACKENDS, Plan, choose, problem_of
 
@@ -93,6 +93,8 @@ class LSTM(nn.RNNBase):
     def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
         # What somebody puts in a weight's place here, for recurrent dropout say, calls take, as nn.LSTM's do: as long as the
         # module holds that weight, and computes none by that name.
+        if len(weights) != len(self._flat_weights_names):
+            raise ValueError(f"_flat_weights should be {len(self._flat_weights_names)} tensors, got {len(weights)}")
         pairs = enumerate(zip(map(self._held, self._flat_weights_names), weights, strict=True))
         self.__dict__["_assigned"] = tuple((k, old, w) for k, (old, w) in pairs if old is not None and w is not old)
 
@@ -125,7 +127,7 @@ class LSTM(nn.RNNBase):
         # As check_forward_args, which is slow, and so only asked for its words.
         B = x.shape[0 if self.batch_first else 1]
         if batch_sizes is not None:  # numbers that no compiler knows: then the op compares them
-            B = hx[0].shape[1] if torch.compiler.is_compiling() else int(batch_sizes[0])
+            B = hx[0].shape[1] if torch.compiler.is_compiling() or numberless(x) else int(batch_sizes[0])
         K, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
         if hx[0].shape != (K, B, self.proj_size or H) or hx[1].shape != (K, B, H):
             self.check_forward_args(x, hx, batch_sizes)
@@ -278,7 +280,7 @@ class LSTM(nn.RNNBase):
             x, batch_sizes = input.data, input.batch_sizes
             if hx is not None:
                 hx = self.permute_hidden(hx, input.sorted_indices)
-            elif torch.compiler.is_compiling():  # which does not know the numbers that tell B
+            elif torch.compiler.is_compiling() or numberless(x):  # there the op has no other way to tell B
                 order, K = input.sorted_indices, self.num_layers * (2 if self.bidirectional else 1)
                 B = int(batch_sizes[0]) if order is None else order.shape[0]
                 c0 = x.new_zeros(K, B, self.hidden_size)
@@ -327,7 +329,10 @@ def _has_own_forward(module: nn.Module) -> bool:
 def _share(module: nn.RNNBase, cls: type[L], **own: Any) -> L:
     """A module of another class with a module's attributes: containers are copied, what they hold is shared."""
     if _has_own_forward(module):
-        raise TypeError(f"expected a module with its class's forward, got: {type(module).__name__} with one set on itself")
+        raise TypeError(
+            f"from_torch and to_torch expect a module with its class's forward, got: {type(module).__name__} with a forward "
+            "set on the module (module.forward = ...): convert first, then set it"
+        )
     if module._compiled_call_impl is not None:
         warnings.warn("the compiled call of the old module is dropped: call compile() on the new one", stacklevel=3)
     new = cls.__new__(cls)  # not initialized, which would draw from the random generator
@@ -382,6 +387,7 @@ def replace_lstm(model: M, backend: str = "auto", recompute: bool = False) -> M:
     forward. So are those that ``torch.compile(module)`` wraps, or whose forward somebody replaced, as accelerate's hooks do.
     A compiled call (``module.compile()``) is dropped with a warning. The other arguments are those of fused_lstm.LSTM.
     """
+    _checked(backend, recompute)
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_lstm expects a torch.nn.Module, got: {type(model).__name__}")
     done: dict[nn.Module, LSTM] = {}

@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
@@ -209,7 +209,7 @@ def problems(hidden: Iterable[int], batch: Iterable[int], kind: str, directions:
 
 def precompile(
     lstm: LSTM,
-    B: int | Iterable[int],
+    B: int | Sequence[int],
     *,
     single_step: bool = False,
     training: bool = False,
@@ -233,12 +233,16 @@ def precompile(
         lengths, resets: for calls that are given these.
 
     Raises:
+        TypeError: not a fused_lstm.LSTM.
         RuntimeError: the layer is not on a GPU, or a call failed; says how.
-        ValueError: B below 1, or something unknown in ``loss_of``.
+        ValueError: B below 1 or no integer, or something unknown in ``loss_of``.
     """
-    sizes, loss_of = [B] if isinstance(B, int) else list(B), list(loss_of)
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"B should be one or more integers of at least 1, got {sizes}")
+    if not isinstance(lstm, LSTM):
+        raise TypeError(f"precompile expects a fused_lstm.LSTM, got: {type(lstm).__module__}.{type(lstm).__name__}")
+    sizes = list(B) if isinstance(B, (list, tuple, range, set)) else [B]
+    loss_of = [loss_of] if isinstance(loss_of, str) else list(loss_of)
+    if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise ValueError(f"B should be one or more integers of at least 1, got {B!r}")
     if not loss_of or not set(loss_of) <= set(RESULTS):
         raise ValueError(f"loss_of should hold some of {', '.join(RESULTS)}, got {loss_of}")
     weight = lstm.weight_hh_l0

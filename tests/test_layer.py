@@ -320,3 +320,12 @@ def test_shapes_on_the_meta_device() -> None:
     theirs, ours = (cls(3, 4, 2, bidirectional=True, proj_size=2, device="meta") for cls in (nn.LSTM, fused_lstm.LSTM))
     x = torch.randn(5, 2, 3, device="meta")
     assert [t.shape for t in flat(ours(x))] == [t.shape for t in flat(theirs(x))]
+
+
+def test_a_number_of_weights_that_does_not_fit() -> None:
+    lstm = fused_lstm.LSTM(3, 4, 2)
+    with pytest.raises(ValueError, match="_flat_weights should be 8 tensors, got 1"):
+        lstm._flat_weights = [torch.randn(16, 3)]
+    lstm.num_layers = 1
+    with pytest.raises(ValueError, match="expected 4 weights for num_layers=1, got 8"):
+        lstm(torch.randn(5, 2, 3))

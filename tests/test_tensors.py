@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from pairs import call, every_backend, every_quick_backend, flat, pair
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_lstm
 
@@ -75,3 +76,17 @@ def test_tensors_without_numbers(backend: str, dtype: torch.dtype, device: str) 
             assert all(w.grad.shape == w.shape for w in lstm.parameters())
             for a, b in zip(results, expected, strict=True):
                 assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, device)
+
+
+@every_quick_backend
+def test_numbers_that_a_fake_mode_hides(backend: str) -> None:
+    """Real lengths and batch sizes beside data of FakeTensorMode: nothing looks at them, or torch's error says so."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    sizes, lengths, data = torch.tensor([2, 2, 1]), torch.tensor([6, 2, 1]), torch.randn(6, 3, 7)
+    lstm = fused_lstm.LSTM(7, 4, backend=backend)
+    with mode:
+        packed = PackedSequence(mode.from_tensor(data.flatten(0, 1)[:5]), sizes)
+        assert lstm(packed, (torch.zeros(1, 2, 4),) * 2)[1][0].shape == (1, 2, 4)
+        with pytest.raises(DataDependentOutputException):
+            lstm(packed)
+        assert lstm(mode.from_tensor(data), lengths=lengths)[0].shape == (6, 3, 4)

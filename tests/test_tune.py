@@ -138,10 +138,13 @@ def test_calls_to_precompile_run_in_processes_of_their_own() -> None:
 
 def test_precompile_refuses_what_makes_no_sense() -> None:
     lstm = fused_lstm.LSTM(3, 4)
-    with pytest.raises(ValueError, match=r"at least 1, got \[2, 0\]"):
-        tune.precompile(lstm, [2, 0])
+    for B in ([2, 0], [], 2.5, "4", torch.zeros(5, 2, 3)):
+        with pytest.raises(ValueError, match="B should be one or more integers of at least 1, got"):
+            tune.precompile(lstm, B)
+    with pytest.raises(TypeError, match=r"expects a fused_lstm.LSTM, got: torch.nn.modules.rnn.LSTM"):
+        tune.precompile(torch.nn.LSTM(3, 4), 2)
     with pytest.raises(ValueError, match="some of output, h_n, c_n, got"):
-        tune.precompile(lstm, 2, loss_of=["y"])
+        tune.precompile(lstm, 2, loss_of="y")
     with pytest.raises(RuntimeError, match=r"expected a layer on a GPU.*got cpu"):
         tune.precompile(lstm, 2)
 
