@@ -50,7 +50,11 @@ from .layer import LSTM
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 KINDS = {"fp16": "half", "bf16": "half"}
-RUN = "import json, sys; from fused_lstm.tune import run_call; run_call(**json.load(sys.stdin))"
+RUN = """import json, sys
+path, given = json.load(sys.stdin)
+sys.path[:] = path
+from fused_lstm.tune import run_call
+run_call(**given)"""
 RESULTS = ("output", "h_n", "c_n")
 
 
@@ -262,10 +266,8 @@ def precompile(
 
 
 def _in_a_process(given: dict[str, Any]) -> None:
-    path = {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN], input=json.dumps(given), text=True, capture_output=True, env={**os.environ, **path}
-    )
+    message = json.dumps([sys.path, given])
+    done = subprocess.run([sys.executable, "-c", RUN], input=message, text=True, capture_output=True)
     if done.returncode:
         raise RuntimeError(f"precompile: the call with B={given['B']} failed: {done.stderr.strip()[-2000:]}")
 
