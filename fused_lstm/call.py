@@ -109,16 +109,19 @@ class LayerCall(NamedTuple):
     # (R*4H, K) weights that h0 meets in the first step, where they are not w_hh: with a projection folded into w_hh, the
     # recurrence's own state starts at zero and h0 enters through the first pre-activations.
     w_h0: Tensor | None
+    units: Tensor | None  # (R, n, H) parameters of the cell itself, by hidden unit; None: torch's cell, which has none
     lengths: Tensor | None  # (B,) int64 on x's device, padded data only
     batch_sizes: Tensor | None  # (T,) int64 on the CPU, packed data only
     # bool, x's shape without the features: no state and no gradient passes from time t-1 to t, in either direction, where
     # resets is True at t; at t = 0, none from h0 and c0 of the forward direction.
     resets: Tensor | None
+    seed: Tensor | None  # (1,) int64 on x's device, of the masks that the cell draws
     directions: int  # 1 forward, -1 backwards in time, 2 both (odd r backwards)
     batch_first: bool  # whether padded data is (B, T, ...)
     save: bool  # keep what the backward pass needs
     engine: str  # "triton", "reference", or "onednn": torch's own LSTM, for fp32 on a CPU without w_h0
     recompute: bool  # of that, keep no gates, so that the backward pass computes them again
+    cell: str = ""  # which relative of torch's cell, as :class:`fused_lstm.cell.Relative` reads it
 
     @property
     def H(self) -> int:

@@ -238,13 +238,13 @@ def _layer(
         w_hh = F.pad(w_hh, (0, pad))
         c0 = None if c0 is None else F.pad(c0, (0, pad))
         h0 = F.pad(h0, (0, pad)) if h0 is not None and w_h0 is None else h0
-    more = (sequences.lengths, sequences.batch_sizes, sequences.resets, stack.directions, stack.batch_first)
-    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0)
+    more = (sequences.lengths, sequences.batch_sizes, sequences.resets, None, stack.directions, stack.batch_first)
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, None)
     if transformed:
         x = F.linear(x, w_ih, None if b_ih is None else b_ih + b_hh)
         if w_h0 is not None:
             x = recurrence.with_first(x, h0, w_h0, LayerCall(*tensors, *more, False, engine, False))
-        tensors = (x, None if w_hr else h0, c0, None, w_hh, None, None, None)
+        tensors = (x, None if w_hr else h0, c0, None, w_hh, None, None, None, None)
     if engine == "loop":
         kept = Kept(*reference.layer(LayerCall(*tensors, *more, False, engine, False)), None, None)
     else:

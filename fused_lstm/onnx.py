@@ -83,10 +83,12 @@ class Inexpressible(NotImplementedError):
 
 # Tensors have no annotations here: torch.onnx tells inputs from attributes by them.
 def layer(
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, lengths, batch_sizes, resets,
-    directions: int, batch_first: bool, save: bool, engine: str, recompute: bool,
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, units, lengths, batch_sizes, resets, seed,
+    directions: int, batch_first: bool, save: bool, engine: str, recompute: bool, cell: str,
 ):  # fmt: skip
     """A :class:`fused_lstm.call.LayerCall`, field by field, in ONNX's operators."""
+    if cell:
+        raise Inexpressible(f"a cell with {cell} cannot be exported: ONNX's LSTM is torch's")
     if resets is not None:
         raise Inexpressible("resets cannot be exported: ONNX's LSTM has no means to clear its state between two steps")
     if batch_sizes is not None:

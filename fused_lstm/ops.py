@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from . import recurrence, reference
 from .call import Kept, LayerCall, active, check_batch_sizes, no_autocast
 
-N_INPUTS = 8  # the differentiable inputs of a LayerCall come first: x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0
+N_INPUTS = 9  # the differentiable inputs of a LayerCall come first: x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, units
+N_TENSORS = 13
 
 _CALL = (
     "Tensor x, Tensor? h0, Tensor? c0, Tensor? w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_h0, "
-    "Tensor? lengths, Tensor? batch_sizes, Tensor? resets, int directions, bool batch_first, bool save, str engine, "
-    "bool recompute"
+    "Tensor? units, Tensor? lengths, Tensor? batch_sizes, Tensor? resets, Tensor? seed, int directions, bool batch_first, "
+    "bool save, str engine, bool recompute, str cell"
 )
 _LIBRARY = torch.library.Library("fused_lstm", "DEF")
 _LIBRARY.define(f"layer_forward({_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _LIBRARY.define(
     f"layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_CALL}, Tensor y, Tensor gates, Tensor c, bool[] needs) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -100,7 +101,7 @@ def plain(tensors: Sequence[Tensor | None]) -> bool:
 
 def layer(call: LayerCall) -> Kept:
     """Run one layer, with a gradient if it saves what that needs: eager calls at once, all others as an op."""
-    if plain(call[:11]):
+    if plain(call[:N_TENSORS]):
         if call.save and torch.is_grad_enabled():
             return Kept(*_apply(*call), None, None)  # gates and cell states are the gradient's own
         return recurrence.forward(call)
@@ -116,7 +117,7 @@ def _gradient(*args: Any) -> Sequence[Tensor | None]:
     dy, dh_n, dc_n, *call, y, gates, c, needs = args
     given = [g for g in (dy, dh_n, dc_n) if g is not None]
     # A compiler is to look no further; is_grads_batched maps without being a transform.
-    if not plain((*given, *call[:11])) or any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
+    if not plain((*given, *call[:N_TENSORS])) or any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
         return layer_backward(dy, dh_n, dc_n, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
     if torch.is_grad_enabled():
         return LayerGradient.apply(*args)
@@ -125,10 +126,10 @@ def _gradient(*args: Any) -> Sequence[Tensor | None]:
 
 def _keep(ctx: Any, inputs: tuple, output: Kept) -> None:
     """Keep for the backward pass what a forward pass was given, and what it computed."""
-    *tensors, directions, batch_first, save, engine, recompute = inputs
+    *tensors, directions, batch_first, save, engine, recompute, cell = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[0], output[3], output[4])
-    ctx.options = (directions, batch_first, save, engine, recompute)
+    ctx.options = (directions, batch_first, save, engine, recompute, cell)
 
 
 def _keep_of_op(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -157,12 +158,12 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, lengths, batch_sizes, resets,
-        directions, batch_first, save, engine, recompute,
+        ctx: Any, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, units, lengths, batch_sizes, resets,
+        seed, directions, batch_first, save, engine, recompute, cell,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         call = LayerCall(
-            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, lengths, batch_sizes, resets,
-            directions, batch_first, save, engine, recompute,
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, units, lengths, batch_sizes, resets,
+            seed, directions, batch_first, save, engine, recompute, cell,
         )  # fmt: skip
         kept = recurrence.forward(call)
         # Where the gates tell y, as they do the explicit path, it is not kept, and users may change it in place.
@@ -176,10 +177,10 @@ _apply = super(torch.autograd.Function, LayerFunction).apply
 
 
 def _keep_inputs(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, directions, batch_first, save, engine, recompute, _, _, _, needs = inputs
+    *tensors, directions, batch_first, save, engine, recompute, cell, _, _, _, needs = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
-    ctx.options, ctx.needs = (directions, batch_first, save, engine, recompute), needs
+    ctx.options, ctx.needs = (directions, batch_first, save, engine, recompute, cell), needs
 
 
 def _differentiate_again(ctx: Any, *grads: Tensor | None) -> tuple:
@@ -188,8 +189,8 @@ def _differentiate_again(ctx: Any, *grads: Tensor | None) -> tuple:
     y, gates and cell states are constants in :class:`LayerGradient`: here the loop of :func:`fused_lstm.reference.layer`
     computes them again, as functions of the inputs. Only those who ask for a second derivative pay for it.
     """
-    *tensors, lengths, batch_sizes, resets = ctx.saved_tensors
-    rest = (lengths, batch_sizes, resets, *ctx.options)
+    *tensors, lengths, batch_sizes, resets, seed = ctx.saved_tensors
+    rest = (lengths, batch_sizes, resets, seed, *ctx.options)
     wanted = [i for i, t in enumerate(tensors) if t is not None and ctx.needs_input_grad[i]]
     by = [3 + k for k, need in enumerate(ctx.needs) if need and tensors[3 + k] is not None]
     seen = [k for k in range(3) if tensors[k] is not None]  # of y, h_n and c_n: the others' cotangents are zero
@@ -262,10 +263,11 @@ class MappedLayerGradient(torch.autograd.Function):
         return map_backward(MappedLayerGradient.apply, info, in_dims, *args)
 
 
-INPUTS = LayerCall._fields[:11]
+INPUTS = LayerCall._fields[:N_TENSORS]
 COTANGENTS = ("dy", "dh_n", "dc_n")
 SAVED = ("y", "gates", "c")
-WEIGHTS = slice(3, 8)  # of INPUTS
+CALL = slice(3, 3 + len(LayerCall._fields))  # of the backward op's arguments
+WEIGHTS = slice(3, 9)  # of INPUTS
 
 Call = Callable[..., tuple[Tensor, ...]]
 Mapped = tuple[tuple[Tensor, ...], tuple[int | None, ...]]
@@ -324,6 +326,8 @@ def folds(E: int, call: LayerCall, x_dim: int | None) -> list[Fold]:
     # Data rows are counted by time first, or by batch row; members are to stand next to their batch row in either.
     in_front = rows == 0 and call.batch_sizes is None
     ways = [Fold(E, into_rows, in_front), Fold(E, into_recurrences, in_front=True)]
+    if call.seed is not None:  # masks are drawn by batch row and recurrence: each member's would be others
+        return []
     return ways[1:] if onednn else ways  # whose saved bytes know nothing of batch rows
 
 
@@ -342,30 +346,32 @@ def map_forward(call: Call, info: Any, in_dims: tuple, *args: Any) -> Mapped:
 
 def map_backward(call: Call, info: Any, in_dims: tuple, *args: Any) -> Mapped:
     """The vmap rule of the backward op, whose gradients by weights are each member's own."""
-    E, given, needs = info.batch_size, LayerCall(*args[3:19]), args[-1]
+    E, given, needs = info.batch_size, LayerCall(*args[CALL]), args[-1]
     names = (*COTANGENTS, *LayerCall._fields, *SAVED)
     values, dims = args[:-1], in_dims[:-1]
-    *into_rows, into_recurrences = folds(E, given, dims[3])
+    ways = folds(E, given, dims[3])
     grads = [f"d{name}" for name in INPUTS[:N_INPUTS]]
     by_weights = any(needs[WEIGHTS])
 
     def folded_by(fold: Fold) -> dict[str, Any]:
         return {n: fold(n, v, d) if isinstance(v, Tensor) else v for n, v, d in zip(names, values, dims, strict=True)}
 
-    for fold in into_rows:
-        if fold.fits(names, values, dims) and (not by_weights or (given.w_ih is None and not needs[7])):
+    by_all = by_weights and (given.w_ih is not None or needs[7] or given.cell)  # then by more than w_hh
+    for fold in ways[:-1]:
+        if fold.fits(names, values, dims) and not by_all:
             folded = folded_by(fold)
-            first = [needs[0] or needs[4], needs[1], needs[2], *[False] * 5]
+            first = [needs[0] or needs[4], needs[1], needs[2], *[False] * 6]
             results = call(*folded.values(), first)
             found = [fold.undo(g[1:], t) for g, t in zip(grads, results, strict=True)]
             if needs[4]:
-                found[4] = _by_w_hh(fold, results[0], LayerCall(*list(folded.values())[3:19]), folded["y"]), 0
+                found[4] = _by_w_hh(fold, results[0], LayerCall(*list(folded.values())[CALL]), folded["y"]), 0
             if not needs[0]:
                 found[0] = results[0].new_empty(0), None
             return _transposed(found)
-    if "x" in into_recurrences.at and into_recurrences.fits(names, values, dims):
-        results = call(*folded_by(into_recurrences).values(), needs)
-        return _transposed([into_recurrences.undo(g[1:], t) for g, t in zip(grads, results, strict=True)])
+    for fold in ways[-1:]:
+        if "x" in fold.at and fold.fits(names, values, dims):
+            results = call(*folded_by(fold).values(), needs)
+            return _transposed([fold.undo(g[1:], t) for g, t in zip(grads, results, strict=True)])
     return _one_by_one(call, E, args, in_dims)
 
 

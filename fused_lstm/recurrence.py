@@ -98,7 +98,7 @@ def backward(
     c_all: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients by the first eight tensors of ``call``, from those by y, h_n and c_n, None of which is zero.
+    """Gradients by the first nine tensors of ``call``, from those by y, h_n and c_n, None of which is zero.
 
     Gates that were not kept are computed again. A gradient that is not in ``needs`` is None and costs nothing.
     """
@@ -141,7 +141,7 @@ def backward(
                 dw_h0 = torch.cat([outer(da, h) for da, h in zip(first, call.h0, strict=True)])
     if dh0 is not None and call.w_h0 is None and call.lengths is not None:  # a row without steps hands h0 through
         dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)
-    found = (dx, dh0, dc0 if call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0)
+    found = (dx, dh0, dc0 if call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0, None)
     return [grad if need else None for grad, need in zip(found, needs, strict=True)]
 
 

@@ -166,7 +166,7 @@ def step_under_autocast() -> None:
 def not_saved() -> None:
     x = X.clone().requires_grad_()
     given = LayerCall(
-        x, H, H, torch.zeros(12, 2), torch.zeros(12, 3), *[None] * 6,
+        x, H, H, torch.zeros(12, 2), torch.zeros(12, 3), *[None] * 8,
         directions=1, batch_first=False, save=False, engine="reference", recompute=False,
     )  # fmt: skip
     ops.layer_forward(*given)[0].sum().backward()
@@ -192,8 +192,8 @@ def nothing_runs(_: Path) -> None:
 def onnx_of_resets() -> None:
     import fused_lstm.onnx as onnx
 
-    given = dict.fromkeys(LayerCall._fields[:11]) | {"w_ih": torch.zeros(12, 2), "w_hh": torch.zeros(12, 3), "resets": X}
-    onnx.layer(**given, directions=1, batch_first=False, save=False, engine="onednn", recompute=False)
+    given = dict.fromkeys(LayerCall._fields[:13]) | {"w_ih": torch.zeros(12, 2), "w_hh": torch.zeros(12, 3), "resets": X}
+    onnx.layer(**given, directions=1, batch_first=False, save=False, engine="onednn", recompute=False, cell="")
 
 
 # A call for each message; those that write files take a folder.

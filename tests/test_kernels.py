@@ -70,7 +70,7 @@ class Problem:
         device = DEVICE if engine == "triton" else "cpu"
         tensors = [None if t is None else t.to(device, dtype) for t in self.tensors]
         lengths, resets = (None if t is None else t.to(device) for t in (self.lengths, self.resets))
-        return LayerCall(*tensors, lengths, self.batch_sizes, resets, *self.options, save, engine, False)
+        return LayerCall(*tensors, None, lengths, self.batch_sizes, resets, None, *self.options, save, engine, False)
 
     def run(self, engine: str, dtype: torch.dtype) -> list[Tensor]:
         """y, h_n, c_n and the gradients of all inputs; ``engine="loop"`` is the autograd reference."""

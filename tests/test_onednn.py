@@ -29,7 +29,7 @@ def problem(ragged: str, directions: int, batch_first: bool) -> tuple[list[Tenso
         x = torch.randn(12, I)
     shapes = (R, B, H), (R, B, H), (R * 4 * H, I), (R * 4 * H, H), (R * 4 * H,), (R * 4 * H,)
     tensors = [t.requires_grad_() for t in (x, *(torch.randn(s) for s in shapes))]
-    return [*tensors, None], (lengths, batch_sizes, resets, directions, batch_first)
+    return [*tensors, None, None], (lengths, batch_sizes, resets, None, directions, batch_first)
 
 
 @pytest.mark.parametrize("ragged", ["", "lengths", "resets", "lengths and resets", "packed"])
@@ -55,11 +55,11 @@ def test_opcheck(ragged: str) -> None:
     tensors, options = problem(ragged, 2, True)
     # All but a comparison of what is saved, where there are bytes that oneDNN does not write.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.layer_forward, (*tensors, *options, True, "onednn", False), test_utils=utils)
+    torch.library.opcheck(ops.layer_forward, (*tensors, *options, True, "onednn", False, ""), test_utils=utils)
     with torch.no_grad():
-        y, h_n, c_n, workspace, c_all = ops.layer_forward(*tensors, *options, True, "onednn", False)
+        y, h_n, c_n, workspace, c_all = ops.layer_forward(*tensors, *options, True, "onednn", False, "")
     needs = [t is not None for t in tensors]
-    args = (y, h_n, c_n, *tensors, *options, True, "onednn", False, y, workspace, c_all, needs)
+    args = (y, h_n, c_n, *tensors, *options, True, "onednn", False, "", y, workspace, c_all, needs)
     # But for the schema: oneDNN writes into its workspace, as scratch that no later call reads.
     torch.library.opcheck(ops.layer_backward, args, test_utils=utils[1:])
 
@@ -81,7 +81,7 @@ def test_an_input_for_each_member() -> None:
     torch.manual_seed(0)
     x, state = torch.randn(T, B, 2, I), torch.randn(4, B, H)
     w_ih, w_hh = torch.randn(4 * 4 * H, I), torch.randn(4 * 4 * H, H)
-    options = (None, None, None, None, None, None, 2, False, False, "onednn", False)
+    options = (*[None] * 8, 2, False, False, "onednn", False, "")
     y, h_n, c_n, _, _ = ops.layer_forward(x.flatten(2), state, state, w_ih, w_hh, *options)
     for member in range(2):
         r = slice(2 * member, 2 * member + 2)

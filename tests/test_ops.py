@@ -31,11 +31,11 @@ def test_opcheck(case: str, engine: str) -> None:
         tensors = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in tensors]
         lengths, batch_sizes, resets, *rest = options
         options = (*(None if t is None else t.to(DEVICE) for t in (lengths, batch_sizes, resets)), *rest)
-    torch.library.opcheck(ops.layer_forward, (*tensors, *options, True, engine, False))
+    torch.library.opcheck(ops.layer_forward, (*tensors, *options, True, engine, False, ""))
     with torch.no_grad():
-        y, h_n, c_n, gates, c_all = ops.layer_forward(*tensors, *options, True, engine, False)
+        y, h_n, c_n, gates, c_all = ops.layer_forward(*tensors, *options, True, engine, False, "")
     needs = [t is not None for t in tensors]
-    args = (y, h_n, c_n, *tensors, *options, True, engine, False, y, gates, c_all, needs)
+    args = (y, h_n, c_n, *tensors, *options, True, engine, False, "", y, gates, c_all, needs)
     torch.library.opcheck(ops.layer_backward, args)
 
 
@@ -79,13 +79,13 @@ def test_gradients_that_nobody_needs_are_not_made(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(recurrence, "backward", spy)
     ops.layer(LayerCall(*tensors, *options, True, "reference", False))[0].sum().backward()
-    assert asked == [[False, True, True, True, False, True, True, False]]
+    assert asked == [[False, True, True, True, False, True, True, False, False]]
     assert tensors[3].grad is not None
 
 
 def test_without_save_there_is_nothing_to_differentiate_by() -> None:
     tensors, options = problem(T=3, B=2)
-    y = ops.layer_forward(*tensors, *options, False, "reference", False)[0]
+    y = ops.layer_forward(*tensors, *options, False, "reference", False, "")[0]
     with pytest.raises(RuntimeError, match="save=False"):
         y.sum().backward()
 
@@ -93,7 +93,7 @@ def test_without_save_there_is_nothing_to_differentiate_by() -> None:
 def test_unknown_engine() -> None:
     tensors, options = problem(T=3, B=2)
     with pytest.raises(ValueError, match="engine must be 'triton', 'reference' or 'onednn', got 'cudnn'"):
-        ops.layer_forward(*tensors, *options, True, "cudnn", False)
+        ops.layer_forward(*tensors, *options, True, "cudnn", False, "")
 
 
 def test_graph_may_be_walked_twice() -> None:

@@ -227,12 +227,12 @@ def test_opcheck(case: dict, engine: str) -> None:
     tensors, (lengths, batch_sizes, resets, *rest) = problem(T=3, B=2, **case)
     tensors = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in tensors]
     options = (*(None if t is None else t.to(DEVICE) for t in (lengths, batch_sizes, resets)), *rest)
-    torch.library.opcheck(ops.layer_forward, (*tensors, *options, True, engine, True))
+    torch.library.opcheck(ops.layer_forward, (*tensors, *options, True, engine, True, ""))
     with torch.no_grad():
-        y, h_n, c_n, gates, c_all = ops.layer_forward(*tensors, *options, True, engine, True)
+        y, h_n, c_n, gates, c_all = ops.layer_forward(*tensors, *options, True, engine, True, "")
     assert gates.numel() == 0
     needs = [t is not None for t in tensors]
-    args = (y, h_n, c_n, *tensors, *options, True, engine, True, y, gates, c_all, needs)
+    args = (y, h_n, c_n, *tensors, *options, True, engine, True, "", y, gates, c_all, needs)
     torch.library.opcheck(ops.layer_backward, args)
 
 
@@ -256,7 +256,7 @@ def test_previous_states() -> None:
         resets = torch.rand(N, generator=g) < 0.4 if r.random() < 0.6 else None
         x = torch.zeros((N, 1) if mode == "packed" else (B, T, 1) if mode == "batch first" else (T, B, 1))
         batch_sizes = sizes if mode == "packed" else None
-        call = (x, None, torch.zeros(2, B, 2), None, *[None] * 4, lengths, batch_sizes, resets, directions)
+        call = (x, None, torch.zeros(2, B, 2), None, *[None] * 5, lengths, batch_sizes, resets, None, directions)
         rows = LayerCall(*call, mode == "batch first", False, "", False).rows
         given, first = torch.randn(N, 2, 2, generator=g), torch.randn(B, 2, generator=g) if r.random() < 0.7 else None
         for k in range(2 if directions == 2 else 1):

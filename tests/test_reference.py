@@ -33,7 +33,7 @@ def test_loop_is_torchs_lstm(bidirectional: bool, ragged: bool) -> None:
     x, h0, c0, lengths = numbers(6, 3, 5), numbers(D, 3, 7), numbers(D, 3, 7), torch.tensor([4, 6, 1])
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     w = [torch.cat([p for n, p in lstm.named_parameters() if n.startswith(kind)]) for kind in kinds]
-    call = LayerCall(x, h0, c0, *w, None, lengths if ragged else None, None, None, D, False, False, "loop", False)
+    call = LayerCall(x, h0, c0, *w, None, None, lengths if ragged else None, None, None, None, D, False, False, "loop", False)
     got = reference.layer(call)
     given = pack_padded_sequence(x, lengths, enforce_sorted=False) if ragged else x
     output, (h_n, c_n) = lstm(given, (h0, c0))
@@ -75,7 +75,7 @@ def problem(
     rows = (sum(batch_sizes),) if batch_sizes else ((B, T) if batch_first else (T, B))
     tensors = [
         numbers(*rows, I), numbers(R, B, K or H), numbers(R, B, H), numbers(R * 4 * H, I), numbers(R * 4 * H, H),
-        *(numbers(R * 4 * H) if bias else None for _ in range(2)), numbers(R * 4 * H, K) if K else None,
+        *(numbers(R * 4 * H) if bias else None for _ in range(2)), numbers(R * 4 * H, K) if K else None, None,
     ]  # fmt: skip
     if not states:
         tensors[1:3] = None, None
@@ -84,7 +84,7 @@ def problem(
             t.requires_grad_()
     ragged = (torch.tensor(lengths) if lengths else None, torch.tensor(batch_sizes) if batch_sizes else None)
     begins = torch.rand(rows) < 0.4 if resets else None
-    return tensors, (*ragged, begins, directions, batch_first)
+    return tensors, (*ragged, begins, None, directions, batch_first)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -133,8 +133,8 @@ def test_second_derivative_stays_inside_the_layer() -> None:
 def test_rows_of_packed_data_meet_every_row_once() -> None:
     batch_sizes = torch.tensor([4, 3, 3, 1])
     w = torch.zeros(8, 1)
-    empty = [None] * 4
-    rows = LayerCall(torch.zeros(11, 1), None, None, w, w, *empty, batch_sizes, None, 2, False, False, "", False).rows
+    empty = [None] * 5
+    rows = LayerCall(torch.zeros(11, 1), None, None, w, w, *empty, batch_sizes, None, None, 2, False, False, "", False).rows
     assert rows.lengths.tolist() == [4, 3, 3, 1]
     index = torch.arange(11)
     for r in (0, 1):

@@ -106,7 +106,7 @@ def backward(
     workspace: Tensor | None, c_n: Tensor, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients as :func:`fused_lstm.recurrence.backward` gives them. A workspace that was not kept is made again."""
-    inputs = call[:8]
+    inputs = call[:9]
     if rows.B == 0:
         return [None if t is None or not need else torch.zeros_like(t) for t, need in zip(inputs, needs, strict=True)]
     x, H = call.x, call.H
@@ -122,7 +122,7 @@ def backward(
         each = len(dxs) // (x.shape[-1] // call.w_ih.shape[1])  # recurrences of a member
         dx = torch.cat([sum(dxs[k + 1 : k + each], dxs[k]) for k in range(0, len(dxs), each)], -1)
         dx = _time_first(dx, rows).contiguous()
-    grads = (dx, torch.stack(dh0), torch.stack(dc0), *(torch.cat(g) for g in others), None)
+    grads = (dx, torch.stack(dh0), torch.stack(dc0), *(torch.cat(g) for g in others), None, None)
     return [grad if need and t is not None else None for grad, t, need in zip(grads, inputs, needs, strict=True)]
 
 
