@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
+from .cell import Cell
+
 Result = tuple[Tensor, Tensor, Tensor]  # output, h_n, c_n
 States = tuple[Tensor, Tensor] | None  # h0 and c0; None: zero
 
@@ -27,6 +29,8 @@ class Stack(NamedTuple):
     bidirectional: bool
     batch_first: bool
     recompute: bool = False  # gates are not kept for the backward pass, which computes them again
+    cell: Cell | None = None  # a relative of torch's
+    training: bool = False  # zoneout draws masks
 
     @property
     def directions(self) -> int:
@@ -38,8 +42,9 @@ class Stack(NamedTuple):
         return [weights[k : k + step] for k in range(0, len(weights), step)]
 
     def projects(self, weights: Sequence[Tensor]) -> bool:
-        """Whether each layer's weights end with a projection."""
-        return len(weights) // (self.num_layers * self.directions) > (4 if self.has_biases else 2)
+        """Whether each layer has a projection."""
+        own = 0 if self.cell is None else len(self.cell.own(1))
+        return len(weights) // (self.num_layers * self.directions) - own > (4 if self.has_biases else 2)
 
 
 class Sequences(NamedTuple):
@@ -90,6 +95,8 @@ class Problem(NamedTuple):
     transformed: bool = False  # a transform of torch.func is at work
     ensemble: bool = False  # vmap maps over the weights
     forward_mode: bool = False  # a level of forward-mode AD is open
+    heads: int = 1  # of hidden_size units each
+    cell: str = ""  # as LayerCall has it
     gpu: OnGPU | None = None  # on CUDA, for calls that are not compiled
 
 

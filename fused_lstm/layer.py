@@ -14,7 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Problem, Sequences, Stack, States, as_resets, numberless
-from .functional import cast_dtype, check_like, check_weights, run, settle
+from .cell import Cell, checked_cell
+from .functional import cast_dtype, check_like, check_weights, run, settle, uncoupled
 from .plan import BACKENDS, Plan, choose, problem_of
 
 L = TypeVar("L", bound=nn.RNNBase)
@@ -39,6 +40,7 @@ class LSTM(nn.RNNBase):
             PyTorch). All but ``"auto"`` fail rather than let another backend step in. See :func:`fused_lstm.explain`.
         recompute: train with less memory in more time. The gates, most of what a backward pass keeps of an LSTM, are not
             kept but computed again. Results are the same up to rounding; without gradients nothing changes.
+        cell: a relative of torch's cell, :class:`fused_lstm.Cell`; None: torch's.
 
     Call with ``input`` of shape (T, B, I), (B, T, I) if ``batch_first``, (T, I) unbatched, or a PackedSequence, and
     optionally ``hx = (h0, c0)`` of shapes (D*num_layers, B, Hout) and (D*num_layers, B, H), without B when unbatched;
@@ -71,6 +73,7 @@ class LSTM(nn.RNNBase):
 
     backend: str = "auto"  # on the class too, so that pickles from before an option existed still load
     recompute: bool = False
+    cell: Cell | None = None
     _assigned: tuple[tuple[int, Tensor, Tensor], ...] = ()  # by _flat_weights: a weight's index, the weight, its stand-in
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -78,10 +81,46 @@ class LSTM(nn.RNNBase):
     permute_hidden = nn.LSTM.permute_hidden
     __setattr__ = nn.Module.__setattr__  # RNNBase's writes to _flat_weights, which computes parametrized weights
 
-    def __init__(self, *args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any) -> None:
-        own = _checked(backend, recompute)
+    def __init__(
+        self, *args: Any, backend: str = "auto", recompute: bool = False, cell: Cell | None = None, **kwargs: Any
+    ) -> None:
+        own = _checked(backend, recompute) | {"cell": checked_cell(cell)}
         super().__init__("LSTM", *args, **kwargs)
         self.__dict__.update(own)
+        if self.cell is not None:
+            self._take_cell(self.cell)
+
+    def _take_cell(self, cell: Cell) -> None:
+        """Give the layer the parameters of another cell than torch's."""
+        cell.check_sizes(self.hidden_size, self.bias, self.proj_size)
+        own, names = cell.own(self.hidden_size), []
+        for direction in self._all_weights:
+            suffix = direction[0].removeprefix("weight_ih")
+            for name in direction:
+                old = self._parameters[name]
+                if not name.startswith("weight_hr"):
+                    width = [n // cell.heads if name.startswith("weight_hh") else n for n in old.shape[1:]]
+                    self._parameters[name] = nn.Parameter(old.new_empty(cell.gates * self.hidden_size, *width))
+            for name, shape in own.items():
+                self.register_parameter(name + suffix, nn.Parameter(old.new_empty(shape)))
+                direction.append(name + suffix)
+            names += direction
+        self._flat_weights_names = names
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.cell is None:
+            return
+        H, forget = self.hidden_size, self.cell.forget_bias
+        f = slice(0, H) if self.cell.coupled else slice(H, 2 * H)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters(recurse=False):
+                if name.startswith("norm_"):
+                    parameter.fill_(0.0 if name.startswith("norm_c_bias") else 1.0)
+                if forget is not None and name.startswith("bias_"):
+                    parameter[f] = forget if name.startswith("bias_ih") else 0.0
 
     @property
     def _flat_weights(self) -> tuple[Tensor | None, ...]:
@@ -151,6 +190,8 @@ class LSTM(nn.RNNBase):
         """A torch.nn.LSTM that shares this layer's parameters, hooks and mode of training."""
         if is_parametrized(self):
             raise TypeError(f"to_torch expects no parametrizations, got: {type(self).__name__}")
+        if self.cell is not None:
+            raise TypeError(f"to_torch expects torch's own cell, got: {self.cell}")
         return _share(self, TorchLSTM)
 
     def flatten_parameters(self) -> None:
@@ -158,7 +199,8 @@ class LSTM(nn.RNNBase):
 
     def extra_repr(self) -> str:
         backend = f", backend={self.backend}" if self.backend != "auto" else ""
-        return super().extra_repr() + backend + (", recompute=True" if self.recompute else "")
+        cell = "" if self.cell is None else f", cell={self.cell}"
+        return super().extra_repr() + backend + (", recompute=True" if self.recompute else "") + cell
 
     def forward(
         self,
@@ -248,11 +290,12 @@ class LSTM(nn.RNNBase):
         """What a call with these arguments would ask of a backend; raises what the call would raise."""
         weights, stack = self._weights(), self._stack()
         x, states, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
-        return problem_of(x, cast_dtype(x), states, weights, stack, sequences)
+        return problem_of(x, cast_dtype(x), states, *uncoupled(weights, stack), sequences)
 
     def _stack(self) -> Stack:
         dropout = self.dropout if self.training else 0.0
-        return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first, self.recompute)
+        own = self.recompute, self.cell, self.training
+        return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first, *own)
 
     def _weights(self, *default: None) -> list[Tensor]:
         # Once for a call: a parametrized weight is computed whenever it is asked for.
@@ -318,7 +361,7 @@ def _checked(backend: str, recompute: bool) -> dict[str, Any]:
 
 
 # What one of the two classes keeps in its modules and the other does not, and what would go on running the old module.
-OWN = ("_flat_weights", "_assigned", "__module__", "backend", "recompute", "_compiled_call_impl", "forward")
+OWN = ("_flat_weights", "_assigned", "__module__", "backend", "recompute", "cell", "_compiled_call_impl", "forward")
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -167,7 +167,7 @@ class LayerFunction(torch.autograd.Function):
         )  # fmt: skip
         kept = recurrence.forward(call)
         # Where the gates tell y, as they do the explicit path, it is not kept, and users may change it in place.
-        found = engine == "reference" and kept.gates is not None
+        found = engine == "reference" and kept.gates is not None and not cell
         _keep(ctx, call, kept._replace(y=kept.y.new_empty(0)) if found else kept)
         return kept[:3]
 

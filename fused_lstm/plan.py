@@ -71,13 +71,14 @@ def problem_of(
         B, T = shape[:2] if stack.batch_first else (shape[1], shape[0])
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    functions, projected = active(), stack.projects(weights)
+    functions, projected, cell = active(), stack.projects(weights), stack.cell
+    heads, relative = (1, "") if cell is None else (cell.heads, cell.relative)
     return Problem(
         input.device.type,
         dtype,
         T,
         B,
-        weights[0].shape[0] // 4,
+        weights[0].shape[0] // (4 * heads),
         weights[1].shape[1] if projected else 0,
         stack.num_layers,
         stack.bidirectional,
@@ -96,6 +97,8 @@ def problem_of(
         functions,
         functions and mapped(weights),
         forward_mode(),
+        heads,
+        relative,
         _on_gpu(input, stack) if input.is_cuda else None,
     )
 
@@ -159,6 +162,10 @@ def supports_triton(p: Problem) -> tuple[bool, str]:
 def supports_aten(p: Problem) -> tuple[bool, str]:
     if p.dtype not in FLOATS:
         return False, f"torch's LSTM knows {', '.join(map(str, FLOATS))}, not {p.dtype}"
+    if p.cell:
+        return False, f"torch's LSTM has no cell with {p.cell}"
+    if p.heads > 1 and not supports_onednn(p):
+        return False, "torch's LSTM has no heads, and only oneDNN in fp32, fp16 and bf16 is called for each of them"
     if p.device == "cuda" and p.resets:
         return False, "resets on torch's LSTM would need the number of resets on the host, and so a synchronisation"
     return True, "torch's own LSTM: " + ("cuDNN or MIOpen" if p.device == "cuda" else "oneDNN where it serves")
@@ -264,6 +271,8 @@ def beside_torch(p: Problem) -> tuple[bool, str]:
     gpu = p.gpu
     if gpu is None or p.resets or p.packed or p.transformed or p.forward_mode or (p.recompute and p.needs_grad):
         return False, ""  # what only the kernels do, or torch's LSTM was not timed at
+    if p.cell or p.heads > 1:
+        return False, ""
     if gpu.dropout or gpu.kernels_only:  # two generators of masks; and the kernels repeat their bits
         return False, "; not torch's own, since " + ("dropout acts" if gpu.dropout else "torch's switches rule cuDNN out")
     from . import launch
@@ -301,6 +310,9 @@ def choose(p: Problem, backend: str = "auto") -> Plan:
     if p.forward_mode:
         why = "forward-mode AD, which torch follows op by op through the readable loop"
         return _explicit(Way.LOOP, p, why, rejected=plan.rejected)
+    if p.heads > 1 and plan.backend == "aten" and not (p.transformed and not p.ensemble):
+        why = f"a call of oneDNN's fused LSTM for each of the {p.heads} heads"
+        return _explicit(Way.ONEDNN, p, why, rejected=plan.rejected)
     if p.transformed and p.ensemble and plan.backend == "aten" and supports_onednn(p):
         why = "vmap over weights: a call of oneDNN's fused LSTM for each member"
         return _explicit(Way.ONEDNN, p, why, rejected=plan.rejected)
@@ -346,7 +358,14 @@ def _choose(p: Problem, backend: str) -> Plan:
 
 
 def choose_compiled(
-    device: str, dtype: torch.dtype, projected: bool, transformed: bool, differentiated: bool, backend: str
+    device: str,
+    dtype: torch.dtype,
+    projected: bool,
+    transformed: bool,
+    differentiated: bool,
+    backend: str,
+    heads: int = 1,
+    cell: str = "",
 ) -> tuple[str, bool, bool]:
     """The way of a call in a graph of torch.compile or torch.export, in a word, and a Plan's two flags: as one op per layer,
     whatever T and B will be.
@@ -357,7 +376,8 @@ def choose_compiled(
     Raises:
         ValueError, RuntimeError: as :func:`choose`.
     """
-    p = Problem(device, dtype, T=2, B=2, hidden_size=2, proj_size=int(projected), transformed=transformed)
+    own = dict(proj_size=int(projected), transformed=transformed, heads=heads, cell=cell)
+    p = Problem(device, dtype, T=2, B=2, hidden_size=2, **own)
     plan = choose(p, backend)
     if differentiated:
         return Way.LOOP.value, dtype in HALVES, False

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, relatives
 from .call import Kept, LayerCall, Rows, check_range, no_autocast
 from .cpu import onednn
 from .gemm import linear, outer, tf32_as_cudnn
@@ -80,7 +80,8 @@ def forward(call: LayerCall) -> Kept:
             new = gates.new_empty if call.lengths is None else gates.new_zeros
             c_all = new((y.numel() // (R * H), R, H))
         b_hh, c0 = _contiguous(call.b_hh), _contiguous(call.c0)
-        h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all)
+        more = (call,) if call.cell else ()
+        h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all, *more)
     return Kept(y, h_n, c_n, gates.view(-1, R, 4, H) if call.save and not call.recompute else None, c_all)
 
 
@@ -110,39 +111,65 @@ def backward(
     start, w_hh = _contiguous(call.h0 if call.w_h0 is None else None), call.w_hh.contiguous()
     with no_autocast(x), tf32_as_cudnn(x):
         y, gates, c_all = y.contiguous(), _contiguous(gates), c_all.contiguous()  # vmap may hand in views
-        h_prev = x.new_empty((N, R * H))
-        if gates is not None:
+        h_prev, more = x.new_empty((N, R * H)), ()
+        if call.cell:
+            relative, h_prev, gates = _relative(call, rows, y, c_all, gates)
+            more = (relative,)
+            flat = dgates = x.new_empty((N, R * 4 * H))
+        elif gates is not None:
             flat = dgates = x.new_empty((N, R * 4 * H))
         else:  # the gates were not kept: compute them again, then overwrite them with dgates
             dgates = gates = _activated(call, rows, y, h_prev.view(N, R, H), start)
             flat = gates.view(N, R * 4 * H)
-        dc0 = _engine(call.engine).recurrence_backward(
+        by_h0, dc0 = _engine(call.engine).recurrence_backward(
             _contiguous(dy), _contiguous(dh_n), _contiguous(dc_n), gates, c_all, y, start, _contiguous(call.c0), w_hh, rows,
-            dgates, h_prev,
+            dgates, h_prev, *more,
         )  # fmt: skip
-        dx = dw_ih = dw_hh = db_ih = db_hh = dh0 = dw_h0 = None
+        dx = dw_ih = dw_hh = db_ih = db_hh = dh0 = dw_h0 = dunits = None
+        by_products = flat
+        if call.cell:
+            dunits = relative.by_units(flat.view(N, R, 4, H)) if needs[8] else None
+            by_products = relative.by_products(flat.view(N, R, 4, H)).view(flat.shape)
         if needs[0]:
             dx = (flat if call.w_ih is None else linear(flat, call.w_ih.t())).view(x.shape)
         if needs[3] and call.w_ih is not None:
             dw_ih = outer(flat, x.reshape(N, x.shape[-1]))
         if needs[4] and R == 1:
-            dw_hh = outer(flat, h_prev)
+            dw_hh = outer(by_products, h_prev)
         elif needs[4]:
-            dw_hh = torch.cat(list(map(outer, flat.chunk(R, 1), h_prev.chunk(R, 1))))
+            dw_hh = torch.cat(list(map(outer, by_products.chunk(R, 1), h_prev.chunk(R, 1))))
         if needs[5] or needs[6]:
             db_ih = flat.sum(0)
             db_hh = db_ih.clone() if needs[5] else db_ih  # not one tensor twice: users may change a .grad in place
-        if (needs[1] or needs[7]) and call.h0 is not None:
+        if call.cell:
+            dh0 = by_h0
+        elif (needs[1] or needs[7]) and call.h0 is not None:
             first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(flat.chunk(R, 1))]
             if needs[1]:
                 ws = (w_hh if call.w_h0 is None else call.w_h0).chunk(R)
                 dh0 = torch.stack([linear(da, w.t()) for da, w in zip(first, ws, strict=True)])
             if needs[7]:
                 dw_h0 = torch.cat([outer(da, h) for da, h in zip(first, call.h0, strict=True)])
-    if dh0 is not None and call.w_h0 is None and call.lengths is not None:  # a row without steps hands h0 through
-        dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)
-    found = (dx, dh0, dc0 if call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0, None)
+                if call.w_h0 is None and call.lengths is not None:  # a row without steps hands h0 through
+                    dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)
+    dh0, dc0 = (None if state is None else grad for state, grad in ((call.h0, dh0), (call.c0, dc0)))
+    found = (dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_h0, dunits)
     return [grad if need else None for grad, need in zip(found, needs, strict=True)]
+
+
+def _relative(
+    call: LayerCall, rows: Rows, y: Tensor, c_all: Tensor, gates: Tensor | None
+) -> tuple[relatives.Backward, Tensor, Tensor]:
+    """The backward pass of a relative, the states (N, R*H) before each step, and the gates, made again if not kept."""
+    h_prev, c_prev = torch.empty_like(c_all), torch.empty_like(c_all)
+    for before, after, first in ((h_prev, y.view(c_all.shape), call.h0), (c_prev, c_all, call.c0)):
+        for r in range(call.R):
+            before[:, r] = rows.previous(after, None if first is None else first[r], r)
+    if gates is None:
+        given = _pre_activations(call, rows, call.b_ih).view(-1, call.R, 4, call.H)
+        gates = relatives.gates_of(call, rows, given, h_prev, c_prev)
+        rows.clear_padding(gates)
+    return relatives.Backward(call, rows, gates, h_prev, c_prev), h_prev.flatten(1), gates
 
 
 def _activated(call: LayerCall, rows: Rows, y: Tensor, h_prev: Tensor, start: Tensor | None) -> Tensor:

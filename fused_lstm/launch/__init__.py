@@ -135,7 +135,7 @@ def recurrence_backward(
     rows: Rows,
     dgates: Tensor,  # (N, R, 4, H) out
     h_prev: Tensor,  # (N, R, H) out
-) -> Tensor:
+) -> tuple[None, Tensor]:
     """The backward recurrence. Returns dc_0, (R, B, H)."""
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
@@ -144,4 +144,4 @@ def recurrence_backward(
         launch = prepare("backward", gates, rows, R, H)
         running = _running(launch, dc0)
         _run(launch, Backward(dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0, running), rows)
-    return dc0
+    return None, dc0
