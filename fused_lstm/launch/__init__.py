@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..call import ALIGNMENT, Problem, Rows, accumulator_dtype
+from ..call import ALIGNMENT, NOTHING, LayerCall, Problem, Rows, accumulator_dtype
 from ..gemm import tf32_allowed
 from ..kernels.buffers import Backward, Forward
+from . import relatives
 from .choice import BY_NAME, Table, Timing, choose, describe, kernels, tables  # noqa: F401
 from .schedule import INTERPRETED, PASSES, Device, Launch, Recurrence, arithmetic, ceil_div
 from .stepwise import StepwiseConfig  # noqa: F401
@@ -89,8 +90,13 @@ def _run(launch: Launch, buffers: Forward | Backward, rows: Rows) -> None:
     if launch.device is None:
         launch.run(launch, buffers, rows)
         return
-    with torch.cuda._DeviceGuard(buffers.w_hh_ptr.device.index):  # Triton launches on the current device
+    with _on_device_of(buffers.w_hh_ptr):
         launch.run(launch, buffers, rows)
+
+
+def _on_device_of(t: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda._DeviceGuard(t.device.index) if t.is_cuda else NOTHING
 
 
 def _running(launch: Launch, ends: Tensor) -> Tensor | None:
@@ -110,8 +116,12 @@ def recurrence_forward(
     rows: Rows,
     y: Tensor,  # (N, R, H) out
     c_all: Tensor | None,  # (N, R, H) out
+    call: LayerCall | None = None,  # of a relative of torch's cell
 ) -> tuple[Tensor, Tensor]:
     """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
+    if call is not None:
+        with _on_device_of(w_hh):
+            return relatives.forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all, call)
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
     h_n = gates.new_empty((R, rows.B, H))
@@ -135,8 +145,12 @@ def recurrence_backward(
     rows: Rows,
     dgates: Tensor,  # (N, R, 4, H) out
     h_prev: Tensor,  # (N, R, H) out
-) -> tuple[None, Tensor]:
-    """The backward recurrence. Returns dc_0, (R, B, H)."""
+    relative: relatives.Given | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """The backward recurrence. Returns, of a relative, dh_0; and dc_0, (R, B, H)."""
+    if relative is not None:
+        with _on_device_of(w_hh):
+            return relatives.backward(dy, dh_n, dc_n, gates, w_hh, rows, dgates, relative)
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
     dc0 = gates.new_empty((R, rows.B, H))
