@@ -111,13 +111,10 @@ def unit_row(units_ptr, at, n: tl.constexpr, CELL: tl.constexpr, config: tl.cons
 
 
 @triton.jit
-def zoneout(seed_ptr, at, s, B, CELL: tl.constexpr, config: tl.constexpr):
+def zoneout(seed_ptr, at, s, B, CELL: tl.constexpr, config: tl.constexpr, ACC: tl.constexpr):
     """How much of h and of c before the step is there after it. A draw gives four words: of h and c, at two times."""
     if seed_ptr is None:
-        kept_h, kept_c = (
-            tl.full(at.mask.shape, CELL.ZONEOUT_H, tl.float32),
-            tl.full(at.mask.shape, CELL.ZONEOUT_C, tl.float32),
-        )
+        kept_h, kept_c = tl.full(at.mask.shape, CELL.ZONEOUT_H, ACC), tl.full(at.mask.shape, CELL.ZONEOUT_C, ACC)
     else:
         t = tl.where(at.batch.backwards, at.batch.lengths - 1 - s, s)
         t = tl.where(t >= 0, t, 0)[:, None].to(tl.int64)
@@ -126,8 +123,8 @@ def zoneout(seed_ptr, at, s, B, CELL: tl.constexpr, config: tl.constexpr):
         words = tl.philox(tl.load(seed_ptr), low, (index >> 32).to(tl.uint32), zero, zero, CELL.ROUNDS)
         odd = t % 2 == 1
         drawn_h, drawn_c = tl.where(odd, words[2], words[0]), tl.where(odd, words[3], words[1])
-        kept_h = (drawn_h.to(tl.int64) < threshold(CELL.ZONEOUT_H)).to(tl.float32)
-        kept_c = (drawn_c.to(tl.int64) < threshold(CELL.ZONEOUT_C)).to(tl.float32)
+        kept_h = (drawn_h.to(tl.int64) < threshold(CELL.ZONEOUT_H)).to(ACC)
+        kept_c = (drawn_c.to(tl.int64) < threshold(CELL.ZONEOUT_C)).to(ACC)
     return kept_h, kept_c
 
 
@@ -154,7 +151,7 @@ def normalized_gates(x, inside, N: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["s", "T", "B", "row_stride_t", "row_stride_b"])
-def relative_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, CELL: tl.constexpr, config: tl.constexpr):
+def cell_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, CELL: tl.constexpr, config: tl.constexpr):
     """Step s of the forward pass. ``buffers`` is a Forward, ``sequences`` a Sequences."""
     H: tl.constexpr = config.H
     ACC: tl.constexpr = accumulator(buffers.gates_ptr.dtype.element_ty)
@@ -191,7 +188,7 @@ def relative_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_
     o = tl.sigmoid(a_o)
     h = o * tanh(shown)
     if CELL.ZONEOUT_H > 0 or CELL.ZONEOUT_C > 0:
-        kept_h, kept_c = zoneout(buffers.seed_ptr, at, s, B, CELL, config)
+        kept_h, kept_c = zoneout(buffers.seed_ptr, at, s, B, CELL, config, ACC)
         h_prev = tl.load(buffers.state_h_ptr + at.state, mask=at.carry, other=0.0).to(ACC)
         h, new_c = kept_h * h_prev + (1.0 - kept_h) * h, kept_c * c + (1.0 - kept_c) * new_c
     h = narrow(h, dtype, BF16)
@@ -204,9 +201,7 @@ def relative_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_
 
 
 @triton.jit(do_not_specialize=["s", "T", "B", "row_stride_t", "row_stride_b"])
-def relative_backward_step(
-    buffers, sequences, s, T, B, row_stride_t, row_stride_b, CELL: tl.constexpr, config: tl.constexpr
-):
+def cell_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, CELL: tl.constexpr, config: tl.constexpr):
     """Step s of the backward pass. ``buffers`` is a Backward."""
     H: tl.constexpr = config.H
     ACC: tl.constexpr = accumulator(buffers.gates_ptr.dtype.element_ty)
@@ -230,7 +225,7 @@ def relative_backward_step(
         tanh_c = tanh(f * c_prev + i * g)
     passed_h, passed_c = tl.zeros_like(dh), tl.zeros_like(dc)
     if CELL.ZONEOUT_H > 0 or CELL.ZONEOUT_C > 0:
-        kept_h, kept_c = zoneout(buffers.seed_ptr, at, s, B, CELL, config)
+        kept_h, kept_c = zoneout(buffers.seed_ptr, at, s, B, CELL, config, ACC)
         passed_h, passed_c = kept_h * dh, kept_c * dc
         dh, dc = dh - passed_h, dc - passed_c
     da_o = dh * tanh_c * o * (1.0 - o)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..call import LayerCall, Rows, accumulator_dtype
 from ..cell import EPS, Relative
-from ..kernels.relatives import Backward, Cell, Constants, Forward, relative_backward_step, relative_forward_step
+from ..kernels.relatives import Backward, Cell, Constants, Forward, cell_backward_step, cell_forward_step
 from ..relatives import ROUNDS
 from ..relatives import Backward as Given
 from .schedule import INTERPRETED, Kernel, pointers, power_of_two
 
-KERNELS: dict[str, Any] = {"forward": relative_forward_step, "backward": relative_backward_step}
+KERNELS: dict[str, Any] = {"forward": cell_forward_step, "backward": cell_backward_step}
 
 
 @lru_cache(maxsize=1024)
