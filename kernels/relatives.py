@@ -105,7 +105,7 @@ def place_of(sequences, s, T, B, row_stride_t, row_stride_b, config: tl.constexp
 @triton.jit
 def unit_row(units_ptr, at, n: tl.constexpr, CELL: tl.constexpr, config: tl.constexpr):
     """(1, BLOCK_H): row n of the cell's parameters."""
-    rows: tl.constexpr = 3 * CELL.PEEPHOLE + (6 if CELL.NORM else 0)
+    rows: tl.constexpr = 3 * CELL.PEEPHOLE + (6 if CELL.NORM != "" else 0)
     offs = (at.r * rows + n) * config.H + at.unit
     return tl.load(units_ptr + offs, mask=at.inside, other=0.0)
 
@@ -162,7 +162,7 @@ def cell_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     mask, units_ptr = at.mask, buffers.units_ptr
     c = tl.load(buffers.state_c_ptr + at.state, mask=at.carry, other=0.0)
     a_i, a_f, a_g, a_o = load_gates(buffers.products_ptr + at.products, at.carry, H, ACC)
-    if CELL.NORM:
+    if CELL.NORM != "":
         a_i, a_f, a_g, a_o = normalized_gates((a_i, a_f, a_g, a_o), at.inside, 4 * H, CELL.EPS)
         a_i *= unit_row(units_ptr, at, P, CELL, config)
         a_f *= unit_row(units_ptr, at, P + 1, CELL, config)
@@ -178,7 +178,7 @@ def cell_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     i = tl.sigmoid(a_i)
     new_c = f * c + i * g
     shown = new_c
-    if CELL.NORM:
+    if CELL.NORM != "":
         shown = normalized(tl.where(at.inside, new_c, 0.0), at.inside, H, CELL.EPS)
         shown = shown * unit_row(units_ptr, at, P + 4, CELL, config) + unit_row(units_ptr, at, P + 5, CELL, config)
     if CELL.NORM == "state":
@@ -217,7 +217,7 @@ def cell_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     dc = tl.load(buffers.dc_f32_ptr + at.state, mask=mask, other=0.0)
     c_prev = tl.load(buffers.c_prev_f32_ptr + at.cells, mask=mask, other=0.0)
     i, f, g, o = load_gates(buffers.gates_ptr + at.gates, mask, H, ACC)
-    if CELL.NORM:
+    if CELL.NORM != "":
         c = tl.load(buffers.c_f32_ptr + at.cells, mask=mask, other=0.0)
         gain = unit_row(units_ptr, at, P + 4, CELL, config).to(ACC)
         tanh_c = tanh(c * gain + unit_row(units_ptr, at, P + 5, CELL, config))
@@ -232,7 +232,7 @@ def cell_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     dshown = dh * o * (1.0 - tanh_c * tanh_c)
     if CELL.PEEPHOLE:
         dc += unit_row(units_ptr, at, 2, CELL, config) * da_o
-    if CELL.NORM:
+    if CELL.NORM != "":
         if CELL.NORM == "state":
             dshown += dc
             dc = tl.zeros_like(dc)
@@ -248,7 +248,7 @@ def cell_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     if CELL.PEEPHOLE:
         dc += unit_row(units_ptr, at, 0, CELL, config) * da_i + unit_row(units_ptr, at, 1, CELL, config) * da_f
     store_gates(buffers.dgates_ptr + at.gates, (da_i, da_f, da_g, da_o), mask, H, dtype, BF16)
-    if CELL.NORM:
+    if CELL.NORM != "":
         p_i, p_f, p_g, p_o = load_gates(buffers.products_f32_ptr + at.gates, mask, H, ACC)
         d_i, d_f = da_i * unit_row(units_ptr, at, P, CELL, config), da_f * unit_row(units_ptr, at, P + 1, CELL, config)
         d_g, d_o = da_g * unit_row(units_ptr, at, P + 2, CELL, config), da_o * unit_row(units_ptr, at, P + 3, CELL, config)

@@ -23,7 +23,7 @@ def _kernel(kernel: str, cell: str, dtype: torch.dtype, R: int, H: int, directio
     relative, bf16 = Relative.of(cell), INTERPRETED and dtype == torch.bfloat16
     constants = Constants(R, H, directions, bf16, power_of_two(H))
     warps = min(max(power_of_two(H) // 128, 1), 8)
-    return Kernel(KERNELS, kernel, (Cell(*relative, ROUNDS, EPS), constants), dict(num_warps=warps))
+    return Kernel(KERNELS, kernel, (Cell(*relative, ROUNDS, EPS), constants), dict(num_warps=warps, enable_fp_fusion=True))
 
 
 def forward(
