@@ -37,6 +37,7 @@ KERAS = {"activation": "tanh", "recurrent_activation": "sigmoid", "stateful": Fa
 FLAX = {"gate_fn": "sigmoid", "activation_fn": "tanh"}
 FLAX_LAYER = {"reverse": False, "merge_fn": "_concatenate"}
 HASTE = ("kernel", "recurrent_kernel", "bias")
+I_G_F_O = (0, 2, 1, 3)  # where haste's gates lie in our order, and ours in haste's
 
 
 def from_keras(*layers: Any, **options: Any) -> LSTM:
@@ -111,7 +112,7 @@ def from_flax(*layers: Any, **options: Any) -> LSTM:
             ``reverse`` or with a ``merge_fn`` of its own.
     """
     for layer in layers:
-        _check("from_flax", _entries(layer), FLAX_LAYER, "nnx.state(module)")
+        _check("from_flax", _entries(layer), FLAX_LAYER, "from_flax(nnx.state(module))")
     time_major = bool(layers) and _entries(layers[0]).get("time_major", False)
     return _lstm("from_flax", [_flax_directions(layer) for layer in layers], {"batch_first": not time_major} | options)
 
@@ -158,7 +159,7 @@ def from_haste(*layers: Any, **options: Any) -> LSTM:
         options: see :mod:`fused_lstm.convert`; ``batch_first`` is the first module's unless given.
 
     ``dropout`` of haste (DropConnect on the recurrent kernel, in training only) is not taken over: a warning says so.
-    ``LayerNormLSTM`` is another cell and is refused.
+    ``LayerNormLSTM``, another cell, is refused: it is to come with the layer's other cells.
 
     Raises:
         ValueError: other entries or shapes; a module with zoneout, which also changes what it computes in eval mode. A
@@ -169,9 +170,9 @@ def from_haste(*layers: Any, **options: Any) -> LSTM:
         state = layer if isinstance(layer, Mapping) else _checked_haste(layer)
         if set(state) != set(HASTE):
             raise ValueError(f"from_haste expects a state_dict with the entries {', '.join(HASTE)}, got: {', '.join(state)}")
-        found.append([[_swap(_tensor(state[name])) for name in HASTE]])
+        found.append([[state[name] for name in HASTE]])
     batch_first = bool(layers) and getattr(layers[0], "batch_first", False)
-    return _lstm("from_haste", found, {"batch_first": batch_first} | options)
+    return _lstm("from_haste", found, {"batch_first": batch_first} | options, I_G_F_O)
 
 
 def to_haste(lstm: nn.LSTM | LSTM) -> list[dict[str, Tensor]]:
@@ -192,12 +193,15 @@ def to_haste(lstm: nn.LSTM | LSTM) -> list[dict[str, Tensor]]:
     found = []
     for ((kernel, *more),) in layers:
         bias = [] if lstm.bias else [kernel.new_zeros(kernel.shape[1])]
-        found.append(dict(zip(HASTE, map(_swap, [kernel, *more, *bias]), strict=True)))
+        weights = [_reordered(w, I_G_F_O) for w in (kernel, *more, *bias)]
+        found.append(dict(zip(HASTE, weights, strict=True)))
     return found
 
 
-def _lstm(caller: str, layers: Sequence[Sequence[Weights]], options: Mapping[str, Any]) -> LSTM:
-    """The layer of these weights, by layer and direction, their gates in our order."""
+def _lstm(
+    caller: str, layers: Sequence[Sequence[Weights]], options: Mapping[str, Any], order: Sequence[int] = range(4)
+) -> LSTM:
+    """The layer of these weights, by layer and direction, in which our gates lie at the places that ``order`` says."""
     if not layers:
         raise ValueError(f"{caller} expects one layer or more, got none")
     found = [[[_tensor(w) for w in weights] for weights in layer] for layer in layers]
@@ -218,7 +222,7 @@ def _lstm(caller: str, layers: Sequence[Sequence[Weights]], options: Mapping[str
     ours = []
     for weights in (weights for layer in found for weights in layer):
         weights += [torch.zeros_like(bias) for bias in weights[2:]]
-        ours += [w.t().to(**like, copy=True, memory_format=torch.contiguous_format) for w in weights]
+        ours += [_reordered(w, order).t().to(**like, copy=True, memory_format=torch.contiguous_format) for w in weights]
     lstm.load_state_dict(dict(zip(lstm._flat_weights_names, ours, strict=True)), assign=True)
     return lstm
 
@@ -260,7 +264,7 @@ def _check(caller: str, found: Mapping[str, Any], expected: Mapping[str, Any], a
         if got != value:
             raise ValueError(
                 f"{caller} expects {name}={value!r}, got: {got!r}, with which a fused_lstm.LSTM would give other results; "
-                f"{alone} is the weights alone"
+                f"{alone} looks at the weights alone"
             )
 
 
@@ -273,18 +277,19 @@ def _warn_of_dropout(library: str, found: Mapping[str, Any], *names: str) -> Non
 
 def _checked_keras(caller: str, layer: Any) -> list[np.ndarray]:
     """The weights of a layer of Keras, if it computes what ours does."""
+    alone = "from_keras(layer.get_weights())" if caller == "from_keras" else "layer.set_weights(to_keras(lstm)[0])"
     bidirectional = type(layer).__name__ == "Bidirectional"
     inner = [getattr(layer, f"{way}_layer", None) for way in ("forward", "backward")] if bidirectional else [layer]
     if not all(type(part).__name__ == "LSTM" and hasattr(part, "get_config") for part in inner):
         kinds = " and ".join(type(part).__name__ for part in inner)
         raise TypeError(
-            f"{caller} expects a keras.layers.LSTM, a Bidirectional of one, or the list that their get_weights() returns, "
-            f"got: {type(layer).__module__}.{type(layer).__name__}{f' of {kinds}' if bidirectional else ''}"
+            f"{caller} expects a keras.layers.LSTM or a Bidirectional of one, got: {type(layer).__module__}."
+            f"{type(layer).__name__}{f' of {kinds}' if bidirectional else ''}; {alone} looks at the weights alone"
         )
     if bidirectional:
-        _check(caller, {"merge_mode": layer.merge_mode}, {"merge_mode": "concat"}, "layer.get_weights()")
+        _check(caller, {"merge_mode": layer.merge_mode}, {"merge_mode": "concat"}, alone)
     for part, backwards in zip(inner, (False, True), strict=False):
-        _check(caller, part.get_config(), KERAS | {"go_backwards": backwards}, "layer.get_weights()")
+        _check(caller, part.get_config(), KERAS | {"go_backwards": backwards}, alone)
         if caller == "from_keras":
             _warn_of_dropout("Keras", part.get_config(), "dropout", "recurrent_dropout")
     return layer.get_weights()
@@ -305,7 +310,7 @@ def _checked_haste(layer: Any) -> Mapping[str, Tensor]:
     """The weights of a layer of haste, if it computes what ours does."""
     if not isinstance(layer, nn.Module):
         raise TypeError(f"from_haste expects a haste_pytorch.LSTM or its state_dict(), got: {type(layer).__name__}")
-    _check("from_haste", vars(layer), {"zoneout": 0}, "layer.state_dict()")
+    _check("from_haste", vars(layer), {"zoneout": 0}, "from_haste(layer.state_dict())")
     _warn_of_dropout("haste", vars(layer), "dropout")
     return layer.state_dict()
 
@@ -323,7 +328,7 @@ def _flax_names(forget: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _flax_directions(node: Any) -> list[Weights]:
     """A cell's weights, or those of two directions, from whatever holds them."""
     found = _entries(node)
-    _check("from_flax", found, FLAX, "nnx.state(module)")
+    _check("from_flax", found, FLAX, "from_flax(nnx.state(module))")
     if "forward_rnn" in found and "backward_rnn" in found:
         return [*_flax_directions(found["forward_rnn"]), *_flax_directions(found["backward_rnn"])]
     inside = next(iter(found.values())) if len(found) == 1 else found.get("cell", found.get("params"))
@@ -340,7 +345,7 @@ def _flax_directions(node: Any) -> list[Weights]:
     return [[torch.cat([_tensor(part[name]) for part in group], -1) for group, name in parts]]
 
 
-def _swap(weight: Tensor) -> Tensor:
-    """From the gate order i, g, f, o to i, f, g, o, or back."""
-    i, a, b, o = weight.chunk(4, -1)
-    return torch.cat([i, b, a, o], -1)
+def _reordered(weight: Tensor, order: Sequence[int]) -> Tensor:
+    """A weight (..., 4H) with the gates at these places."""
+    gates = weight.chunk(4, -1)
+    return torch.cat([gates[k] for k in order], -1)
