@@ -368,7 +368,8 @@ def _checked(backend: str, recompute: bool) -> dict[str, Any]:
 
 # What one of the two classes keeps in its modules and the other does not, and what would go on running the old module.
 OWN = (
-    "_flat_weights", "_assigned", "__module__", "backend", "recompute", "cell", "_dropouts", "_compiled_call_impl", "forward",
+    "_flat_weights", "_assigned", "__module__", "backend", "recompute", "cell", "_dropouts", "_compiled_call_impl",
+    "forward",
 )  # fmt: skip
 
 

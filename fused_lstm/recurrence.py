@@ -150,8 +150,8 @@ def backward(
                 dh0 = torch.stack([linear(da, w.t()) for da, w in zip(first, ws, strict=True)])
             if needs[7]:
                 dw_h0 = torch.cat([outer(da, h) for da, h in zip(first, call.h0, strict=True)])
-                if call.w_h0 is None and call.lengths is not None:  # a row without steps hands h0 through
-                    dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)
+            if dh0 is not None and call.w_h0 is None and call.lengths is not None:  # a row without steps hands h0 through
+                dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)
     dh0, dc0 = (None if state is None else grad for state, grad in ((call.h0, dh0), (call.c0, dc0)))
     found = (dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_h0, dunits)
     return [grad if need else None for grad, need in zip(found, needs, strict=True)]

@@ -125,8 +125,8 @@ class Backward:
         self.c = self.shown = f * self.c_prev + i * g  # before a norm and zoneout
         if self.relative.norm:
             w = call.w_hh.view(R, 4 * H, H)
-            product = torch.bmm(h_prev.transpose(0, 1), w.mT).transpose(0, 1).unflatten(2, (4, H)).to(dtype).contiguous()
-            self.product, self.recurrent, self.c_norm = product, Normalized(product, 2), Normalized(self.c, 1)
+            products = torch.bmm(h_prev.transpose(0, 1), w.mT).transpose(0, 1).unflatten(2, (4, H))
+            self.recurrent, self.c_norm = Normalized(products.to(dtype).contiguous(), 2), Normalized(self.c, 1)
             self.gain_c = norm_c[0]
             self.shown = self.c_norm.value * norm_c[0] + norm_c[1]
             self.dshown = torch.zeros_like(self.c_prev)
@@ -184,11 +184,12 @@ class Normalized:
     """A tensor normalized over its last ``dims`` dimensions, and the gradients through it."""
 
     def __init__(self, given: Tensor, dims: int) -> None:
-        self.given, self.shape = given, given.shape[-dims:]
-        self.value, self.mean, self.rstd = torch.native_layer_norm(given, self.shape, None, None, EPS)
+        self.shape = given.shape[-dims:]
+        self.value, mean, self.rstd = torch.native_layer_norm(given, self.shape, None, None, EPS)
+        self.still = torch.zeros_like(mean), torch.ones_like(mean)
 
     def backward(self, grad: Tensor, at: slice | Tensor, r: slice) -> Tensor:
-        found = [t[at, r].contiguous() for t in (self.given, self.mean, self.rstd)]  # torch reads the last two by offset
-        return torch.ops.aten.native_layer_norm_backward(
-            grad, found[0], self.shape, *found[1:], None, None, [True, False, False]
-        )[0]
+        # Of numbers that have mean 0 and variance 1 already: torch's formula cancels where the mean is large.
+        x, mean, rstd = (t[at, r].contiguous() for t in (self.value, *self.still))
+        d, _, _ = torch.ops.aten.native_layer_norm_backward(grad, x, self.shape, mean, rstd, None, None, [True, False, False])
+        return d * self.rstd[at, r]

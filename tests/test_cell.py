@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import DEVICE, skip_unless_it_compiles
 from measure import Rule
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ def test_philox(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def norm(x: Tensor) -> Tensor:
-    return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+    return F.layer_norm(x, x.shape)
 
 
 def by_row(
@@ -127,8 +128,8 @@ class Problem:
         self.dtype, self.seed, self.mode = dtype, seed, mode or r.choice(["", "lengths", "resets", "packed", "both"])
         T, B, I, H = r.randint(1, 5), r.randint(1, 3), r.randint(1, 4), cell.heads * r.randint(1, 3)  # noqa: E741
         if cell.layer_norm:  # of few numbers, which may be close to each other, its gradient is made of rounding errors
-            I, H = I + 6, H + 8  # noqa: E741
-        layers, bi = r.randint(1, 2), r.random() < 0.5
+            I, H = I + 3, H + 4  # noqa: E741
+        layers, bi = 1 if dtype == torch.bfloat16 and cell.layer_norm else r.randint(1, 2), r.random() < 0.5
         torch.manual_seed(seed)
         self.lstm = LSTM(I, H, layers, bias=r.random() < 0.8 or cell.forget_bias is not None, bidirectional=bi, cell=cell)
         self.lstm.train(r.random() < 0.7)
@@ -190,11 +191,19 @@ def random_cell(seed: int) -> Cell:
     return cell if cell.layer_norm else replace(cell, coupled=r.random() < 0.5, heads=r.choice([1, 2, 3]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "count"), [("auto", 100), pytest.param("triton", 12, marks=pytest.mark.kernels)])
+def test_random_problems_in_fp64(backend: str, count: int) -> None:
+    for seed in range(count):
+        problem = Problem(random_cell(seed), seed)
+        ours, exact = problem.run(torch.float64, backend), problem.run(torch.float64, None)
+        for k, (a, b) in enumerate(zip(ours, exact, strict=True)):
+            # A norm multiplies rounding errors by up to 300 in each step.
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11, msg=lambda m, k=k, p=problem: f"{p.lstm} {p.mode} {k}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("backend", "count"), [("auto", 100), pytest.param("triton", 24, marks=pytest.mark.kernels)])
-def test_random_problems(backend: str, count: int, dtype: torch.dtype) -> None:
-    if backend == "triton" and DEVICE == "cuda":
-        skip_unless_it_compiles(dtype)
+def test_random_problems_by_the_error_rule(backend: str, count: int, dtype: torch.dtype) -> None:
     rule = Rule()
     for seed in range(count):
         problem = Problem(random_cell(seed), seed, dtype)
