@@ -55,6 +55,19 @@ def outer(a: Tensor, b: Tensor) -> Tensor:
     return linear(b.contiguous().t(), a.contiguous().t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
 
 
+# torch 2.8 and newer add up products of halves on CUDA in fp32 and leave it so; older ones round, as they do other halves.
+_WIDE_BMM = getattr(torch.ops.aten.bmm, "dtype_out", None)
+
+
+def batched(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """The products a @ b (R, M, N) of a (R, M, K) and b (R, K, N), written to out, which may be wider than they are."""
+    if out.dtype == a.dtype:
+        return torch.bmm(a, b, out=out)
+    if a.is_cuda and _WIDE_BMM is not None:
+        return _WIDE_BMM(a, b, out.dtype, out=out)
+    return out.copy_(torch.bmm(a, b) if a.is_cuda else torch.bmm(a.to(out.dtype), b.to(out.dtype)))
+
+
 # From torch 2.9 on each kind of op has a switch, which may inherit a general one; the older switch for products remains, and
 # raises when it is read unless both say the same.
 _precision = getattr(torch._C, "_get_fp32_precision_getter", None)

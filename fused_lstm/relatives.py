@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .call import LayerCall, Rows, accumulator_dtype
 from .cell import EPS, Relative
+from .gemm import batched
 
 ROUNDS = 7  # of Philox; Salmon et al. 2011 find no fault from 7 on
 WORD = 0xFFFFFFFF
@@ -125,8 +126,9 @@ class Backward:
         self.c = self.shown = f * self.c_prev + i * g  # before a norm and zoneout
         if self.relative.norm:
             w = call.w_hh.view(R, 4 * H, H)
-            products = torch.bmm(h_prev.transpose(0, 1), w.mT).transpose(0, 1).unflatten(2, (4, H))
-            self.recurrent, self.c_norm = Normalized(products.to(dtype).contiguous(), 2), Normalized(self.c, 1)
+            products = batched(h_prev.transpose(0, 1), w.mT, self.c.new_empty(R, h_prev.shape[0], 4 * H))
+            products = products.transpose(0, 1).unflatten(2, (4, H)).contiguous()
+            self.recurrent, self.c_norm = Normalized(products, 2), Normalized(self.c, 1)
             self.gain_c = norm_c[0]
             self.shown = self.c_norm.value * norm_c[0] + norm_c[1]
             self.dshown = torch.zeros_like(self.c_prev)
@@ -191,5 +193,5 @@ class Normalized:
     def backward(self, grad: Tensor, at: slice | Tensor, r: slice) -> Tensor:
         # Of numbers that have mean 0 and variance 1 already: torch's formula cancels where the mean is large.
         x, mean, rstd = (t[at, r].contiguous() for t in (self.value, *self.still))
-        d, _, _ = torch.ops.aten.native_layer_norm_backward(grad, x, self.shape, mean, rstd, None, None, [True, False, False])
-        return d * self.rstd[at, r]
+        given = grad, x, self.shape, mean, rstd, None, None
+        return torch.ops.aten.native_layer_norm_backward(*given, [True, False, False])[0] * self.rstd[at, r]

@@ -39,11 +39,11 @@ class Constants:
 
 class Forward(NamedTuple):
     gates_ptr: Any  # (N, R, 4, H) in: pre-activations but for the products; out, if c_ptr is given: activated gates
-    products_ptr: Any  # (R, B, 4, H) of the state before with W_hh
+    products_f32_ptr: Any  # (R, B, 4, H) of the state before with W_hh; f32: in the accumulator's dtype, as below
     units_ptr: Any  # (R, n, H)
     seed_ptr: Any  # (1,) int64; None: zoneout by its expected value
     state_h_ptr: Any  # (R, B, H) in and out
-    state_c_ptr: Any  # (R, B, H) likewise, in the accumulator's dtype
+    state_c_f32_ptr: Any  # (R, B, H) likewise
     h_ptr: Any  # (N, R, H) out
     c_ptr: Any  # (N, R, H) out
 
@@ -60,7 +60,7 @@ class Backward(NamedTuple):
     c_rstd_f32_ptr: Any  # (N, R)
     units_ptr: Any  # (R, n, H)
     seed_ptr: Any  # (1,) int64
-    dh_ptr: Any  # (R, B, H) by the state h after the step, through the products of the next
+    dh_f32_ptr: Any  # (R, B, H) by the state h after the step, through the products of the next
     passed_f32_ptr: Any  # (R, B, H) in and out: ... and past them
     dc_f32_ptr: Any  # (R, B, H) in and out: by the cell state
     dgates_ptr: Any  # (N, R, 4, H) out
@@ -160,8 +160,8 @@ def cell_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     P: tl.constexpr = 3 * CELL.PEEPHOLE  # the first row of the norms'
     at = place_of(sequences, s, T, B, row_stride_t, row_stride_b, config)
     mask, units_ptr = at.mask, buffers.units_ptr
-    c = tl.load(buffers.state_c_ptr + at.state, mask=at.carry, other=0.0)
-    a_i, a_f, a_g, a_o = load_gates(buffers.products_ptr + at.products, at.carry, H, ACC)
+    c = tl.load(buffers.state_c_f32_ptr + at.state, mask=at.carry, other=0.0)
+    a_i, a_f, a_g, a_o = load_gates(buffers.products_f32_ptr + at.products, at.carry, H, ACC)
     if CELL.NORM != "":
         a_i, a_f, a_g, a_o = normalized_gates((a_i, a_f, a_g, a_o), at.inside, 4 * H, CELL.EPS)
         a_i *= unit_row(units_ptr, at, P, CELL, config)
@@ -193,7 +193,7 @@ def cell_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
         h, new_c = kept_h * h_prev + (1.0 - kept_h) * h, kept_c * c + (1.0 - kept_c) * new_c
     h = narrow(h, dtype, BF16)
     tl.store(buffers.state_h_ptr + at.state, h, mask=mask)
-    tl.store(buffers.state_c_ptr + at.state, new_c, mask=mask)
+    tl.store(buffers.state_c_f32_ptr + at.state, new_c, mask=mask)
     tl.store(buffers.h_ptr + at.cells, h, mask=mask)
     if buffers.c_ptr is not None:
         tl.store(buffers.c_ptr + at.cells, narrow(new_c, dtype, BF16), mask=mask)
@@ -210,7 +210,7 @@ def cell_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     P: tl.constexpr = 3 * CELL.PEEPHOLE
     at = place_of(sequences, s, T, B, row_stride_t, row_stride_b, config)
     mask, units_ptr = at.mask, buffers.units_ptr
-    dh = tl.load(buffers.dh_ptr + at.state, mask=mask, other=0.0).to(ACC)
+    dh = tl.load(buffers.dh_f32_ptr + at.state, mask=mask, other=0.0)
     dh += tl.load(buffers.passed_f32_ptr + at.state, mask=mask, other=0.0)
     if buffers.dy_ptr is not None:
         dh += tl.load(buffers.dy_ptr + at.cells, mask=mask, other=0.0).to(ACC)

@@ -109,9 +109,7 @@ def compile_cell(
     """Likewise the step of a relative of the cell."""
     data = torch.zeros(16, dtype=dtype)
     fields = {"forward": kernels.Forward, "backward": kernels.Backward}[kind]
-    given = {
-        name: data.to(accumulator_dtype(dtype)) if "f32" in name or "state_c" in name else data for name in fields._fields
-    }
+    given = {name: data.to(accumulator_dtype(dtype)) if "f32" in name else data for name in fields._fields}
     given |= dict.fromkeys(absent) | {"seed_ptr": None if "seed_ptr" in absent else torch.zeros(1, dtype=torch.int64)}
     relatives._kernel.cache_clear()
     kernel = relatives._kernel(kind, cell.relative, dtype, R, H, directions)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..call import LayerCall, Rows, accumulator_dtype
 from ..cell import EPS, Relative
+from ..gemm import batched
 from ..kernels.relatives import Backward, Cell, Constants, Forward, cell_backward_step, cell_forward_step
 from ..relatives import ROUNDS
 from ..relatives import Backward as Given
@@ -47,12 +48,12 @@ def forward(
     h = y.new_zeros(R, B, H) if h0 is None else h0.clone()
     c = y.new_zeros(R, B, H, dtype=acc) if c0 is None else c0.to(acc, copy=True)
     units = None if call.units is None else call.units.contiguous()
-    products, w = y.new_empty(R, B, 4 * H), w_hh.view(R, 4 * H, H).mT
+    products, w = y.new_empty(R, B, 4 * H, dtype=acc), w_hh.view(R, 4 * H, H).mT
     kernel = _kernel("forward", call.cell, dtype, R, H, rows.directions)
     buffers = Forward(gates, products, units, call.seed, h, c, y, c_all)
     size, told = (T, B, rows.stride_t, rows.stride_b), pointers(rows)
     for s in range(T):
-        torch.bmm(h, w, out=products)
+        batched(h, w, products)
         kernel.run((B, R, 1), buffers, told, [(s, *size)])
     return h, c.to(dtype)
 
@@ -74,7 +75,7 @@ def backward(
     if rows.lengths is not None and rows.batch_sizes is None:
         dgates.zero_()
     passed, dc = (gates.new_zeros(R, B, H, dtype=acc) if grad is None else grad.to(acc, copy=True) for grad in (dh_n, dc_n))
-    dh, dproducts, w = gates.new_zeros(R, B, H), gates.new_zeros(R, B, 4 * H), w_hh.view(R, 4 * H, H)
+    dh, dproducts, w = torch.zeros_like(passed), gates.new_zeros(R, B, 4 * H), w_hh.view(R, 4 * H, H)
     norms = (None,) * 4
     if relative.norm:
         norms = given.recurrent.value, given.recurrent.rstd, given.c_norm.value, given.c_norm.rstd
@@ -86,5 +87,5 @@ def backward(
     size, told = (T, B, rows.stride_t, rows.stride_b), pointers(rows)
     for s in range(T - 1, -1, -1):
         kernel.run((B, R, 1), buffers, told, [(s, *size)])
-        torch.bmm(dproducts, w, out=dh)
+        batched(dproducts, w, dh)
     return passed.add_(dh).to(dtype), dc.to(dtype)
