@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
-from typing import NamedTuple
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,9 @@ class Cell:
         if self.layer_norm and (self.coupled or self.heads > 1):
             with_what = "coupled" if self.coupled else "heads"
             raise ValueError(f"layer_norm cannot be had with {with_what}: its norms are over the products of all four gates")
+        object.__setattr__(self, "relative", str(Relative(self.peephole, self.layer_norm or "", *self.zoneout)))
+
+    relative: ClassVar[str]  # as ``LayerCall.cell``; empty if the recurrence is torch's, by weights of another form at most
 
     def __repr__(self) -> str:
         given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
@@ -128,11 +131,6 @@ class Cell:
                 gains.append(gain)
             units.append(torch.cat(parts))
         return [group[:-own] for group in groups], torch.stack(units), torch.cat(gains) if gains else None
-
-    @cached_property
-    def relative(self) -> str:
-        """What the recurrence is told, as ``LayerCall.cell``; empty if it is torch's, by weights of another form at most."""
-        return str(Relative(self.peephole, self.layer_norm or "", *self.zoneout))
 
 
 def checked_cell(cell: object) -> Cell | None:
