@@ -54,10 +54,13 @@ def explain(call: Problem, where: torch.device) -> dict[str, str]:
     """How the kernels would run a call, in words, for each kernel."""
     gpu = device(where.index) if where.type == "cuda" else None
     kind = arithmetic(call.dtype, where.type == "cuda" and tf32_allowed())
-    H = ceil_div(call.hidden_size, ALIGNMENT) * ALIGNMENT
+    H, R = ceil_div(call.hidden_size, ALIGNMENT) * ALIGNMENT, call.heads * (2 if call.bidirectional else 1)
     words = {}
     for kernel in PASSES if call.needs_grad and call.B else ("forward",) * bool(call.B):
-        problem = Recurrence(kernel, kind, call.T, H, call.B, 2 if call.bidirectional else 1)
+        if call.cell:
+            words[kernel] = f"for each of {call.T} steps a GEMM and a launch of {call.B * R} programs, one for each row"
+            continue
+        problem = Recurrence(kernel, kind, call.T, H, call.B, R)
         words[kernel] = describe(choose(problem, gpu, tables(gpu.name) if gpu else ()), problem, gpu)
     return words
 
