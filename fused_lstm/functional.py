@@ -157,7 +157,8 @@ def run(
 ) -> Result:
     """:func:`lstm` for arguments that were checked. ``keep`` is given what each layer computed, one after the other; ways
     that do not show it give way to the explicit one."""
-    weights, stack = uncoupled(weights, stack)
+    if stack.cell is not None:
+        weights, stack = uncoupled(weights, stack)
     compiling = torch.compiler.is_compiling()
     if (compiling or torch._C._is_any_autocast_enabled()) and autocast(input):
         h0, c0 = hx or (None, None)
