@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -322,13 +323,16 @@ def check(
     check_like(input, hx, weights)
 
 
+KIND = attrgetter("shape", "dtype", "device")
+
+
 def check_weights(
     input: Tensor, weights: Sequence[Tensor], stack: Stack, sizes: tuple[int, int, int], names: Sequence[str] | None = None
 ) -> None:
     """Shapes, dtypes and devices of the weights, which would else be read past their ends. ``sizes``: I, H and P, or 0."""
     find = _kinds.__wrapped__ if torch.compiler.is_compiling() else _kinds  # a compiler warns of caches
     of = stack.has_biases, stack.num_layers, stack.directions, *sizes
-    if [(w.shape, w.dtype, w.device) for w in weights] == find(*of, input.dtype, input.device):
+    if list(map(KIND, weights)) == find(*of, input.dtype, input.device):
         return
     kinds = find(*of, weights[0].dtype, weights[0].device)
     if len(kinds) != len(weights):

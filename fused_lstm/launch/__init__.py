@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..call import ALIGNMENT, Problem, Rows, accumulator_dtype
+from ..call import ALIGNMENT, Problem, Rows
 from ..gemm import tf32_allowed
 from ..kernels.buffers import Backward, Forward
 from .choice import BY_NAME, Table, Timing, choose, describe, kernels, tables  # noqa: F401
@@ -95,10 +95,8 @@ def _run(launch: Launch, buffers: Forward | Backward, rows: Rows) -> None:
 
 def _running(launch: Launch, ends: Tensor) -> Tensor | None:
     """Where launches of single steps keep what runs from one to the next: in ``ends`` itself if that is wide enough."""
-    if not launch.stepwise or launch.problem.T == 1:
-        return None
-    dtype = accumulator_dtype(ends.dtype)
-    return ends if ends.dtype == dtype else torch.empty_like(ends, dtype=dtype)
+    dtype = launch.running
+    return ends if dtype == ends.dtype else None if dtype is None else torch.empty_like(ends, dtype=dtype)
 
 
 def recurrence_forward(
@@ -114,7 +112,7 @@ def recurrence_forward(
     """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
-    h_n = gates.new_empty((R, rows.B, H))
+    h_n = gates.new_empty(R, rows.B, H)
     c_n = torch.empty_like(h_n)
     if rows.B:
         launch = prepare("forward", gates, rows, R, H)
@@ -139,7 +137,7 @@ def recurrence_backward(
     """The backward recurrence. Returns dc_0, (R, B, H)."""
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
-    dc0 = gates.new_empty((R, rows.B, H))
+    dc0 = gates.new_empty(R, rows.B, H)
     if rows.B:
         launch = prepare("backward", gates, rows, R, H)
         running = _running(launch, dc0)

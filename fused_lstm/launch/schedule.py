@@ -13,7 +13,7 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
-from ..call import Rows
+from ..call import Rows, accumulator_dtype
 from ..kernels.cell import lstm_backward, lstm_forward
 from ..kernels.rows import Sequences
 from ..kernels.stepwise import lstm_forward_step
@@ -172,7 +172,9 @@ class Launch:
         dtype: torch.dtype,
     ) -> None:
         self.problem, self.config, self.device, self.directions, self.dtype = problem, config, device, directions, dtype
-        self.run, self.stepwise = schedule.launch, schedule.name == "stepwise"
+        self.run = schedule.launch
+        steps = schedule.name == "stepwise" and problem.T > 1
+        self.running = accumulator_dtype(dtype) if steps else None  # the dtype of what runs from one launch to the next
         self.kernel: Kernel | None = None  # this and its grid once it was launched, by a schedule that has but one
         self.grid = (0, 0, 0)
 
