@@ -323,18 +323,17 @@ def check(
     check_like(input, hx, weights)
 
 
-KIND = attrgetter("shape", "dtype", "device")
+KIND = attrgetter("shape", "dtype", "device")  # which compilers do not look into
 
 
 def check_weights(
     input: Tensor, weights: Sequence[Tensor], stack: Stack, sizes: tuple[int, int, int], names: Sequence[str] | None = None
 ) -> None:
     """Shapes, dtypes and devices of the weights, which would else be read past their ends. ``sizes``: I, H and P, or 0."""
-    find = _kinds.__wrapped__ if torch.compiler.is_compiling() else _kinds  # a compiler warns of caches
-    of = stack.has_biases, stack.num_layers, stack.directions, *sizes
-    if list(map(KIND, weights)) == find(*of, input.dtype, input.device):
+    compiling, of = torch.compiler.is_compiling(), (stack.has_biases, stack.num_layers, stack.bidirectional, *sizes)
+    if not compiling and list(map(KIND, weights)) == _kinds(*of, input.dtype, input.device):
         return
-    kinds = find(*of, weights[0].dtype, weights[0].device)
+    kinds = (_kinds.__wrapped__ if compiling else _kinds)(*of, weights[0].dtype, weights[0].device)
     if len(kinds) != len(weights):
         raise ValueError(f"expected {len(kinds)} weights for num_layers={stack.num_layers}, got {len(weights)}")
     for k, (w, (shape, dtype, device)) in enumerate(zip(weights, kinds, strict=True)):
@@ -350,9 +349,10 @@ def check_weights(
 
 @lru_cache(maxsize=4096)
 def _kinds(
-    biases: bool, layers: int, directions: int, I: int, H: int, P: int, dtype: torch.dtype, device: torch.device  # noqa: E741
+    biases: bool, layers: int, bidirectional: bool, I: int, H: int, P: int, dtype: torch.dtype, device: torch.device  # noqa: E741
 ) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:  # fmt: skip
     """What a call's weights should be, in their order."""
+    directions = 1 + bidirectional
     widths = [I] * directions + [directions * (P or H)] * (directions * (layers - 1))
     rest = [(4 * H, P or H), *[(4 * H,)] * (2 * bool(biases)), *[(P, H)] * (P > 0)]
     return [(shape, dtype, device) for width in widths for shape in ((4 * H, width), *rest)]
