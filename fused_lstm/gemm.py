@@ -30,13 +30,8 @@ _ONEDNN_LINEAR = _onednn_linear()
 
 def uses_onednn(x: Tensor, w: Tensor) -> bool:
     """Whether :func:`linear` gives x (..., K), w (N, K) to oneDNN."""
-    return (
-        not x.is_cuda
-        and x.dtype == torch.float32
-        and x.numel() * w.shape[0] >= ONEDNN_FROM
-        and _ONEDNN_LINEAR is not None
-        and x.device.type == "cpu"
-    )
+    large = x.is_cpu and x.numel() * w.shape[0] >= ONEDNN_FROM
+    return large and x.dtype == torch.float32 and _ONEDNN_LINEAR is not None
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
