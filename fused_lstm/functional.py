@@ -250,7 +250,9 @@ def _layer(
         kept = Kept(*reference.layer(LayerCall(*tensors, *more, False, engine, False)), None, None)
     else:
         # Under vmap a tensor does not tell whether a gradient is asked for outside.
-        save = torch.is_grad_enabled() and (active() or any([t is not None and t.requires_grad for t in tensors]))
+        save = torch.is_grad_enabled() and (
+            x.requires_grad or active() or any([t is not None and t.requires_grad for t in tensors])
+        )
         recompute = stack.recompute and keep is None
         kept = ops.layer(LayerCall(*tensors, *more, save or keep is not None, engine, recompute))
     y, h_n, c_n = kept[:3]

@@ -41,13 +41,18 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w, bias)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for a (M, K), b (K, N)."""
+    return linear(a, b.t()) if a.is_cpu else a @ b
+
+
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """a^T @ b for a (N, M), b (N, K): the sum over rows of outer products.
 
     On a CPU in the order that oneDNN is quickest at. Rows with gaps between them, as one direction of two has them, are
     copied first: with these it is a thousand times slower.
     """
-    return linear(b.contiguous().t(), a.contiguous().t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
+    return linear(b.contiguous().t(), a.contiguous().t()).t().contiguous() if a.is_cpu else a.t() @ b
 
 
 # From torch 2.9 on each kind of op has a switch, which may inherit a general one; the older switch for products remains, and

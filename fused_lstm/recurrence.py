@@ -16,7 +16,7 @@ from torch import Tensor
 from . import reference
 from .call import Kept, LayerCall, Rows, check_range, no_autocast
 from .cpu import onednn
-from .gemm import linear, outer, tf32_as_cudnn
+from .gemm import linear, outer, product, tf32_as_cudnn
 
 
 @cache
@@ -122,7 +122,7 @@ def backward(
         )  # fmt: skip
         dx = dw_ih = dw_hh = db_ih = db_hh = dh0 = dw_h0 = None
         if needs[0]:
-            dx = (flat if call.w_ih is None else linear(flat, call.w_ih.t())).view(*x.shape)
+            dx = (flat if call.w_ih is None else product(flat, call.w_ih)).view(*x.shape)
         if needs[3] and call.w_ih is not None:
             dw_ih = outer(flat, x.reshape(N, x.shape[-1]))
         if needs[4] and R == 1:
@@ -136,7 +136,7 @@ def backward(
             first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(flat.chunk(R, 1))]
             if needs[1]:
                 ws = (w_hh if call.w_h0 is None else call.w_h0).chunk(R)
-                dh0 = torch.stack([linear(da, w.t()) for da, w in zip(first, ws, strict=True)])
+                dh0 = torch.stack([product(da, w) for da, w in zip(first, ws, strict=True)])
             if needs[7]:
                 dw_h0 = torch.cat([outer(da, h) for da, h in zip(first, call.h0, strict=True)])
     if dh0 is not None and call.w_h0 is None and call.lengths is not None:  # a row without steps hands h0 through

@@ -25,7 +25,7 @@ def zero_states(x: Tensor, B: int, weights: Sequence[Tensor], stack: Stack) -> t
     K = stack.num_layers * stack.directions
     n, P = weights[1].shape
     c0 = x.new_zeros(K, B, n // 4)
-    return c0 if P == n // 4 else x.new_zeros(K, B, P), c0
+    return x.new_zeros(K, B, P) if n // 4 != P else c0, c0
 
 
 def fused(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
