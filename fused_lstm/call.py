@@ -27,6 +27,7 @@ class Stack(NamedTuple):
     bidirectional: bool
     batch_first: bool
     recompute: bool = False  # gates are not kept for the backward pass, which computes them again
+    between: Callable[[Tensor], Tensor] | None = None  # what becomes of a layer's output before the next gets it
 
     @property
     def directions(self) -> int:
@@ -428,6 +429,8 @@ def each_layer(
             swap = stack.batch_first and x.dim() == 3 and x.device.type == "cpu"  # to the order in which nn.LSTM draws
             x = F.dropout(x.transpose(0, 1).contiguous() if swap else x, stack.dropout)
             x = x.transpose(0, 1) if swap else x
+        if layer > 0 and stack.between is not None:
+            x = stack.between(x)
         x, h, c = run(x, None if states is None else (states[0][part], states[1][part]), groups[part], *more)
         last.append((h, c))
     h_n, c_n = (torch.cat(s) for s in zip(*last, strict=True))

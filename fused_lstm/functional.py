@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import chain
 from operator import attrgetter
 
 import torch
@@ -177,8 +178,11 @@ def run(
         hx = None if hx is None else (hx[0].float(), hx[1].float())
     if runner is None:
         y, h_n, c_n = run_layers(input, hx, weights, stack, sequences, word, transformed, keep)
-    else:
+    elif stack.between is None:
         y, h_n, c_n = runner(input, hx, weights, stack, sequences)
+    else:  # which torch's own LSTM does not know, nor a way that cuts time: layer by layer over the whole of it
+        one = stack._replace(num_layers=1, between=None)
+        y, h_n, c_n = each_layer(lambda x, s, w: runner(x, s, list(chain(*w)), one, sequences), input, hx, weights, stack)
     return (y.to(dtype), h_n.to(dtype), c_n.to(dtype)) if fp32 else (y, h_n, c_n)
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Problem, Sequences, Stack, States, as_resets, numberless
+from .dropouts import NO_DROPOUTS
 from .functional import cast_dtype, check_like, check_weights, run, settle
 from .plan import BACKENDS, Plan, choose, problem_of
 
@@ -71,6 +72,7 @@ class LSTM(nn.RNNBase):
 
     backend: str = "auto"  # on the class too, so that pickles from before an option existed still load
     recompute: bool = False
+    _dropouts = NO_DROPOUTS
     _assigned: tuple[tuple[int, Tensor, Tensor], ...] = ()  # by _flat_weights: a weight's index, the weight, its stand-in
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -153,6 +155,8 @@ class LSTM(nn.RNNBase):
         """A torch.nn.LSTM that shares this layer's parameters, hooks and mode of training."""
         if is_parametrized(self):
             raise TypeError(f"to_torch expects no parametrizations, got: {type(self).__name__}")
+        if self._dropouts != NO_DROPOUTS:
+            raise TypeError(f"to_torch expects no dropout that nn.LSTM does not have, got: {self._dropouts}")
         return _share(self, TorchLSTM)
 
     def flatten_parameters(self) -> None:
@@ -160,7 +164,8 @@ class LSTM(nn.RNNBase):
 
     def extra_repr(self) -> str:
         backend = f", backend={self.backend}" if self.backend != "auto" else ""
-        return super().extra_repr() + backend + (", recompute=True" if self.recompute else "")
+        dropouts = f", {self._dropouts}" if self._dropouts != NO_DROPOUTS else ""
+        return super().extra_repr() + backend + (", recompute=True" if self.recompute else "") + dropouts
 
     def forward(
         self,
@@ -172,7 +177,8 @@ class LSTM(nn.RNNBase):
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         weights, stack = self._weights(), self._stack()
         x, states, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
-        output, h_n, c_n = run(x, states, weights, stack, sequences, self.backend)
+        runs = self._dropouts.run if self.training and self._dropouts != NO_DROPOUTS else run
+        output, h_n, c_n = runs(x, states, weights, stack, sequences, self.backend)
         if x is input:
             return output, (h_n, c_n)
         if isinstance(input, PackedSequence):
@@ -318,7 +324,7 @@ def _checked(backend: str, recompute: bool) -> dict[str, Any]:
 
 
 # What one of the two classes keeps in its modules and the other does not, and what would go on running the old module.
-OWN = ("_flat_weights", "_assigned", "__module__", "backend", "recompute", "_compiled_call_impl", "forward")
+OWN = ("_flat_weights", "_assigned", "__module__", "backend", "recompute", "_dropouts", "_compiled_call_impl", "forward")
 
 
 def _has_own_forward(module: nn.Module) -> bool:
