@@ -69,8 +69,7 @@ def forward(call: LayerCall) -> Kept:
     if call.engine == "onednn":
         return onednn.forward(call, rows)
     x, w_hh, h0 = call.x, call.w_hh.contiguous(), call.h0
-    if h0 is not None:
-        h0 = h0.contiguous() if call.w_h0 is None else None
+    h0 = _contiguous(h0) if call.w_h0 is None else None
     with tf32_as_cudnn(x):
         gates = _pre_activations(call, rows, call.b_ih)
         R, H = call.sizes

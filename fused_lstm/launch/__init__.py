@@ -110,10 +110,9 @@ def recurrence_forward(
     c_all: Tensor | None,  # (N, R, H) out
 ) -> tuple[Tensor, Tensor]:
     """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
-    H = w_hh.shape[1]
-    R = w_hh.shape[0] // (4 * H)
-    h_n = gates.new_empty(R, rows.B, H)
-    c_n = torch.empty_like(h_n)
+    n, H = w_hh.shape
+    R = n // (4 * H)
+    h_n, c_n = gates.new_empty(R, rows.B, H), gates.new_empty(R, rows.B, H)
     if rows.B:
         launch = prepare("forward", gates, rows, R, H)
         _run(launch, Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n, _running(launch, c_n)), rows)
@@ -135,8 +134,8 @@ def recurrence_backward(
     h_prev: Tensor,  # (N, R, H) out
 ) -> Tensor:
     """The backward recurrence. Returns dc_0, (R, B, H)."""
-    H = w_hh.shape[1]
-    R = w_hh.shape[0] // (4 * H)
+    n, H = w_hh.shape
+    R = n // (4 * H)
     dc0 = gates.new_empty(R, rows.B, H)
     if rows.B:
         launch = prepare("backward", gates, rows, R, H)

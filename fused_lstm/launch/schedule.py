@@ -127,10 +127,10 @@ class Kernel:
             return
         device = driver.active.get_current_device()
         wide = max(numbers[0]) > INT32
-        aligned = [t if t is None else t.data_ptr() % 16 for t in (*buffers, *sequences)]
-        key = (device, wide, buffers.gates_ptr.dtype, *aligned)
+        tensors = buffers if sequences is PLAIN else (*buffers, *sequences)
+        key = (device, wide, buffers.gates_ptr.dtype, *[t if t is None else t.data_ptr() % 16 for t in tensors])
         if HIP:  # there also whether 32-bit offsets reach all of a tensor
-            key += tuple([t is not None and t.untyped_storage().size() > INT32 for t in (*buffers, *sequences)])
+            key += tuple([t is not None and t.untyped_storage().size() > INT32 for t in tensors])
         found, stream = self.known.get(key), driver.active.get_current_stream(device)
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
