@@ -116,15 +116,6 @@ class LSTM(nn.RNNBase):
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
         self._init_flat_weights()
 
-    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        # RNNBase's asks _flat_weights for a dtype, which computes parametrized weights once more: slow, and with
-        # spectral_norm a further iteration. So it is asked only where it would fail; check_like looks at dtypes as well.
-        dims = 3 if batch_sizes is None else 2
-        weight = self._parameters.get(self._flat_weights_names[0])
-        dtype = input.dtype if weight is None else weight.dtype
-        if input.dim() != dims or input.shape[-1] != self.input_size or input.dtype != dtype:
-            super().check_input(input, batch_sizes)
-
     def _check_states(self, x: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor], batch_sizes: Tensor | None) -> None:
         # As check_forward_args and check_like, which are slow, and so only asked for their words.
         B = x.shape[0 if self.batch_first else 1]
@@ -305,13 +296,18 @@ class LSTM(nn.RNNBase):
                         f"also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
                     )
                 hx = (hx[0], hx[1]) if dims == 3 else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        self.check_input(x, batch_sizes)
+        # RNNBase's check_input asks _flat_weights for a dtype, which computes parametrized weights once more: slow, and with
+        # spectral_norm a further iteration. So it is asked only where it would fail; check_like looks at dtypes as well.
+        wrong = x.shape[-1] != self.input_size or (batch_sizes is not None and x.dim() != 2)
+        if wrong or (x.dtype != weights[0].dtype and self._flat_weights_names[0] in self._parameters):
+            self.check_input(x, batch_sizes)
         if hx is not None:
             self._check_states(x, hx, weights, batch_sizes)
         check_weights(x, weights, stack, (self.input_size, self.hidden_size, self.proj_size), self._flat_weights_names)
         if resets is not None and x is not input and batch_sizes is None:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
-        return x, *settle(x, hx, stack, batch_sizes, lengths, resets)
+        hx, sequences = settle(x, hx, stack, batch_sizes, lengths, resets)
+        return x, hx, sequences
 
 
 def _checked(backend: str, recompute: bool) -> dict[str, Any]:

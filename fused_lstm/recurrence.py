@@ -128,9 +128,10 @@ def backward(
             dw_hh = outer(flat, h_prev)
         elif needs[4]:
             dw_hh = torch.cat(list(map(outer, flat.chunk(R, 1), h_prev.chunk(R, 1))))
-        if needs[5] or needs[6]:
+        if needs[5]:
             db_ih = flat.sum(0)
-            db_hh = db_ih.clone() if needs[5] else db_ih  # not one tensor twice: users may change a .grad in place
+        if needs[6]:
+            db_hh = flat.sum(0) if db_ih is None else db_ih.clone()  # not one tensor twice: a .grad may be changed
         if (needs[1] or needs[7]) and call.h0 is not None:
             first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(flat.chunk(R, 1))]
             if needs[1]:
@@ -140,8 +141,7 @@ def backward(
                 dw_h0 = torch.cat([outer(da, h) for da, h in zip(first, call.h0, strict=True)])
     if dh0 is not None and call.w_h0 is None and call.lengths is not None:  # a row without steps hands h0 through
         dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)
-    found = (dx, dh0, dc0 if call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0, None)
-    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    return [dx, dh0, dc0 if needs[2] and call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0, None]
 
 
 def _activated(call: LayerCall, rows: Rows, y: Tensor, h_prev: Tensor, start: Tensor | None) -> Tensor:

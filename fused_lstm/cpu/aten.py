@@ -196,7 +196,7 @@ def single_step(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, 
 def _cells(x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]], has_biases: bool) -> Result:
     """A layer's cells."""
     if len(groups) == 1:
-        h, c = _cell(x, hx[0][0], hx[1][0], groups[0], has_biases)
+        h, c = _cell(x, hx[0].squeeze(0), hx[1].squeeze(0), groups[0], has_biases)
         return h, h.unsqueeze(0), c.unsqueeze(0)
     hs, cs = zip(*(_cell(x, hx[0][d], hx[1][d], g, has_biases) for d, g in enumerate(groups)), strict=True)
     return torch.cat(hs, -1), torch.stack(hs), torch.stack(cs)
