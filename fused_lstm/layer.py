@@ -298,7 +298,7 @@ class LSTM(nn.RNNBase):
                 hx = (hx[0], hx[1]) if dims == 3 else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         # RNNBase's check_input asks _flat_weights for a dtype, which computes parametrized weights once more: slow, and with
         # spectral_norm a further iteration. So it is asked only where it would fail; check_like looks at dtypes as well.
-        wrong = x.shape[-1] != self.input_size or (batch_sizes is not None and x.dim() != 2)
+        wrong = (batch_sizes is not None and x.dim() != 2) or x.shape[-1] != self.input_size
         if wrong or (x.dtype != weights[0].dtype and self._flat_weights_names[0] in self._parameters):
             self.check_input(x, batch_sizes)
         if hx is not None:
