@@ -132,24 +132,31 @@ class LayerCall(NamedTuple):
     cell: str = ""  # which relative of torch's cell, as :class:`fused_lstm.cell.Relative` reads it
 
     @property
-    def H(self) -> int:
-        return self.w_hh.shape[1]
+    def R(self) -> int:
+        return self.sizes[0]
 
     @property
-    def R(self) -> int:
-        return self.w_hh.shape[0] // (4 * self.w_hh.shape[1])
+    def H(self) -> int:
+        return self.sizes[1]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """R and H."""
+        n, H = self.w_hh.shape
+        return n // (4 * H), H
 
     @property
     def rows(self) -> Rows:
         """Where the sequences lie in memory."""
-        x, batch_sizes = self.x, self.batch_sizes
-        lengths = None if self.lengths is None else self.lengths.contiguous()  # the kernels know no stride of theirs
-        resets = None if self.resets is None else self.resets.flatten()
+        x, batch_sizes, lengths, resets = self.x, self.batch_sizes, self.lengths, self.resets
         if batch_sizes is not None:
             T, B = batch_sizes.shape[0], int(batch_sizes[0]) if self.c0 is None else self.c0.shape[1]
             lengths = (batch_sizes[:, None] > torch.arange(B, device="cpu")).sum(0).to(x.device, non_blocking=True)
         else:
-            B, T = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
+            T, B, _ = x.shape
+            T, B = (B, T) if self.batch_first else (T, B)
+            lengths = None if lengths is None else lengths.contiguous()  # the kernels know no stride of theirs
+        resets = None if resets is None else resets.flatten()
         return Rows(T, B, self.batch_first, self.directions, lengths, batch_sizes, resets)
 
 
@@ -186,6 +193,12 @@ class Rows(NamedTuple):
     @property
     def stride_b(self) -> int:
         return self.T if self.batch_first else 1
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """What each launch is told: T, B, and both strides."""
+        T, B = self.T, self.B
+        return (T, B, 1, T) if self.batch_first else (T, B, B, 1)
 
     def starts(self) -> Tensor | None:
         """First data row of each time step, (T,) int64 on the data's device; None when padded."""

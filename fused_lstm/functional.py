@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -274,7 +275,9 @@ def _layer(
         kept = Kept(*reference.layer(LayerCall(*tensors, *more, False, engine, False, relative)), None, None)
     else:
         # Under vmap a tensor does not tell whether a gradient is asked for outside.
-        save = torch.is_grad_enabled() and (active() or any([t is not None and t.requires_grad for t in tensors]))
+        save = torch.is_grad_enabled() and (
+            x.requires_grad or active() or any([t is not None and t.requires_grad for t in tensors])
+        )
         recompute = stack.recompute and keep is None
         kept = ops.layer(LayerCall(*tensors, *more, save or keep is not None, engine, recompute, relative))
     y, h_n, c_n = kept[:3]
@@ -388,15 +391,18 @@ def check(
     check_like(input, hx, weights)
 
 
+KIND = attrgetter("shape", "dtype", "device")  # which compilers do not look into
+
+
 def check_weights(
     input: Tensor, weights: Sequence[Tensor], stack: Stack, sizes: tuple[int, int, int], names: Sequence[str] | None = None
 ) -> None:
     """Shapes, dtypes and devices of the weights, which would else be read past their ends. ``sizes``: I, H and P, or 0."""
-    find = _kinds.__wrapped__ if torch.compiler.is_compiling() else _kinds  # a compiler warns of caches
-    of = stack.has_biases, stack.num_layers, stack.directions, stack.cell, *sizes
-    if [(w.shape, w.dtype, w.device) for w in weights] == find(*of, input.dtype, input.device):
+    compiling = torch.compiler.is_compiling()
+    of = stack.has_biases, stack.num_layers, stack.bidirectional, stack.cell, *sizes
+    if not compiling and list(map(KIND, weights)) == _kinds(*of, input.dtype, input.device):
         return
-    kinds = find(*of, weights[0].dtype, weights[0].device)
+    kinds = (_kinds.__wrapped__ if compiling else _kinds)(*of, weights[0].dtype, weights[0].device)
     if len(kinds) != len(weights):
         raise ValueError(f"expected {len(kinds)} weights for num_layers={stack.num_layers}, got {len(weights)}")
     for k, (w, (shape, dtype, device)) in enumerate(zip(weights, kinds, strict=True)):
@@ -412,10 +418,11 @@ def check_weights(
 
 @lru_cache(maxsize=4096)
 def _kinds(
-    biases: bool, layers: int, directions: int, cell: Cell | None, I: int, H: int, P: int,  # noqa: E741
+    biases: bool, layers: int, bidirectional: bool, cell: Cell | None, I: int, H: int, P: int,  # noqa: E741
     dtype: torch.dtype, device: torch.device,
 ) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:  # fmt: skip
     """What a call's weights should be, in their order."""
+    directions = 1 + bidirectional
     widths = [I] * directions + [directions * (P or H)] * (directions * (layers - 1))
     N, heads, own = (4 * H, 1, ()) if cell is None else (cell.gates * H, cell.heads, cell.own(H).values())
     rest = [(N, P or H // heads), *[(N,)] * (2 * bool(biases)), *[(P, H)] * (P > 0), *own]

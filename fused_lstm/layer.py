@@ -155,23 +155,16 @@ class LSTM(nn.RNNBase):
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
         self._init_flat_weights()
 
-    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        # RNNBase's asks _flat_weights for a dtype, which computes parametrized weights once more: slow, and with
-        # spectral_norm a further iteration. So it is asked only where it would fail; check_like looks at dtypes as well.
-        dims = 3 if batch_sizes is None else 2
-        weight = self._parameters.get(self._flat_weights_names[0])
-        dtype = input.dtype if weight is None else weight.dtype
-        if input.dim() != dims or input.shape[-1] != self.input_size or input.dtype != dtype:
-            super().check_input(input, batch_sizes)
-
-    def _check_states(self, x: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
-        # As check_forward_args, which is slow, and so only asked for its words.
+    def _check_states(self, x: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor], batch_sizes: Tensor | None) -> None:
+        # As check_forward_args and check_like, which are slow, and so only asked for their words.
         B = x.shape[0 if self.batch_first else 1]
         if batch_sizes is not None:  # numbers that no compiler knows: then the op compares them
             B = hx[0].shape[1] if torch.compiler.is_compiling() or numberless(x) else int(batch_sizes[0])
-        K, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
-        if hx[0].shape != (K, B, self.proj_size or H) or hx[1].shape != (K, B, H):
+        (h, c), H, like = hx, self.hidden_size, (x.dtype, x.device)
+        K, P = self.num_layers * (2 if self.bidirectional else 1), self.proj_size or H
+        if (h.shape, c.shape, h.dtype, h.device, c.dtype, c.device) != ((K, B, P), (K, B, H), *like, *like):
             self.check_forward_args(x, hx, batch_sizes)
+            check_like(x, hx, weights)
 
     @classmethod
     def from_torch(cls, module: nn.LSTM, backend: str = "auto", recompute: bool = False) -> LSTM:
@@ -346,15 +339,18 @@ class LSTM(nn.RNNBase):
                         f"also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
                     )
                 hx = (hx[0], hx[1]) if dims == 3 else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        self.check_input(x, batch_sizes)
+        # RNNBase's check_input asks _flat_weights for a dtype, which computes parametrized weights once more: slow, and with
+        # spectral_norm a further iteration. So it is asked only where it would fail; check_like looks at dtypes as well.
+        wrong = (batch_sizes is not None and x.dim() != 2) or x.shape[-1] != self.input_size
+        if wrong or (x.dtype != weights[0].dtype and self._flat_weights_names[0] in self._parameters):
+            self.check_input(x, batch_sizes)
         if hx is not None:
-            self._check_states(x, hx, batch_sizes)
+            self._check_states(x, hx, weights, batch_sizes)
         check_weights(x, weights, stack, (self.input_size, self.hidden_size, self.proj_size), self._flat_weights_names)
-        if hx is not None:
-            check_like(x, hx, weights)
         if resets is not None and x is not input and batch_sizes is None:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
-        return x, *settle(x, hx, stack, batch_sizes, lengths, resets)
+        hx, sequences = settle(x, hx, stack, batch_sizes, lengths, resets)
+        return x, hx, sequences
 
 
 def _checked(backend: str, recompute: bool) -> dict[str, Any]:

@@ -68,18 +68,21 @@ def problem_of(
     if sizes is not None:
         T, B = sizes.shape[0], int(sizes[0])
     else:
-        B, T = shape[:2] if stack.batch_first else (shape[1], shape[0])
+        T, B, _ = shape
+        T, B = (B, T) if stack.batch_first else (T, B)
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    functions, projected, cell = active(), stack.projects(weights), stack.cell
+    functions, cell = active(), stack.cell
+    rows, K = weights[1].shape  # 4H, and H or the projection's size, which is smaller
     heads, relative = (1, "") if cell is None else (cell.heads, cell.relative)
+    H = rows // (4 * heads)
     return Problem(
-        input.device.type,
+        "cpu" if input.is_cpu else "cuda" if input.is_cuda else input.device.type,  # the last is slow
         dtype,
         T,
         B,
-        weights[0].shape[0] // (4 * heads),
-        weights[1].shape[1] if projected else 0,
+        H,
+        K if K != H else 0,
         stack.num_layers,
         stack.bidirectional,
         sizes is not None,

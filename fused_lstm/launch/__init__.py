@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..call import ALIGNMENT, NOTHING, LayerCall, Problem, Rows, accumulator_dtype
+from ..call import ALIGNMENT, NOTHING, LayerCall, Problem, Rows
 from ..gemm import tf32_allowed
 from ..kernels.buffers import Backward, Forward
 from . import relatives
@@ -104,10 +104,8 @@ def _on_device_of(t: Tensor) -> AbstractContextManager:
 
 def _running(launch: Launch, ends: Tensor) -> Tensor | None:
     """Where launches of single steps keep what runs from one to the next: in ``ends`` itself if that is wide enough."""
-    if not launch.stepwise or launch.problem.T == 1:
-        return None
-    dtype = accumulator_dtype(ends.dtype)
-    return ends if ends.dtype == dtype else torch.empty_like(ends, dtype=dtype)
+    dtype = launch.running
+    return ends if dtype == ends.dtype else None if dtype is None else torch.empty_like(ends, dtype=dtype)
 
 
 def recurrence_forward(
@@ -125,10 +123,9 @@ def recurrence_forward(
     if call is not None:
         with _on_device_of(w_hh):
             return relatives.forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all, call)
-    H = w_hh.shape[1]
-    R = w_hh.shape[0] // (4 * H)
-    h_n = gates.new_empty((R, rows.B, H))
-    c_n = torch.empty_like(h_n)
+    n, H = w_hh.shape
+    R = n // (4 * H)
+    h_n, c_n = gates.new_empty(R, rows.B, H), gates.new_empty(R, rows.B, H)
     if rows.B:
         launch = prepare("forward", gates, rows, R, H)
         _run(launch, Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n, _running(launch, c_n)), rows)
@@ -154,9 +151,9 @@ def recurrence_backward(
     if relative is not None:
         with _on_device_of(w_hh):
             return relatives.backward(dy, dh_n, dc_n, gates, w_hh, rows, dgates, relative)
-    H = w_hh.shape[1]
-    R = w_hh.shape[0] // (4 * H)
-    dc0 = gates.new_empty((R, rows.B, H))
+    n, H = w_hh.shape
+    R = n // (4 * H)
+    dc0 = gates.new_empty(R, rows.B, H)
     if rows.B:
         launch = prepare("backward", gates, rows, R, H)
         running = _running(launch, dc0)
