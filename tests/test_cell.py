@@ -223,7 +223,7 @@ def call(lstm: LSTM, seed: int = 0) -> tuple[list[Tensor], Callable[..., list[Te
     """The tensors of a call in fp64, and the call as their function, with the same masks each time."""
     torch.manual_seed(seed)
     D, names = lstm.num_layers * (1 + lstm.bidirectional), [n for n, _ in lstm.named_parameters()]
-    shapes = (3, 2, lstm.input_size), (D, 2, lstm.hidden_size), (D, 2, lstm.hidden_size)
+    shapes = (2, 2, lstm.input_size), (D, 2, lstm.hidden_size), (D, 2, lstm.hidden_size)
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     inputs += [p.detach().requires_grad_() for p in lstm.parameters()]
 
@@ -295,7 +295,7 @@ def test_vmap_draws_masks_as_it_is_told() -> None:
         vmap(lambda x: lstm(x)[0])(x)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["peephole", "norm of the state", "zoneout", "all but norms"])
 def test_compile(cell: str) -> None:
     """As one op for each layer, forwards and backwards; masks are the compiler's own."""
     torch._dynamo.reset()
@@ -322,8 +322,8 @@ def test_a_compiled_layer_draws_anew() -> None:
 @pytest.mark.parametrize("backend", ["auto", KERNELS])
 def test_equal_seeds_give_equal_bits(backend: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    lstm = LSTM(4, 6, 2, bidirectional=True, cell=CELLS["norm and zoneout"], backend=backend).to(DEVICE, dtype)
-    x, found = torch.randn(5, 3, 4, device=DEVICE, dtype=dtype), []
+    lstm = LSTM(4, 6, bidirectional=True, cell=CELLS["norm and zoneout"], backend=backend).to(DEVICE, dtype)
+    x, found = torch.randn(3, 2, 4, device=DEVICE, dtype=dtype), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         output, states = lstm(x)
