@@ -298,6 +298,7 @@ def test_vmap_draws_masks_as_it_is_told() -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_compile(cell: str) -> None:
     """As one op for each layer, forwards and backwards; masks are the compiler's own."""
+    torch._dynamo.reset()
     lstm = layer(cell, num_layers=2).float()
     lstm.train("zoneout" not in cell and "norms" not in cell)
     compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True)
@@ -311,6 +312,7 @@ def test_compile(cell: str) -> None:
 
 
 def test_a_compiled_layer_draws_anew() -> None:
+    torch._dynamo.reset()
     lstm, x = layer("zoneout").float(), torch.randn(4, 3, 4)
     compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True)
     assert not torch.equal(compiled(x)[0], compiled(x)[0])
