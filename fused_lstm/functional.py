@@ -181,6 +181,8 @@ def run(
     dtype = input.dtype
     if keep is not None and word != "triton":
         word, fp32, runner = "reference", dtype in HALVES, None
+    if stack.cell is not None and (runner is not None or word == "onednn"):  # torch's own LSTM, which has no heads
+        weights, stack = stack.cell.joined_heads(weights, 2 + 2 * stack.has_biases), stack._replace(cell=None)
     if fp32:
         input, weights = input.float(), [w.float() for w in weights]
         hx = None if hx is None else (hx[0].float(), hx[1].float())

@@ -14,7 +14,8 @@ from measure import Rule
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fused_lstm import LSTM, Cell, relatives
+from fused_lstm import LSTM, Cell, call, relatives
+from fused_lstm.plan import Way, choose
 
 CELLS = {
     "peephole": Cell(peephole=True),
@@ -209,3 +210,14 @@ def test_random_problems_by_the_error_rule(backend: str, count: int, dtype: torc
         exact, torchs, ours = (problem.run(*how) for how in ((torch.float64, None), (dtype, None), (dtype, backend)))
         rule.add(f"{seed} {problem.lstm} {problem.mode}", [str(k) for k in range(len(exact))], ours, torchs, exact)
     rule.check()
+
+
+def test_heads_on_torchs_lstm() -> None:
+    torch.manual_seed(0)
+    lstm = LSTM(3, 4, 2, bidirectional=True, cell=Cell(heads=2, coupled=True), backend="aten").double()
+    x, resets = torch.randn(5, 2, 3).double(), torch.rand(5, 2) < 0.4
+    ours, _ = lstm(x, resets=resets)
+    lstm.backend = "reference"
+    torch.testing.assert_close(ours, lstm(x, resets=resets)[0])
+    for hidden_size, way in ((64, Way.FUSED), (65, Way.REFERENCE)):  # of each head
+        assert choose(call.Problem("cpu", torch.float32, 8, 2, hidden_size, heads=4)).way is way
