@@ -156,7 +156,7 @@ class Backward:
             dc = dshown = torch.addcmul(dc, dh, dshown_dh)
         if norm:
             self.dshown[at, r] = dshown if valid is None else torch.where(valid, dshown, 0)
-            through = self.c_norm.backward(dshown * self.gain_c[r], at, r)
+            through = self.c_norm.backward(dshown * self.gain_c[r], at, r)[0]
             dc = through.add_(dc) if norm == "output" else through
         da[:, :, :3].mul_(dc[:, :, None])
         dc = dc * f
@@ -164,38 +164,48 @@ class Backward:
             dc.addcmul_(da[:, :, 0], self.peepholes[0][r]).addcmul_(da[:, :, 1], self.peepholes[1][r])
         if zone is not None:
             dc.addcmul_(dc_next, zone.c)
-        return self.recurrent.backward(da * self.gains[r], at, r) if norm else da, dc
+        return self.recurrent.backward(da * self.gains[r], at, r)[0] if norm else da, dc
+
+    def by_products(self, dgates: Tensor) -> list[Tensor]:
+        """Of each recurrence (N, 4H), gradients by the recurrent products of all steps; and those by their gains."""
+        if not self.relative.norm:
+            return list(dgates.flatten(2).unbind(1))
+        found = [self.recurrent.backward(d, slice(None), r, self.gains[r]) for r, d in enumerate(self._wide(dgates).unbind(1))]
+        self.dgains = [by_gains for _, by_gains, _ in found]
+        return [by_product.flatten(1).to(dgates.dtype) for by_product, _, _ in found]
 
     def by_units(self, dgates: Tensor) -> Tensor | None:
         """(R, n, H): gradients by the cell's own parameters, from those by all pre-activations (N, R, 4, H)."""
         if self.call.units is None:
             return None
-        dgates, found = dgates.to(self.c.dtype), []
+        dgates, found = self._wide(dgates), []
         if self.relative.peephole:
             new_c = self.shown if self.relative.norm == "state" else self.c
             found += [(dgates[:, :, k] * c).sum(0) for k, c in ((0, self.c_prev), (1, self.c_prev), (3, new_c))]
         if self.relative.norm:
-            found += (dgates * self.recurrent.value).sum(0).unbind(1)
+            found += torch.stack(self.dgains).unbind(1)
             found += [(self.dshown * self.c_norm.value).sum(0), self.dshown.sum(0)]
         return torch.stack(found, 1).to(self.call.units.dtype)
 
-    def by_products(self, dgates: Tensor) -> Tensor:
-        """(N, R, 4, H): gradients by the recurrent products of all steps."""
-        if not self.relative.norm:
-            return dgates
-        return self.recurrent.backward(dgates.to(self.c.dtype) * self.gains, slice(None), slice(None)).to(dgates.dtype)
+    def _wide(self, dgates: Tensor) -> Tensor:
+        return dgates.to(self.c.dtype)
 
 
 class Normalized:
-    """A tensor normalized over its last ``dims`` dimensions, and the gradients through it."""
+    """A norm over the last ``dims`` dimensions of a tensor, and the gradients through it."""
 
     def __init__(self, given: Tensor, dims: int) -> None:
         self.shape = given.shape[-dims:]
-        self.value, mean, self.rstd = torch.native_layer_norm(given, self.shape, None, None, EPS)
-        self.still = torch.zeros_like(mean), torch.ones_like(mean)
+        value, mean, self.rstd = torch.native_layer_norm(given, self.shape, None, None, EPS)
+        # torch's formula of the gradient cancels where the mean is large.
+        self.centered, self.mean = torch.sub(given, mean, out=value), torch.zeros_like(mean)
 
-    def backward(self, grad: Tensor, at: slice | Tensor, r: slice) -> Tensor:
-        # Of numbers that have mean 0 and variance 1 already: torch's formula cancels where the mean is large.
-        x, mean, rstd = (t[at, r].contiguous() for t in (self.value, *self.still))
-        given = grad, x, self.shape, mean, rstd, None, None
-        return torch.ops.aten.native_layer_norm_backward(*given, [True, False, False])[0].mul_(self.rstd[at, r])
+    @property
+    def value(self) -> Tensor:
+        return self.centered * self.rstd
+
+    def backward(self, grad: Tensor, at: slice | Tensor, r: slice | int, gain: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Gradients by what was given and, if there is one, by the gain that its normalized values were multiplied by."""
+        x, mean, rstd = (t[at, r].contiguous() for t in (self.centered, self.mean, self.rstd))
+        needs = [True, gain is not None, False]
+        return torch.ops.aten.native_layer_norm_backward(grad.contiguous(), x, self.shape, mean, rstd, gain, None, needs)
