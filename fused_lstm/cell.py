@@ -116,6 +116,14 @@ class Cell:
         gates = [w.unflatten(0, (4, self.heads, -1))[:, k].flatten(0, 1) for w in plain]
         return gates + [w.unflatten(1, (self.heads, -1))[:, k] for w in peepholes]
 
+    def joined_heads(self, weights: Sequence[Tensor], size: int) -> list[Tensor]:
+        """The weights, ``size`` for each layer and direction, of torch's cell: W_hh with zeros between the heads' blocks."""
+        own, result = torch.eye(self.heads, dtype=torch.bool, device=weights[0].device)[:, None, :, None], list(weights)
+        for k in range(1, len(weights), size):
+            blocks = weights[k].unflatten(0, (4, self.heads, -1)).unsqueeze(3)
+            result[k] = torch.where(own, blocks, 0).view(len(weights[k]), -1)
+        return result
+
     def split(self, groups: Sequence[Sequence[Tensor]]) -> tuple[Sequence[Sequence[Tensor]], Tensor | None, Tensor | None]:
         """The weights that torch's cell has, by direction; what ``LayerCall.units`` holds; gains of the input's products."""
         own = len(self.own(1))

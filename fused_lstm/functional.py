@@ -183,6 +183,8 @@ def run(
     dtype = input.dtype
     if keep is not None and word != "triton":
         word, fp32, runner = "reference", dtype in HALVES, None
+    if stack.cell is not None and (runner is not None or word == "onednn"):  # torch's own LSTM, which has no heads
+        weights, stack = stack.cell.joined_heads(weights, 2 + 2 * stack.has_biases), stack._replace(cell=None)
     if fp32:
         input, weights = input.float(), [w.float() for w in weights]
         hx = None if hx is None else (hx[0].float(), hx[1].float())
@@ -261,9 +263,10 @@ def _layer(
         c0 = None if c0 is None else F.pad(c0, (0, pad))
         h0 = F.pad(h0, (0, pad)) if h0 is not None and w_h0 is None else h0
     if relative and gains is not None:  # the norm of the input's products, for all steps
-        products = F.linear(x, w_ih).unflatten(-1, (R, 4 * H))
-        x = F.layer_norm(products, (4 * H,), eps=EPS).flatten(-2) * gains
-        x, w_ih, b_ih = x if b_ih is None else x + b_ih, None, None
+        biases = [None] * R if b_ih is None else b_ih.chunk(R)
+        given = zip(F.linear(x, w_ih).chunk(R, -1), gains.chunk(R), biases, strict=True)
+        normed = [F.layer_norm(products, (4 * H,), gain, bias, EPS) for products, gain, bias in given]
+        x, w_ih, b_ih = normed[0] if R == 1 else torch.cat(normed, -1), None, None
     more = (sequences.lengths, sequences.batch_sizes, sequences.resets, seed, stack.directions, stack.batch_first)
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, units)
     if transformed and w_ih is not None:

@@ -167,8 +167,6 @@ def supports_aten(p: Problem) -> tuple[bool, str]:
         return False, f"torch's LSTM knows {', '.join(map(str, FLOATS))}, not {p.dtype}"
     if p.cell:
         return False, f"torch's LSTM has no cell with {p.cell}"
-    if p.heads > 1 and not supports_onednn(p):
-        return False, "torch's LSTM has no heads, and only oneDNN in fp32, fp16 and bf16 is called for each of them"
     if p.device == "cuda" and p.resets:
         return False, "resets on torch's LSTM would need the number of resets on the host, and so a synchronisation"
     return True, "torch's own LSTM: " + ("cuDNN or MIOpen" if p.device == "cuda" else "oneDNN where it serves")
@@ -266,6 +264,8 @@ def prefers_reference(p: Problem) -> str | None:
         return None
     if p.dtype == torch.float64 and p.needs_grad and p.T > 1 and not (p.packed or p.lengths or p.resets):
         return "fp64 training on a CPU, where oneDNN has no LSTM: the explicit backward pass is faster than torch's"
+    if p.heads * p.hidden_size > 256 and p.heads > 1:
+        return "heads, which torch's LSTM takes as one recurrence with zeros between them: slower from so many units on"
     return None
 
 
@@ -313,9 +313,6 @@ def choose(p: Problem, backend: str = "auto") -> Plan:
     if p.forward_mode:
         why = "forward-mode AD, which torch follows op by op through the readable loop"
         return _explicit(Way.LOOP, p, why, rejected=plan.rejected)
-    if p.heads > 1 and plan.backend == "aten" and not (p.transformed and not p.ensemble):
-        why = f"a call of oneDNN's fused LSTM for each of the {p.heads} heads"
-        return _explicit(Way.ONEDNN, p, why, rejected=plan.rejected)
     if p.transformed and p.ensemble and plan.backend == "aten" and supports_onednn(p):
         why = "vmap over weights: a call of oneDNN's fused LSTM for each member"
         return _explicit(Way.ONEDNN, p, why, rejected=plan.rejected)

@@ -125,18 +125,16 @@ def backward(
             dgates, h_prev, *more,
         )  # fmt: skip
         dx = dw_ih = dw_hh = db_ih = db_hh = dh0 = dw_h0 = dunits = None
-        by_products = flat
-        if call.cell:
-            dunits = relative.by_units(flat.view(N, R, 4, H)) if needs[8] else None
-            by_products = relative.by_products(flat.view(N, R, 4, H)).view(flat.shape)
+        by_products = relative.by_products(flat.view(N, R, 4, H)) if call.cell else flat.chunk(R, 1)
+        if needs[8] and call.cell:
+            dunits = relative.by_units(flat.view(N, R, 4, H))
         if needs[0]:
             dx = (flat if call.w_ih is None else product(flat, call.w_ih)).view(*x.shape)
         if needs[3] and call.w_ih is not None:
             dw_ih = outer(flat, x.reshape(N, x.shape[-1]))
-        if needs[4] and R == 1:
-            dw_hh = outer(by_products, h_prev)
-        elif needs[4]:
-            dw_hh = torch.cat(list(map(outer, by_products.chunk(R, 1), h_prev.chunk(R, 1))))
+        if needs[4]:
+            each = list(map(outer, by_products, h_prev.chunk(R, 1)))
+            dw_hh = each[0] if R == 1 else torch.cat(each)
         if needs[5]:
             db_ih = flat.sum(0)
         if needs[6]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import relatives
 from .call import LayerCall, Rows
-from .cell import Relative
+from .cell import EPS, Relative
 from .gemm import linear
 
 
@@ -128,16 +128,16 @@ def recurrence_forward(
     """The recurrence, explicitly. Returns h_n and c_n, (R, B, H)."""
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
-    if call is not None:
-        relative, units = Relative.of(call.cell), call.units
-        zone = relatives.zoneout(call, relative, rows, y.view(-1, R, H))
-        if b_hh is not None:  # which a norm of the products does not see
-            gates, b_hh = gates.view(-1, R * 4 * H).add_(b_hh), None
+    relative = Relative.of("" if call is None else call.cell)
+    zone = None if call is None else relatives.zoneout(call, relative, rows, y.view(-1, R, H))
+    if relative.norm and b_hh is not None:  # which a norm of the products does not see
+        gates, b_hh = gates.view(-1, R * 4 * H).add_(b_hh), None
     gates, y, w_hh = gates.view(-1, R, 4, H), y.view(-1, R, H), w_hh.view(R, 4 * H, H)
     h_n, c_n = (y.new_zeros(R, rows.B, H) if state is None else state.clone() for state in (h0, c0))
     for r in rows.in_step(R):
         h, c = h_n[r].transpose(0, 1), c_n[r].transpose(0, 1)  # (B, recurrences, H)
         recurrent = products_with(w_hh[r], None if b_hh is None else b_hh.view(R, 4 * H)[r])
+        peepholes, gains, norm_c = relatives.parts(relative, None if call is None or call.units is None else call.units[r])
         for s in range(rows.T):
             at, n, valid, keep = rows.at(s, r.start), rows.active(s), rows.valid(s), rows.kept(s, r.start)
             h_prev, c_prev = h[:n], c[:n]
@@ -145,19 +145,27 @@ def recurrence_forward(
                 h_prev, c_prev = torch.where(keep[..., None], h_prev, 0), torch.where(keep[..., None], c_prev, 0)
             a = gates[at, r]
             products = recurrent(h_prev).view(a.shape)
-            if call is not None:
-                own, zone_s = None if units is None else units[r], zone and zone.at(at, r)
-                activated, h_new, c_new = relatives.step(a, products, h_prev, c_prev, relative, own, zone_s)
-                if c_all is not None:
-                    torch.stack(activated, 2, out=a)
+            if relative.norm:
+                a.addcmul_(F.layer_norm(products, a.shape[2:], eps=EPS), gains)
             else:
                 a += products
-                i, f, g, o = a.unbind(2)
-                torch.sigmoid_(a[:, :, :2])  # i and f
-                torch.tanh_(g)
-                torch.sigmoid_(o)
-                c_new = (f * c_prev).addcmul_(i, g)
-                h_new = torch.tanh(c_new).mul_(o)
+            i, f, g, o = a.unbind(2)
+            if relative.peephole:
+                i.addcmul_(peepholes[0], c_prev)
+                f.addcmul_(peepholes[1], c_prev)
+            torch.sigmoid_(a[:, :, :2])  # i and f
+            torch.tanh_(g)
+            c_new = shown = (f * c_prev).addcmul_(i, g)
+            if relative.norm:
+                shown = torch.addcmul(norm_c[1], F.layer_norm(c_new, (H,), eps=EPS), norm_c[0])
+                c_new = shown if relative.norm == "state" else c_new
+            if relative.peephole:
+                o.addcmul_(peepholes[2], c_new)
+            torch.sigmoid_(o)
+            h_new = torch.tanh(shown).mul_(o)
+            if zone is not None:
+                kept_h, kept_c = zone.at(at, r)
+                h_new, c_new = torch.lerp(h_new, h_prev, kept_h), torch.lerp(c_new, c_prev, kept_c)
             if valid is not None:  # a row without this step keeps its state and shows nothing
                 valid = valid[..., None]
                 y[at, r] = torch.where(valid, h_new, 0)
@@ -204,6 +212,7 @@ def recurrence_backward(
     w_hh, dgates, h_prev = w_hh.view(R, 4 * H, H), dgates.view(-1, R, 4, H), h_prev.view(-1, R, H)
     dy = torch.zeros_like(c_all) if dy is None else dy.view(-1, R, H)
     i, f, g, o = gates.unbind(2)
+    zone = kept = None
     if relative is None:
         tanh_c = torch.tanh(c_all)
         y = y.view(-1, R, H) if y.numel() else o * tanh_c
@@ -213,6 +222,7 @@ def recurrence_backward(
             c_prev[:, r] = rows.previous(c_all, None if c0 is None else c0[r], r)
     else:
         tanh_c, c_prev = torch.tanh(relative.shown), relative.c_prev
+        zone = relatives.zoneout(relative.call, relative.relative, rows, c_prev)
     # Before the loop, for all steps: the derivative of c_s by the pre-activations of i, f and g, and of h_s by that of o.
     # They are written to dgates, which may be the memory of gates. So each line reads its gates before it overwrites them,
     # and f, which the loop reads again, is copied.
@@ -220,6 +230,10 @@ def recurrence_backward(
     dc_dh = d_tanh(o, tanh_c)  # h_s = o * tanh(c_s)
     dgates[:, :, 0], dgates[:, :, 2] = d_sigmoid(g, i), d_tanh(i, g)
     dgates[:, :, 1], dgates[:, :, 3] = d_sigmoid(c_prev, f), d_sigmoid(tanh_c, o)
+    if zone is not None:
+        changed = 1 - zone.h
+        dc_dh.mul_(changed)
+        dgates[:, :, 3].mul_(changed)
     del tanh_c, c_prev, y
     dh_n, dc_0 = (c_all.new_zeros(R, rows.B, H) if grad is None else grad.clone() for grad in (dh_n, dc_n))
     for r in rows.in_step(R):
@@ -232,18 +246,19 @@ def recurrence_backward(
             da = products = dgates[at, r]
             valid = None if valid is None else valid[..., None]
             if relative is not None:
-                products, dc, passed = relative.step(at, r, dh, dc_next[:n], da, dc_dh[at, r], f[at, r], valid)
+                kept = zone and zone.at(at, r)
+                products, dc = relative.step(at, r, dh, dc_next[:n], da, dc_dh[at, r], f[at, r], valid, kept)
             else:
                 dc = torch.addcmul(dc_next[:n], dh, dc_dh[at, r])  # c_s by step s+1 and by h_s
-                da[:, :, :3] *= dc[:, :, None]  # i, f and g act through c
-                da[:, :, 3] *= dh
-                dc, passed = dc * f[at, r], None
+                da[:, :, :3].mul_(dc[:, :, None])  # i, f and g act through c
+                da[:, :, 3].mul_(dh)
+                dc = dc * f[at, r]
             if valid is not None:
                 da = torch.where(valid[..., None], da, 0)
             if valid is not None or isinstance(at, Tensor):  # then da is a copy of the buffer's rows
                 dgates[at, r] = da
-            dh = recurrent(products.flatten(2)).view(dc.shape)
-            dh = dh if passed is None else dh + passed
+            from_products = recurrent(products.flatten(2)).view(dc.shape)
+            dh = from_products if kept is None else from_products.addcmul_(kept.h, dh)
             if keep is not None:  # gradients stay within the episode
                 dh, dc = torch.where(keep[..., None], dh, 0), torch.where(keep[..., None], dc, 0)
             if valid is not None:  # a row without this step hands its gradients through

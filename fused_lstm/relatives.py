@@ -21,38 +21,43 @@ WORD = 0xFFFFFFFF
 
 
 class Zoneout(NamedTuple):
-    """How much of h and of c before a step is there after it, from 0 to 1: (N, R, H) each, or numbers for all."""
+    """How much of h and of c before a step is there after it, from 0 to 1: (N, R, H) each."""
 
-    h: Tensor | float
-    c: Tensor | float
+    h: Tensor
+    c: Tensor
 
     def at(self, rows: slice | Tensor, r: int | slice) -> Zoneout:
-        return Zoneout(*(p if isinstance(p, float) else p[rows, r] for p in self))
+        return Zoneout(self.h[rows, r], self.c[rows, r])
 
 
 def zoneout(call: LayerCall, relative: Relative, rows: Rows, like: Tensor) -> Zoneout | None:
     """Of all steps, in ``like``'s dtype: masks if there is a seed, else what they are on average."""
-    p = relative.zoneout_h, relative.zoneout_c
+    p, (R, H, T, B) = (relative.zoneout_h, relative.zoneout_c), (call.R, call.H, rows.T, rows.B)
+    if not any(p):
+        return None
     if call.seed is None:
-        return Zoneout(*p) if any(p) else None
-    R, H, T, B = call.R, call.H, rows.T, rows.B
+        return Zoneout(*(like.new_full((), q).expand(like.shape[0], R, H) for q in p))
     # One draw gives four words: of h and of c, at two times.
     index = torch.arange((T + 1) // 2 * B * R * H, device=like.device)
-    words = torch.stack(philox(call.seed, index)).view(2, 2, (T + 1) // 2, B, R, H)
-    masks = [(words[:, k] < round(q * 2**32)).transpose(0, 1).flatten(0, 1) for k, q in enumerate(p)]
+    words = philox(call.seed, index)
     t, b = rows.times_and_batch_rows(like.shape[0], like.device)
-    return Zoneout(*(mask[t, b].to(like.dtype) for mask in masks))
+    masks = []
+    for k, q in enumerate(p):
+        mask = torch.stack([(word < round(q * 2**32)).view(-1, B, R, H) for word in words[k::2]], 1).flatten(0, 2)
+        masks.append(mask.index_select(0, t * B + b).to(like.dtype))
+    return Zoneout(*masks)
 
 
 def philox(seed: Tensor, index: Tensor) -> list[Tensor]:
     """Four random numbers below 2^32 for each index, int64: Philox4x32 (Salmon et al. 2011) keyed by a seed (1,) int64."""
-    c = [index & WORD, index >> 32, torch.zeros_like(index), torch.zeros_like(index)]
+    zero = torch.zeros_like(seed)
+    c0, c1, c2, c3 = index & WORD, index >> 32, zero, zero  # c1 and c3 by their lower halves
     k0, k1 = seed & WORD, (seed >> 32) & WORD
     for _ in range(ROUNDS):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57  # may wrap, which leaves their bits right
-        c = [(b >> 32 & WORD) ^ c[1] ^ k0, b & WORD, (a >> 32 & WORD) ^ c[3] ^ k1, a & WORD]
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # may wrap, which leaves their bits right
+        c0, c1, c2, c3 = (b >> 32 ^ c1 ^ k0) & WORD, b, (a >> 32 ^ c3 ^ k1) & WORD, a
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
-    return c
+    return [c0, c1 & WORD, c2, c3 & WORD]
 
 
 def step(
@@ -85,7 +90,7 @@ def step(
     o = torch.sigmoid(a_o)  # 6. output gate
     new_h = o * tanh_c  # 7. hidden state
     if zone is not None:
-        new_h, new_c = zone.h * h + (1 - zone.h) * new_h, zone.c * c + (1 - zone.c) * new_c
+        new_h, new_c = torch.lerp(new_h, h, zone.h), torch.lerp(new_c, c, zone.c)
     return (i, f, g, o), new_h, new_c
 
 
@@ -120,7 +125,6 @@ class Backward:
     ) -> None:
         R, H, dtype = call.R, call.H, accumulator_dtype(gates.dtype)
         self.call, self.relative, self.c_prev = call, Relative.of(call.cell), c_prev.to(dtype)
-        self.zone = zoneout(call, self.relative, rows, self.c_prev)
         self.peepholes, self.gains, norm_c = parts(self.relative, None if call.units is None else call.units.to(dtype))
         i, f, g, _ = gates.to(dtype).unbind(2)
         self.c = self.shown = f * self.c_prev + i * g  # before a norm and zoneout
@@ -135,63 +139,75 @@ class Backward:
 
     def step(
         self, at: slice | Tensor, r: slice, dh: Tensor, dc: Tensor, da: Tensor, dshown_dh: Tensor, f: Tensor,
-        valid: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """From the gradients by h and c after the step: those by the recurrent product, by c before, and by h before as far
-        as zoneout passes it on. ``da`` holds the derivatives of the cell state by the pre-activations of i, f, g, and of h
-        by that of o, and is given the gradients by all four."""
-        zone = None if self.zone is None else self.zone.at(at, r)
-        kept_h = kept_c = None
+        valid: Tensor | None, zone: Zoneout | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """From the gradients by h and c after the step: those by the recurrent product and by c before. ``da`` holds the
+        derivatives of the cell state by the pre-activations of i, f, g, and of h by that of o, and is given the gradients by
+        all four."""
+        norm, dc_next = self.relative.norm, dc
         if zone is not None:
-            kept_h, kept_c = zone.h * dh, zone.c * dc
-            dh, dc = dh - kept_h, dc - kept_c
-        da[:, :, 3] *= dh
-        dshown = dh * dshown_dh
+            dc = torch.addcmul(dc, dc, zone.c, value=-1)
+        da[:, :, 3].mul_(dh)
         if self.relative.peephole:
-            dc = torch.addcmul(dc, self.peepholes[2][r], da[:, :, 3])
-        if self.relative.norm == "state":
-            dc = dshown = dc + dshown
-        if self.relative.norm:
+            dc = torch.addcmul(dc, da[:, :, 3], self.peepholes[2][r])
+        if norm == "output":
+            dshown = dh * dshown_dh
+        else:
+            dc = dshown = torch.addcmul(dc, dh, dshown_dh)
+        if norm:
             self.dshown[at, r] = dshown if valid is None else torch.where(valid, dshown, 0)
-            dshown = self.c_norm.backward(dshown * self.gain_c[r], at, r)
-        dc = dshown if self.relative.norm == "state" else dc + dshown
-        da[:, :, :3] *= dc[:, :, None]
+            through = self.c_norm.backward(dshown * self.gain_c[r], at, r)[0]
+            dc = through.add_(dc) if norm == "output" else through
+        da[:, :, :3].mul_(dc[:, :, None])
         dc = dc * f
         if self.relative.peephole:
-            dc = dc.addcmul_(self.peepholes[0][r], da[:, :, 0]).addcmul_(self.peepholes[1][r], da[:, :, 1])
-        product = self.recurrent.backward(da * self.gains[r], at, r) if self.relative.norm else da
-        return product, dc if kept_c is None else dc + kept_c, kept_h
+            dc.addcmul_(da[:, :, 0], self.peepholes[0][r]).addcmul_(da[:, :, 1], self.peepholes[1][r])
+        if zone is not None:
+            dc.addcmul_(dc_next, zone.c)
+        return self.recurrent.backward(da * self.gains[r], at, r)[0] if norm else da, dc
+
+    def by_products(self, dgates: Tensor) -> list[Tensor]:
+        """Of each recurrence (N, 4H), gradients by the recurrent products of all steps; and those by their gains."""
+        if not self.relative.norm:
+            return list(dgates.flatten(2).unbind(1))
+        found = [
+            self.recurrent.backward(d, slice(None), r, self.gains[r]) for r, d in enumerate(self._wide(dgates).unbind(1))
+        ]
+        self.dgains = [by_gains for _, by_gains, _ in found]
+        return [by_product.flatten(1).to(dgates.dtype) for by_product, _, _ in found]
 
     def by_units(self, dgates: Tensor) -> Tensor | None:
         """(R, n, H): gradients by the cell's own parameters, from those by all pre-activations (N, R, 4, H)."""
         if self.call.units is None:
             return None
-        dgates, found = dgates.to(self.c.dtype), []
+        dgates, found = self._wide(dgates), []
         if self.relative.peephole:
             new_c = self.shown if self.relative.norm == "state" else self.c
             found += [(dgates[:, :, k] * c).sum(0) for k, c in ((0, self.c_prev), (1, self.c_prev), (3, new_c))]
         if self.relative.norm:
-            found += (dgates * self.recurrent.value).sum(0).unbind(1)
+            found += torch.stack(self.dgains).unbind(1)
             found += [(self.dshown * self.c_norm.value).sum(0), self.dshown.sum(0)]
         return torch.stack(found, 1).to(self.call.units.dtype)
 
-    def by_products(self, dgates: Tensor) -> Tensor:
-        """(N, R, 4, H): gradients by the recurrent products of all steps."""
-        if not self.relative.norm:
-            return dgates
-        return self.recurrent.backward(dgates.to(self.c.dtype) * self.gains, slice(None), slice(None)).to(dgates.dtype)
+    def _wide(self, dgates: Tensor) -> Tensor:
+        return dgates.to(self.c.dtype)
 
 
 class Normalized:
-    """A tensor normalized over its last ``dims`` dimensions, and the gradients through it."""
+    """A norm over the last ``dims`` dimensions of a tensor, and the gradients through it."""
 
     def __init__(self, given: Tensor, dims: int) -> None:
         self.shape = given.shape[-dims:]
-        self.value, mean, self.rstd = torch.native_layer_norm(given, self.shape, None, None, EPS)
-        self.still = torch.zeros_like(mean), torch.ones_like(mean)
+        value, mean, self.rstd = torch.native_layer_norm(given, self.shape, None, None, EPS)
+        # torch's formula of the gradient cancels where the mean is large.
+        self.centered, self.mean = torch.sub(given, mean, out=value), torch.zeros_like(mean)
 
-    def backward(self, grad: Tensor, at: slice | Tensor, r: slice) -> Tensor:
-        # Of numbers that have mean 0 and variance 1 already: torch's formula cancels where the mean is large.
-        x, mean, rstd = (t[at, r].contiguous() for t in (self.value, *self.still))
-        given = grad, x, self.shape, mean, rstd, None, None
-        return torch.ops.aten.native_layer_norm_backward(*given, [True, False, False])[0] * self.rstd[at, r]
+    @property
+    def value(self) -> Tensor:
+        return self.centered * self.rstd
+
+    def backward(self, grad: Tensor, at: slice | Tensor, r: slice | int, gain: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Gradients by what was given and, if there is one, by the gain that its normalized values were multiplied by."""
+        x, mean, rstd = (t[at, r].contiguous() for t in (self.centered, self.mean, self.rstd))
+        needs = [True, gain is not None, False]
+        return torch.ops.aten.native_layer_norm_backward(grad.contiguous(), x, self.shape, mean, rstd, gain, None, needs)

@@ -22,7 +22,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fused_lstm
 from fused_lstm import LSTM, Cell, relatives
 from fused_lstm.call import LayerCall
+from fused_lstm.call import Problem as Asked
 from fused_lstm.cell import Relative
+from fused_lstm.plan import Way, choose
 
 CELLS = {
     "peephole": Cell(peephole=True),
@@ -360,7 +362,17 @@ def test_heads_are_a_block_diagonal_layer() -> None:
     (a, states), (b, expected) = lstm(x), dense(x)
     for got, wanted in zip((a, *states), (b, *expected), strict=True):
         torch.testing.assert_close(got, wanted)
-    assert fused_lstm.explain(lstm, x).how == "onednn"
+
+
+def test_heads_on_torchs_lstm() -> None:
+    torch.manual_seed(0)
+    lstm = LSTM(3, 4, 2, bidirectional=True, cell=Cell(heads=2, coupled=True), backend="aten").double()
+    x, resets = torch.randn(5, 2, 3).double(), torch.rand(5, 2) < 0.4
+    ours, _ = lstm(x, resets=resets)
+    lstm.backend = "reference"
+    torch.testing.assert_close(ours, lstm(x, resets=resets)[0])
+    for hidden_size, way in ((64, Way.FUSED), (65, Way.REFERENCE)):  # of each head
+        assert choose(Asked("cpu", torch.float32, 8, 2, hidden_size, heads=4)).way is way
 
 
 class PyTorchsLayerNormLSTMCell(nn.Module):
