@@ -164,7 +164,7 @@ def stub_package(stub: Stub) -> Forced:
     from fused_lstm.launch.schedule import Device
 
     plan.SUPPORTS["triton"] = lambda p: (True, "stubbed")
-    recurrence.outer = lambda a, b: a.t() @ b  # as on a GPU
+    recurrence.outer, recurrence.product = lambda a, b: a.t() @ b, torch.mm  # as on a GPU
     call.check_range = recurrence.check_range = lambda lengths, T: (0, -1)  # as on a GPU, where it would wait for the device
     # A launch by a kept kernel is all walked through but for the driver's part; a first one compiles nothing.
     schedule.driver = SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0))

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
+from .cell import Cell
+
 Result = tuple[Tensor, Tensor, Tensor]  # output, h_n, c_n
 States = tuple[Tensor, Tensor] | None  # h0 and c0; None: zero
 
@@ -27,6 +29,9 @@ class Stack(NamedTuple):
     bidirectional: bool
     batch_first: bool
     recompute: bool = False  # gates are not kept for the backward pass, which computes them again
+    cell: Cell | None = None  # a relative of torch's
+    training: bool = False  # zoneout draws masks
+    between: Callable[[Tensor], Tensor] | None = None  # what becomes of a layer's output before the next gets it
 
     @property
     def directions(self) -> int:
@@ -38,8 +43,9 @@ class Stack(NamedTuple):
         return [weights[k : k + step] for k in range(0, len(weights), step)]
 
     def projects(self, weights: Sequence[Tensor]) -> bool:
-        """Whether each layer's weights end with a projection."""
-        return len(weights) // (self.num_layers * self.directions) > (4 if self.has_biases else 2)
+        """Whether each layer has a projection."""
+        own = 0 if self.cell is None else len(self.cell.own(1))
+        return len(weights) // (self.num_layers * self.directions) - own > (4 if self.has_biases else 2)
 
 
 class Sequences(NamedTuple):
@@ -90,6 +96,8 @@ class Problem(NamedTuple):
     transformed: bool = False  # a transform of torch.func is at work
     ensemble: bool = False  # vmap maps over the weights
     forward_mode: bool = False  # a level of forward-mode AD is open
+    heads: int = 1  # of hidden_size units each
+    cell: str = ""  # as LayerCall has it
     gpu: OnGPU | None = None  # on CUDA, for calls that are not compiled
 
 
@@ -124,24 +132,31 @@ class LayerCall(NamedTuple):
     cell: str = ""  # which relative of torch's cell, as :class:`fused_lstm.cell.Relative` reads it
 
     @property
-    def H(self) -> int:
-        return self.w_hh.shape[1]
+    def R(self) -> int:
+        return self.sizes[0]
 
     @property
-    def R(self) -> int:
-        return self.w_hh.shape[0] // (4 * self.w_hh.shape[1])
+    def H(self) -> int:
+        return self.sizes[1]
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """R and H."""
+        n, H = self.w_hh.shape
+        return n // (4 * H), H
 
     @property
     def rows(self) -> Rows:
         """Where the sequences lie in memory."""
-        x, batch_sizes = self.x, self.batch_sizes
-        lengths = None if self.lengths is None else self.lengths.contiguous()  # the kernels know no stride of theirs
-        resets = None if self.resets is None else self.resets.flatten()
+        x, batch_sizes, lengths, resets = self.x, self.batch_sizes, self.lengths, self.resets
         if batch_sizes is not None:
             T, B = batch_sizes.shape[0], int(batch_sizes[0]) if self.c0 is None else self.c0.shape[1]
             lengths = (batch_sizes[:, None] > torch.arange(B, device="cpu")).sum(0).to(x.device, non_blocking=True)
         else:
-            B, T = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
+            T, B, _ = x.shape
+            T, B = (B, T) if self.batch_first else (T, B)
+            lengths = None if lengths is None else lengths.contiguous()  # the kernels know no stride of theirs
+        resets = None if resets is None else resets.flatten()
         return Rows(T, B, self.batch_first, self.directions, lengths, batch_sizes, resets)
 
 
@@ -178,6 +193,12 @@ class Rows(NamedTuple):
     @property
     def stride_b(self) -> int:
         return self.T if self.batch_first else 1
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """What each launch is told: T, B, and both strides."""
+        T, B = self.T, self.B
+        return (T, B, 1, T) if self.batch_first else (T, B, B, 1)
 
     def starts(self) -> Tensor | None:
         """First data row of each time step, (T,) int64 on the data's device; None when padded."""
@@ -415,6 +436,8 @@ def each_layer(
             swap = stack.batch_first and x.dim() == 3 and x.device.type == "cpu"  # to the order in which nn.LSTM draws
             x = F.dropout(x.transpose(0, 1).contiguous() if swap else x, stack.dropout)
             x = x.transpose(0, 1) if swap else x
+        if layer > 0 and stack.between is not None:
+            x = stack.between(x)
         x, h, c = run(x, None if states is None else (states[0][part], states[1][part]), groups[part], *more)
         last.append((h, c))
     h_n, c_n = (torch.cat(s) for s in zip(*last, strict=True))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import chain
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,7 @@ from .call import (
     numberless,
     traced,
 )
+from .cell import EPS, Cell, checked_cell
 from .cpu import aten, segments
 from .plan import HALVES, Way, choose, choose_compiled, problem_of, unknown_sizes
 
@@ -50,6 +54,7 @@ def lstm(
     resets: Tensor | None = None,
     backend: str = "auto",
     recompute: bool = False,
+    cell: Cell | None = None,
 ) -> Result:
     """Run a stack of LSTM layers; the function behind :class:`fused_lstm.LSTM`.
 
@@ -72,6 +77,8 @@ def lstm(
             and c are zero before step t, and neither values nor gradients pass, in any layer or direction.
         backend: ``"auto"``, ``"triton"``, ``"aten"`` or ``"reference"``; see :func:`fused_lstm.explain`.
         recompute: keep no gates for the backward pass, which computes them again: less memory, more time.
+        cell: a relative of torch's cell, :class:`fused_lstm.Cell`. ``weights`` then have its shapes, and the parameters that
+            it adds follow each direction's.
 
     Returns:
         output, like input with D*Hout features; h_n and c_n, like h0 and c0.
@@ -88,8 +95,9 @@ def lstm(
         raise TypeError("weights should be a sequence of tensors")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
-    weights = list(weights)
-    stack = Stack(has_biases, num_layers, dropout if training else 0.0, bidirectional, batch_first, recompute)
+    weights, cell = list(weights), checked_cell(cell)
+    own = recompute, cell, training
+    stack = Stack(has_biases, num_layers, dropout if training else 0.0, bidirectional, batch_first, *own)
     check(input, hx, weights, stack, batch_sizes)
     hx, sequences = settle(input, hx, stack, batch_sizes, lengths, resets)
     return run(input, hx, weights, stack, sequences, backend)
@@ -150,6 +158,8 @@ def run(
 ) -> Result:
     """:func:`lstm` for arguments that were checked. ``keep`` is given what each layer computed, one after the other; ways
     that do not show it give way to the explicit one."""
+    if stack.cell is not None:
+        weights, stack = uncoupled(weights, stack)
     compiling = torch.compiler.is_compiling()
     if (compiling or torch._C._is_any_autocast_enabled()) and autocast(input):
         h0, c0 = hx or (None, None)
@@ -162,7 +172,9 @@ def run(
     # torch.jit.trace records the call for others.
     if compiling or (sequences is not PLAIN and (torch._C._get_tracing_state() is not None or numberless(input))):
         levels = (active(), differentiates() or forward_mode())
-        word, fp32, transformed = choose_compiled(input.device.type, input.dtype, stack.projects(weights), *levels, backend)
+        what = (1, "") if stack.cell is None else (stack.cell.heads, stack.cell.relative)
+        projected = stack.projects(weights)
+        word, fp32, transformed = choose_compiled(input.device.type, input.dtype, projected, *levels, backend, *what)
         if word == "onednn" and not unknown_sizes():
             stack = stack._replace(recompute=True)
         runner = None
@@ -171,13 +183,18 @@ def run(
     dtype = input.dtype
     if keep is not None and word != "triton":
         word, fp32, runner = "reference", dtype in HALVES, None
+    if stack.cell is not None and (runner is not None or word == "onednn"):  # torch's own LSTM, which has no heads
+        weights, stack = stack.cell.joined_heads(weights, 2 + 2 * stack.has_biases), stack._replace(cell=None)
     if fp32:
         input, weights = input.float(), [w.float() for w in weights]
         hx = None if hx is None else (hx[0].float(), hx[1].float())
     if runner is None:
         y, h_n, c_n = run_layers(input, hx, weights, stack, sequences, word, transformed, keep)
-    else:
+    elif stack.between is None:
         y, h_n, c_n = runner(input, hx, weights, stack, sequences)
+    else:  # which torch's own LSTM does not know, nor a way that cuts time: layer by layer over the whole of it
+        one = stack._replace(num_layers=1, between=None)
+        y, h_n, c_n = each_layer(lambda x, s, w: runner(x, s, list(chain(*w)), one, sequences), input, hx, weights, stack)
     return (y.to(dtype), h_n.to(dtype), c_n.to(dtype)) if fp32 else (y, h_n, c_n)
 
 
@@ -224,6 +241,13 @@ def _layer(
     transformed: bool, keep: Keep | None,
 ) -> Result:  # fmt: skip
     """One layer, both directions at once. hx (D, B, Hout) and (D, B, H)."""
+    cell, relative, units, seed = stack.cell, "", None, None
+    if cell is not None:
+        if cell.heads > 1:
+            return _by_head(x, hx, groups, stack, sequences, engine, transformed, keep)
+        relative, (groups, units, gains) = cell.relative, cell.split(groups)
+        if stack.training and any(cell.zoneout):
+            seed = torch.randint(2**63 - 1, (1,), device=x.device)
     h0, c0 = (None, None) if hx is None else hx
     w_ih, w_hh, *rest = groups[0] if len(groups) == 1 else [torch.cat(each) for each in zip(*groups, strict=True)]
     b_ih, b_hh = rest[:2] if stack.has_biases else (None, None)
@@ -232,26 +256,33 @@ def _layer(
         # With h = W_hr m, W_hh h = (W_hh W_hr) m: a plain recurrence over m, which h0 enters through the first step.
         w_h0, w_hh = None if h0 is None else w_hh, torch.cat([group[1] @ group[-1] for group in groups])
     R, H = len(groups), w_hh.shape[1]
-    pad = -H % ALIGNMENT if engine == "triton" else 0
+    pad = -H % ALIGNMENT if engine == "triton" and not relative else 0
     if pad:  # units of zero weight stay at zero: the results are the same, and every row is aligned
         w_ih, w_hh, b_ih, b_hh, w_h0 = (None if w is None else _pad_gates(w, H, pad) for w in (w_ih, w_hh, b_ih, b_hh, w_h0))
         w_hh = F.pad(w_hh, (0, pad))
         c0 = None if c0 is None else F.pad(c0, (0, pad))
         h0 = F.pad(h0, (0, pad)) if h0 is not None and w_h0 is None else h0
-    more = (sequences.lengths, sequences.batch_sizes, sequences.resets, None, stack.directions, stack.batch_first)
-    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, None)
-    if transformed:
+    if relative and gains is not None:  # the norm of the input's products, for all steps
+        biases = [None] * R if b_ih is None else b_ih.chunk(R)
+        given = zip(F.linear(x, w_ih).chunk(R, -1), gains.chunk(R), biases, strict=True)
+        normed = [F.layer_norm(products, (4 * H,), gain, bias, EPS) for products, gain, bias in given]
+        x, w_ih, b_ih = normed[0] if R == 1 else torch.cat(normed, -1), None, None
+    more = (sequences.lengths, sequences.batch_sizes, sequences.resets, seed, stack.directions, stack.batch_first)
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, units)
+    if transformed and w_ih is not None:
         x = F.linear(x, w_ih, None if b_ih is None else b_ih + b_hh)
         if w_h0 is not None:
             x = recurrence.with_first(x, h0, w_h0, LayerCall(*tensors, *more, False, engine, False))
-        tensors = (x, None if w_hr else h0, c0, None, w_hh, None, None, None, None)
+        tensors = (x, None if w_hr else h0, c0, None, w_hh, None, None, None, units)
     if engine == "loop":
-        kept = Kept(*reference.layer(LayerCall(*tensors, *more, False, engine, False)), None, None)
+        kept = Kept(*reference.layer(LayerCall(*tensors, *more, False, engine, False, relative)), None, None)
     else:
         # Under vmap a tensor does not tell whether a gradient is asked for outside.
-        save = torch.is_grad_enabled() and (active() or any([t is not None and t.requires_grad for t in tensors]))
+        save = torch.is_grad_enabled() and (
+            x.requires_grad or active() or any([t is not None and t.requires_grad for t in tensors])
+        )
         recompute = stack.recompute and keep is None
-        kept = ops.layer(LayerCall(*tensors, *more, save or keep is not None, engine, recompute))
+        kept = ops.layer(LayerCall(*tensors, *more, save or keep is not None, engine, recompute, relative))
     y, h_n, c_n = kept[:3]
     if pad:
         parts = y.unflatten(-1, (R, H + pad))[..., :H].flatten(-2), h_n[..., :H], c_n[..., :H]
@@ -268,6 +299,43 @@ def _layer(
     if keep is not None:
         keep(kept._replace(y=y, gates=kept.gates[..., :H], c=kept.c[..., :H]))
     return y, h_n, c_n
+
+
+def _by_head(
+    x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]], stack: Stack, sequences: Sequences, engine: str,
+    transformed: bool, keep: Keep | None,
+) -> Result:  # fmt: skip
+    """As :func:`_layer`, each head being a recurrence of its own that sees all of x."""
+    cell, D = stack.cell, len(groups)
+    n = cell.heads
+    heads = [cell.head(group, k) for k in range(n) for group in groups]
+    hx = None if hx is None else [s.unflatten(-1, (n, -1)).permute(2, 0, 1, 3).flatten(0, 1) for s in hx]
+
+    def joined(t: Tensor) -> Tensor:
+        """(..., n*D*h) to (..., D*n*h)."""
+        return t.unflatten(-1, (n, D, -1)).transpose(-3, -2).flatten(-3) if D > 1 else t
+
+    def joined_units(t: Tensor) -> Tensor:
+        """(N, n*D, ..., h) to (N, D, ..., H)."""
+        return t.unflatten(1, (n, D)).movedim(1, -2).flatten(-2)
+
+    def keep_joined(kept: Kept) -> None:
+        keep(kept._replace(y=joined(kept.y), gates=joined_units(kept.gates), c=joined_units(kept.c)))
+
+    single = stack._replace(cell=dataclasses.replace(cell, heads=1))
+    y, h_n, c_n = _layer(x, hx, heads, single, sequences, engine, transformed, None if keep is None else keep_joined)
+    return joined(y), *(s.unflatten(0, (n, D)).permute(1, 2, 0, 3).flatten(-2) for s in (h_n, c_n))
+
+
+def uncoupled(weights: Sequence[Tensor], stack: Stack) -> tuple[Sequence[Tensor], Stack]:
+    """Weights and stack of a call without coupled gates; of torch's cell, if nothing else is special."""
+    cell = stack.cell
+    if cell is None:
+        return weights, stack
+    if cell.coupled:
+        weights = cell.uncoupled(weights, len(weights) // (stack.num_layers * stack.directions))
+        cell = dataclasses.replace(cell, coupled=False)
+    return weights, stack._replace(cell=cell if cell.relative or cell.heads > 1 else None)
 
 
 def _pad_gates(w: Tensor, H: int, pad: int) -> Tensor:
@@ -298,10 +366,11 @@ def check(
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         raise RuntimeError(f"lstm expects two hidden states, (h0, c0), got {type(hx).__name__}")
     groups = stack.num_layers * stack.directions
-    plain = 4 if stack.has_biases else 2
-    if len(weights) not in (groups * plain, groups * (plain + 1)):
+    plain, cell = 4 if stack.has_biases else 2, stack.cell
+    own = 0 if cell is None else len(cell.own(1))
+    if len(weights) not in (groups * (plain + own), groups * (plain + own + 1)):
         raise ValueError(
-            f"weights should hold {groups * plain} tensors, or {groups * (plain + 1)} with projections, for "
+            f"weights should hold {groups * (plain + own)} tensors, or {groups * (plain + own + 1)} with projections, for "
             f"num_layers={stack.num_layers}, bidirectional={stack.bidirectional} and has_biases={stack.has_biases}; "
             f"got {len(weights)}"
         )
@@ -311,10 +380,13 @@ def check(
     if batch_sizes is not None:
         check_batch_sizes(batch_sizes, input.shape[0])
     B = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if stack.batch_first else 1]
-    step = len(weights) // groups
-    P, H = weights[step - 1].shape if step > plain else (weights[1].shape[1],) * 2
+    step = len(weights) // groups - own
+    heads = 1 if cell is None else cell.heads
+    P, H = weights[step - 1].shape if step > plain else (weights[1].shape[-1] * heads,) * 2
     if step > plain and P >= H:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got weights of {P} and {H}")
+    if cell is not None:
+        cell.check_sizes(H, stack.has_biases, P if step > plain else 0)
     check_weights(input, weights, stack, (input.shape[-1], H, P if step > plain else 0))
     for k, (tensor, width) in enumerate(zip(hx, (P, H), strict=True)):
         if tensor.shape != (groups, B, width):
@@ -322,15 +394,18 @@ def check(
     check_like(input, hx, weights)
 
 
+KIND = attrgetter("shape", "dtype", "device")  # which compilers do not look into
+
+
 def check_weights(
     input: Tensor, weights: Sequence[Tensor], stack: Stack, sizes: tuple[int, int, int], names: Sequence[str] | None = None
 ) -> None:
     """Shapes, dtypes and devices of the weights, which would else be read past their ends. ``sizes``: I, H and P, or 0."""
-    find = _kinds.__wrapped__ if torch.compiler.is_compiling() else _kinds  # a compiler warns of caches
-    of = stack.has_biases, stack.num_layers, stack.directions, *sizes
-    if [(w.shape, w.dtype, w.device) for w in weights] == find(*of, input.dtype, input.device):
+    compiling = torch.compiler.is_compiling()
+    of = stack.has_biases, stack.num_layers, stack.bidirectional, stack.cell, *sizes
+    if not compiling and list(map(KIND, weights)) == _kinds(*of, input.dtype, input.device):
         return
-    kinds = find(*of, weights[0].dtype, weights[0].device)
+    kinds = (_kinds.__wrapped__ if compiling else _kinds)(*of, weights[0].dtype, weights[0].device)
     if len(kinds) != len(weights):
         raise ValueError(f"expected {len(kinds)} weights for num_layers={stack.num_layers}, got {len(weights)}")
     for k, (w, (shape, dtype, device)) in enumerate(zip(weights, kinds, strict=True)):
@@ -346,12 +421,15 @@ def check_weights(
 
 @lru_cache(maxsize=4096)
 def _kinds(
-    biases: bool, layers: int, directions: int, I: int, H: int, P: int, dtype: torch.dtype, device: torch.device  # noqa: E741
+    biases: bool, layers: int, bidirectional: bool, cell: Cell | None, I: int, H: int, P: int,  # noqa: E741
+    dtype: torch.dtype, device: torch.device,
 ) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:  # fmt: skip
     """What a call's weights should be, in their order."""
+    directions = 1 + bidirectional
     widths = [I] * directions + [directions * (P or H)] * (directions * (layers - 1))
-    rest = [(4 * H, P or H), *[(4 * H,)] * (2 * bool(biases)), *[(P, H)] * (P > 0)]
-    return [(shape, dtype, device) for width in widths for shape in ((4 * H, width), *rest)]
+    N, heads, own = (4 * H, 1, ()) if cell is None else (cell.gates * H, cell.heads, cell.own(H).values())
+    rest = [(N, P or H // heads), *[(N,)] * (2 * bool(biases)), *[(P, H)] * (P > 0), *own]
+    return [(shape, dtype, device) for width in widths for shape in ((N, width), *rest)]
 
 
 def check_like(input: Tensor, hx: States, weights: Sequence[Tensor]) -> None:

@@ -30,13 +30,8 @@ _ONEDNN_LINEAR = _onednn_linear()
 
 def uses_onednn(x: Tensor, w: Tensor) -> bool:
     """Whether :func:`linear` gives x (..., K), w (N, K) to oneDNN."""
-    return (
-        not x.is_cuda
-        and x.dtype == torch.float32
-        and x.numel() * w.shape[0] >= ONEDNN_FROM
-        and _ONEDNN_LINEAR is not None
-        and x.device.type == "cpu"
-    )
+    large = x.is_cpu and x.numel() * w.shape[0] >= ONEDNN_FROM
+    return large and x.dtype == torch.float32 and _ONEDNN_LINEAR is not None
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,13 +41,31 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, w, bias)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for a (M, K), b (K, N)."""
+    return linear(a, b.t()) if a.is_cpu else a @ b
+
+
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """a^T @ b for a (N, M), b (N, K): the sum over rows of outer products.
 
     On a CPU in the order that oneDNN is quickest at. Rows with gaps between them, as one direction of two has them, are
     copied first: with these it is a thousand times slower.
     """
-    return linear(b.contiguous().t(), a.contiguous().t()).t().contiguous() if a.device.type == "cpu" else a.t() @ b
+    return linear(b.contiguous().t(), a.contiguous().t()).t().contiguous() if a.is_cpu else a.t() @ b
+
+
+# torch 2.8 and newer add up products of halves on CUDA in fp32 and leave it so; older ones round, as they do other halves.
+_WIDE_BMM = getattr(torch.ops.aten.bmm, "dtype_out", None)
+
+
+def batched(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """The products a @ b (R, M, N) of a (R, M, K) and b (R, K, N), written to out, which may be wider than they are."""
+    if out.dtype == a.dtype:
+        return torch.bmm(a, b, out=out)
+    if a.is_cuda and _WIDE_BMM is not None:
+        return _WIDE_BMM(a, b, out.dtype, out=out)
+    return out.copy_(torch.bmm(a, b) if a.is_cuda else torch.bmm(a.to(out.dtype), b.to(out.dtype)))
 
 
 # From torch 2.9 on each kind of op has a switch, which may inherit a general one; the older switch for products remains, and

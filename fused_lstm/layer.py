@@ -14,7 +14,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Problem, Sequences, Stack, States, as_resets, numberless
-from .functional import cast_dtype, check_like, check_weights, run, settle
+from .cell import Cell, checked_cell
+from .dropouts import NO_DROPOUTS
+from .functional import cast_dtype, check_like, check_weights, run, settle, uncoupled
 from .plan import BACKENDS, Plan, choose, problem_of
 
 L = TypeVar("L", bound=nn.RNNBase)
@@ -39,6 +41,7 @@ class LSTM(nn.RNNBase):
             PyTorch). All but ``"auto"`` fail rather than let another backend step in. See :func:`fused_lstm.explain`.
         recompute: train with less memory in more time. The gates, most of what a backward pass keeps of an LSTM, are not
             kept but computed again. Results are the same up to rounding; without gradients nothing changes.
+        cell: a relative of torch's cell, :class:`fused_lstm.Cell`; None: torch's.
 
     Call with ``input`` of shape (T, B, I), (B, T, I) if ``batch_first``, (T, I) unbatched, or a PackedSequence, and
     optionally ``hx = (h0, c0)`` of shapes (D*num_layers, B, Hout) and (D*num_layers, B, H), without B when unbatched;
@@ -71,6 +74,8 @@ class LSTM(nn.RNNBase):
 
     backend: str = "auto"  # on the class too, so that pickles from before an option existed still load
     recompute: bool = False
+    cell: Cell | None = None
+    _dropouts = NO_DROPOUTS
     _assigned: tuple[tuple[int, Tensor, Tensor], ...] = ()  # by _flat_weights: a weight's index, the weight, its stand-in
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -78,10 +83,46 @@ class LSTM(nn.RNNBase):
     permute_hidden = nn.LSTM.permute_hidden
     __setattr__ = nn.Module.__setattr__  # RNNBase's writes to _flat_weights, which computes parametrized weights
 
-    def __init__(self, *args: Any, backend: str = "auto", recompute: bool = False, **kwargs: Any) -> None:
-        own = _checked(backend, recompute)
+    def __init__(
+        self, *args: Any, backend: str = "auto", recompute: bool = False, cell: Cell | None = None, **kwargs: Any
+    ) -> None:
+        own = _checked(backend, recompute) | {"cell": checked_cell(cell)}
         super().__init__("LSTM", *args, **kwargs)
         self.__dict__.update(own)
+        if self.cell is not None:
+            self._take_cell(self.cell)
+
+    def _take_cell(self, cell: Cell) -> None:
+        """Give the layer the parameters of another cell than torch's."""
+        cell.check_sizes(self.hidden_size, self.bias, self.proj_size)
+        own, names = cell.own(self.hidden_size), []
+        for direction in self._all_weights:
+            suffix = direction[0].removeprefix("weight_ih")
+            for name in direction:
+                old = self._parameters[name]
+                if not name.startswith("weight_hr"):
+                    width = [n // cell.heads if name.startswith("weight_hh") else n for n in old.shape[1:]]
+                    self._parameters[name] = nn.Parameter(old.new_empty(cell.gates * self.hidden_size, *width))
+            for name, shape in own.items():
+                self.register_parameter(name + suffix, nn.Parameter(old.new_empty(shape)))
+                direction.append(name + suffix)
+            names += direction
+        self._flat_weights_names = names
+        self._init_flat_weights()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.cell is None:
+            return
+        H, forget = self.hidden_size, self.cell.forget_bias
+        f = slice(0, H) if self.cell.coupled else slice(H, 2 * H)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters(recurse=False):
+                if name.startswith("norm_"):
+                    parameter.fill_(0.0 if name.startswith("norm_c_bias") else 1.0)
+                if forget is not None and name.startswith("bias_"):
+                    parameter[f] = forget if name.startswith("bias_ih") else 0.0
 
     @property
     def _flat_weights(self) -> tuple[Tensor | None, ...]:
@@ -114,23 +155,16 @@ class LSTM(nn.RNNBase):
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
         self._init_flat_weights()
 
-    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        # RNNBase's asks _flat_weights for a dtype, which computes parametrized weights once more: slow, and with
-        # spectral_norm a further iteration. So it is asked only where it would fail; check_like looks at dtypes as well.
-        dims = 3 if batch_sizes is None else 2
-        weight = self._parameters.get(self._flat_weights_names[0])
-        dtype = input.dtype if weight is None else weight.dtype
-        if input.dim() != dims or input.shape[-1] != self.input_size or input.dtype != dtype:
-            super().check_input(input, batch_sizes)
-
-    def _check_states(self, x: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
-        # As check_forward_args, which is slow, and so only asked for its words.
+    def _check_states(self, x: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor], batch_sizes: Tensor | None) -> None:
+        # As check_forward_args and check_like, which are slow, and so only asked for their words.
         B = x.shape[0 if self.batch_first else 1]
         if batch_sizes is not None:  # numbers that no compiler knows: then the op compares them
             B = hx[0].shape[1] if torch.compiler.is_compiling() or numberless(x) else int(batch_sizes[0])
-        K, H = self.num_layers * (2 if self.bidirectional else 1), self.hidden_size
-        if hx[0].shape != (K, B, self.proj_size or H) or hx[1].shape != (K, B, H):
+        (h, c), H, like = hx, self.hidden_size, (x.dtype, x.device)
+        K, P = self.num_layers * (2 if self.bidirectional else 1), self.proj_size or H
+        if (h.shape, c.shape, h.dtype, h.device, c.dtype, c.device) != ((K, B, P), (K, B, H), *like, *like):
             self.check_forward_args(x, hx, batch_sizes)
+            check_like(x, hx, weights)
 
     @classmethod
     def from_torch(cls, module: nn.LSTM, backend: str = "auto", recompute: bool = False) -> LSTM:
@@ -151,6 +185,10 @@ class LSTM(nn.RNNBase):
         """A torch.nn.LSTM that shares this layer's parameters, hooks and mode of training."""
         if is_parametrized(self):
             raise TypeError(f"to_torch expects no parametrizations, got: {type(self).__name__}")
+        if self.cell is not None:
+            raise TypeError(f"to_torch expects torch's own cell, got: {self.cell}")
+        if self._dropouts != NO_DROPOUTS:
+            raise TypeError(f"to_torch expects no dropout that nn.LSTM does not have, got: {self._dropouts}")
         return _share(self, TorchLSTM)
 
     def flatten_parameters(self) -> None:
@@ -158,7 +196,9 @@ class LSTM(nn.RNNBase):
 
     def extra_repr(self) -> str:
         backend = f", backend={self.backend}" if self.backend != "auto" else ""
-        return super().extra_repr() + backend + (", recompute=True" if self.recompute else "")
+        cell = "" if self.cell is None else f", cell={self.cell}"
+        dropouts = f", {self._dropouts}" if self._dropouts != NO_DROPOUTS else ""
+        return super().extra_repr() + backend + (", recompute=True" if self.recompute else "") + cell + dropouts
 
     def forward(
         self,
@@ -170,7 +210,8 @@ class LSTM(nn.RNNBase):
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         weights, stack = self._weights(), self._stack()
         x, states, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
-        output, h_n, c_n = run(x, states, weights, stack, sequences, self.backend)
+        runs = self._dropouts.run if self.training and self._dropouts != NO_DROPOUTS else run
+        output, h_n, c_n = runs(x, states, weights, stack, sequences, self.backend)
         if x is input:
             return output, (h_n, c_n)
         if isinstance(input, PackedSequence):
@@ -248,11 +289,12 @@ class LSTM(nn.RNNBase):
         """What a call with these arguments would ask of a backend; raises what the call would raise."""
         weights, stack = self._weights(), self._stack()
         x, states, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
-        return problem_of(x, cast_dtype(x), states, weights, stack, sequences)
+        return problem_of(x, cast_dtype(x), states, *uncoupled(weights, stack), sequences)
 
     def _stack(self) -> Stack:
         dropout = self.dropout if self.training else 0.0
-        return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first, self.recompute)
+        own = self.recompute, self.cell, self.training
+        return Stack(self.bias, self.num_layers, dropout, self.bidirectional, self.batch_first, *own)
 
     def _weights(self, *default: None) -> list[Tensor]:
         # Once for a call: a parametrized weight is computed whenever it is asked for.
@@ -297,15 +339,18 @@ class LSTM(nn.RNNBase):
                         f"also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
                     )
                 hx = (hx[0], hx[1]) if dims == 3 else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        self.check_input(x, batch_sizes)
+        # RNNBase's check_input asks _flat_weights for a dtype, which computes parametrized weights once more: slow, and with
+        # spectral_norm a further iteration. So it is asked only where it would fail; check_like looks at dtypes as well.
+        wrong = (batch_sizes is not None and x.dim() != 2) or x.shape[-1] != self.input_size
+        if wrong or (x.dtype != weights[0].dtype and self._flat_weights_names[0] in self._parameters):
+            self.check_input(x, batch_sizes)
         if hx is not None:
-            self._check_states(x, hx, batch_sizes)
+            self._check_states(x, hx, weights, batch_sizes)
         check_weights(x, weights, stack, (self.input_size, self.hidden_size, self.proj_size), self._flat_weights_names)
-        if hx is not None:
-            check_like(x, hx, weights)
         if resets is not None and x is not input and batch_sizes is None:
             resets = as_resets(resets, (input.shape[0],), x.device).unsqueeze(0 if self.batch_first else 1)
-        return x, *settle(x, hx, stack, batch_sizes, lengths, resets)
+        hx, sequences = settle(x, hx, stack, batch_sizes, lengths, resets)
+        return x, hx, sequences
 
 
 def _checked(backend: str, recompute: bool) -> dict[str, Any]:
@@ -318,7 +363,10 @@ def _checked(backend: str, recompute: bool) -> dict[str, Any]:
 
 
 # What one of the two classes keeps in its modules and the other does not, and what would go on running the old module.
-OWN = ("_flat_weights", "_assigned", "__module__", "backend", "recompute", "_compiled_call_impl", "forward")
+OWN = (
+    "_flat_weights", "_assigned", "__module__", "backend", "recompute", "cell", "_dropouts", "_compiled_call_impl",
+    "forward",
+)  # fmt: skip
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -47,7 +47,8 @@ def export(
         the program as torch.onnx.export returns it: ``program.model_proto`` is the model, ``program.save(f)`` writes it.
 
     Raises:
-        NotImplementedError: a layer was called with ``resets``, with a packed sequence or under a vmap over its weights.
+        NotImplementedError: a layer was called with ``resets``, with a packed sequence or under a vmap over its weights, or
+            has a cell that is not torch's nor one with coupled gates alone.
         torch.onnx.OnnxExporterError: torch cannot export the model.
     """
     table = translation_table() | (options.pop("custom_translation_table", None) or {})
@@ -96,7 +97,7 @@ def layer(
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
     if w_ih is None or abs(directions) != R:
-        raise Inexpressible("vmap over a layer's weights cannot be exported: ONNX's LSTM has one set of weights")
+        raise Inexpressible("heads, or vmap over a layer's weights, cannot be exported: ONNX's LSTM has one set of weights")
     if batch_first:  # onnxruntime's LSTM knows time-major data only
         x = op.Transpose(x, perm=[1, 0, 2])
     start = h0

@@ -110,26 +110,29 @@ def layer(call: LayerCall) -> Kept:
     return Kept(*layer_forward(*call))
 
 
+legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
 def _gradient(*args: Any) -> Sequence[Tensor | None]:
     """:func:`fused_lstm.recurrence.backward` of flat arguments, likewise."""
-    if active():
-        return MappedLayerGradient.apply(*args)
     dy, dh_n, dc_n, *call, y, gates, c, needs = args
-    given = [g for g in (dy, dh_n, dc_n) if g is not None]
     # A compiler is to look no further; is_grads_batched maps without being a transform.
-    if not plain((*given, *call[:N_TENSORS])) or any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
-        return layer_backward(dy, dh_n, dc_n, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
-    if torch.is_grad_enabled():
-        return LayerGradient.apply(*args)
-    return recurrence.backward(dy, dh_n, dc_n, LayerCall(*call), y, gates, c, needs)
+    if plain(args[: 3 + N_TENSORS]) and not any([legacy_batched(g) for g in (dy, dh_n, dc_n) if g is not None]):
+        if torch.is_grad_enabled():
+            return LayerGradient.apply(*args)
+        return recurrence.backward(dy, dh_n, dc_n, LayerCall(*call), y, gates, c, needs)
+    if active():
+        found = MappedLayerGradient.apply(*args)
+    else:
+        found = layer_backward(dy, dh_n, dc_n, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
+    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
 
 
 def _keep(ctx: Any, inputs: tuple, output: Kept) -> None:
     """Keep for the backward pass what a forward pass was given, and what it computed."""
-    *tensors, directions, batch_first, save, engine, recompute, cell = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[0], output[3], output[4])
-    ctx.options = (directions, batch_first, save, engine, recompute, cell)
+    ctx.save_for_backward(*inputs[:N_TENSORS], output[0], output[3], output[4])
+    ctx.options = inputs[N_TENSORS:]
 
 
 def _keep_of_op(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -143,12 +146,11 @@ def _differentiate(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tenso
         raise RuntimeError("fused_lstm: this layer was run with save=False, so it has nothing to differentiate by")
     *tensors, y, gates, c = ctx.saved_tensors
     gates = None if gates is None else _unless_empty(gates)
-    needs = list(ctx.needs_input_grad[:N_INPUTS])
+    needs = ctx.needs_input_grad
     grads: Sequence[Tensor | None] = [None] * N_INPUTS
     if dy is not None or dh_n is not None or dc_n is not None:
-        grads = _gradient(dy, dh_n, dc_n, *tensors, *ctx.options, y, gates, c, needs)
-    others = len(ctx.needs_input_grad) - N_INPUTS  # torch has no entry for an argument that equals its default
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * others
+        grads = _gradient(dy, dh_n, dc_n, *tensors, *ctx.options, y, gates, c, list(needs[:N_INPUTS]))
+    return *grads, *[None] * (len(needs) - N_INPUTS)  # torch has no entry for an argument that equals its default
 
 
 class LayerFunction(torch.autograd.Function):
@@ -167,7 +169,7 @@ class LayerFunction(torch.autograd.Function):
         )  # fmt: skip
         kept = recurrence.forward(call)
         # Where the gates tell y, as they do the explicit path, it is not kept, and users may change it in place.
-        found = engine == "reference" and kept.gates is not None
+        found = engine == "reference" and kept.gates is not None and not cell
         _keep(ctx, call, kept._replace(y=kept.y.new_empty(0)) if found else kept)
         return kept[:3]
 

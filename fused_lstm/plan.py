@@ -68,17 +68,21 @@ def problem_of(
     if sizes is not None:
         T, B = sizes.shape[0], int(sizes[0])
     else:
-        B, T = shape[:2] if stack.batch_first else (shape[1], shape[0])
+        T, B, _ = shape
+        T, B = (B, T) if stack.batch_first else (T, B)
     if T == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    functions, projected = active(), stack.projects(weights)
+    functions, cell = active(), stack.cell
+    rows, K = weights[1].shape  # 4H, and H or the projection's size, which is smaller
+    heads, relative = (1, "") if cell is None else (cell.heads, cell.relative)
+    H = rows // (4 * heads)
     return Problem(
-        input.device.type,
+        "cpu" if input.is_cpu else "cuda" if input.is_cuda else input.device.type,  # the last is slow
         dtype,
         T,
         B,
-        weights[0].shape[0] // 4,
-        weights[1].shape[1] if projected else 0,
+        H,
+        K if K != H else 0,
         stack.num_layers,
         stack.bidirectional,
         sizes is not None,
@@ -96,6 +100,8 @@ def problem_of(
         functions,
         functions and mapped(weights),
         forward_mode(),
+        heads,
+        relative,
         _on_gpu(input, stack) if input.is_cuda else None,
     )
 
@@ -159,6 +165,8 @@ def supports_triton(p: Problem) -> tuple[bool, str]:
 def supports_aten(p: Problem) -> tuple[bool, str]:
     if p.dtype not in FLOATS:
         return False, f"torch's LSTM knows {', '.join(map(str, FLOATS))}, not {p.dtype}"
+    if p.cell:
+        return False, f"torch's LSTM has no cell with {p.cell}"
     if p.device == "cuda" and p.resets:
         return False, "resets on torch's LSTM would need the number of resets on the host, and so a synchronisation"
     return True, "torch's own LSTM: " + ("cuDNN or MIOpen" if p.device == "cuda" else "oneDNN where it serves")
@@ -256,6 +264,8 @@ def prefers_reference(p: Problem) -> str | None:
         return None
     if p.dtype == torch.float64 and p.needs_grad and p.T > 1 and not (p.packed or p.lengths or p.resets):
         return "fp64 training on a CPU, where oneDNN has no LSTM: the explicit backward pass is faster than torch's"
+    if p.heads * p.hidden_size > 256 and p.heads > 1:
+        return "heads, which torch's LSTM takes as one recurrence with zeros between them: slower from so many units on"
     return None
 
 
@@ -264,6 +274,8 @@ def beside_torch(p: Problem) -> tuple[bool, str]:
     gpu = p.gpu
     if gpu is None or p.resets or p.packed or p.transformed or p.forward_mode or (p.recompute and p.needs_grad):
         return False, ""  # what only the kernels do, or torch's LSTM was not timed at
+    if p.cell or p.heads > 1:
+        return False, ""
     if gpu.dropout or gpu.kernels_only:  # two generators of masks; and the kernels repeat their bits
         return False, "; not torch's own, since " + ("dropout acts" if gpu.dropout else "torch's switches rule cuDNN out")
     from . import launch
@@ -346,7 +358,14 @@ def _choose(p: Problem, backend: str) -> Plan:
 
 
 def choose_compiled(
-    device: str, dtype: torch.dtype, projected: bool, transformed: bool, differentiated: bool, backend: str
+    device: str,
+    dtype: torch.dtype,
+    projected: bool,
+    transformed: bool,
+    differentiated: bool,
+    backend: str,
+    heads: int = 1,
+    cell: str = "",
 ) -> tuple[str, bool, bool]:
     """The way of a call in a graph of torch.compile or torch.export, in a word, and a Plan's two flags: as one op per layer,
     whatever T and B will be.
@@ -357,7 +376,8 @@ def choose_compiled(
     Raises:
         ValueError, RuntimeError: as :func:`choose`.
     """
-    p = Problem(device, dtype, T=2, B=2, hidden_size=2, proj_size=int(projected), transformed=transformed)
+    own = dict(proj_size=int(projected), transformed=transformed, heads=heads, cell=cell)
+    p = Problem(device, dtype, T=2, B=2, hidden_size=2, **own)
     plan = choose(p, backend)
     if differentiated:
         return Way.LOOP.value, dtype in HALVES, False

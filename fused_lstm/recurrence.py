@@ -13,10 +13,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, relatives
 from .call import Kept, LayerCall, Rows, check_range, no_autocast
 from .cpu import onednn
-from .gemm import linear, outer, tf32_as_cudnn
+from .gemm import linear, outer, product, tf32_as_cudnn
 
 
 @cache
@@ -69,18 +69,18 @@ def forward(call: LayerCall) -> Kept:
     if call.engine == "onednn":
         return onednn.forward(call, rows)
     x, w_hh, h0 = call.x, call.w_hh.contiguous(), call.h0
-    if h0 is not None:
-        h0 = h0.contiguous() if call.w_h0 is None else None
+    h0 = _contiguous(h0) if call.w_h0 is None else None
     with tf32_as_cudnn(x):
         gates = _pre_activations(call, rows, call.b_ih)
-        R, H = call.R, call.H
-        y, c_all = gates.new_empty((*x.shape[:-1], R * H)), None
+        R, H = call.sizes
+        y, c_all = gates.new_empty(*x.shape[:-1], R * H), None  # one by one, which torch takes in half the time of a tuple
         if call.save:
             # What lies past a row's length nobody writes or reads; but an op's results are the same every time.
             new = gates.new_empty if call.lengths is None else gates.new_zeros
-            c_all = new((y.numel() // (R * H), R, H))
+            c_all = new(y.numel() // (R * H), R, H)
         b_hh, c0 = _contiguous(call.b_hh), _contiguous(call.c0)
-        h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all)
+        more = (call,) if call.cell else ()
+        h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all, *more)
     return Kept(y, h_n, c_n, gates.view(-1, R, 4, H) if call.save and not call.recompute else None, c_all)
 
 
@@ -105,44 +105,67 @@ def backward(
     rows = call.rows
     if call.engine == "onednn":
         return onednn.backward(dy, dh_n, dc_n, call, rows, y, gates, c_all, needs)
-    x, R, H = call.x, call.R, call.H
+    x, (R, H) = call.x, call.sizes
     N = c_all.shape[0]
     start, w_hh = _contiguous(call.h0 if call.w_h0 is None else None), call.w_hh.contiguous()
     with no_autocast(x), tf32_as_cudnn(x):
         y, gates, c_all = y.contiguous(), _contiguous(gates), c_all.contiguous()  # vmap may hand in views
-        h_prev = x.new_empty((N, R * H))
-        if gates is not None:
-            flat = dgates = x.new_empty((N, R * 4 * H))
+        h_prev, more = x.new_empty(N, R * H), ()
+        if call.cell:
+            relative, h_prev, gates = _relative(call, rows, y, c_all, gates)
+            more = (relative,)
+            flat = dgates = x.new_empty(N, R * 4 * H)
+        elif gates is not None:
+            flat = dgates = x.new_empty(N, R * 4 * H)
         else:  # the gates were not kept: compute them again, then overwrite them with dgates
             dgates = gates = _activated(call, rows, y, h_prev.view(N, R, H), start)
             flat = gates.view(N, R * 4 * H)
-        dc0 = _engine(call.engine).recurrence_backward(
+        by_h0, dc0 = _engine(call.engine).recurrence_backward(
             _contiguous(dy), _contiguous(dh_n), _contiguous(dc_n), gates, c_all, y, start, _contiguous(call.c0), w_hh, rows,
-            dgates, h_prev,
+            dgates, h_prev, *more,
         )  # fmt: skip
-        dx = dw_ih = dw_hh = db_ih = db_hh = dh0 = dw_h0 = None
+        dx = dw_ih = dw_hh = db_ih = db_hh = dh0 = dw_h0 = dunits = None
+        by_products = relative.by_products(flat.view(N, R, 4, H)) if call.cell else flat.chunk(R, 1)
+        if needs[8] and call.cell:
+            dunits = relative.by_units(flat.view(N, R, 4, H))
         if needs[0]:
-            dx = (flat if call.w_ih is None else linear(flat, call.w_ih.t())).view(x.shape)
+            dx = (flat if call.w_ih is None else product(flat, call.w_ih)).view(*x.shape)
         if needs[3] and call.w_ih is not None:
             dw_ih = outer(flat, x.reshape(N, x.shape[-1]))
-        if needs[4] and R == 1:
-            dw_hh = outer(flat, h_prev)
-        elif needs[4]:
-            dw_hh = torch.cat(list(map(outer, flat.chunk(R, 1), h_prev.chunk(R, 1))))
-        if needs[5] or needs[6]:
+        if needs[4]:
+            each = list(map(outer, by_products, h_prev.chunk(R, 1)))
+            dw_hh = each[0] if R == 1 else torch.cat(each)
+        if needs[5]:
             db_ih = flat.sum(0)
-            db_hh = db_ih.clone() if needs[5] else db_ih  # not one tensor twice: users may change a .grad in place
-        if (needs[1] or needs[7]) and call.h0 is not None:
+        if needs[6]:
+            db_hh = flat.sum(0) if db_ih is None else db_ih.clone()  # not one tensor twice: a .grad may be changed
+        if call.cell:
+            dh0 = by_h0 if needs[1] and call.h0 is not None else None
+        elif (needs[1] or needs[7]) and call.h0 is not None:
             first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(flat.chunk(R, 1))]
             if needs[1]:
                 ws = (w_hh if call.w_h0 is None else call.w_h0).chunk(R)
-                dh0 = torch.stack([linear(da, w.t()) for da, w in zip(first, ws, strict=True)])
+                dh0 = torch.stack([product(da, w) for da, w in zip(first, ws, strict=True)])
             if needs[7]:
                 dw_h0 = torch.cat([outer(da, h) for da, h in zip(first, call.h0, strict=True)])
-    if dh0 is not None and call.w_h0 is None and call.lengths is not None:  # a row without steps hands h0 through
-        dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)
-    found = (dx, dh0, dc0 if call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0, None)
-    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    if dh0 is not None and not call.cell and call.w_h0 is None and call.lengths is not None:
+        dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)  # by rows without steps
+    return [dx, dh0, dc0 if needs[2] and call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0, dunits]
+
+
+def _relative(
+    call: LayerCall, rows: Rows, y: Tensor, c_all: Tensor, gates: Tensor | None
+) -> tuple[relatives.Backward, Tensor, Tensor]:
+    """The backward pass of a relative, the states (N, R*H) before each step, and the gates, made again if not kept."""
+    h_prev, c_prev = torch.empty_like(c_all), torch.empty_like(c_all)
+    for before, after, first in ((h_prev, y.view(c_all.shape), call.h0), (c_prev, c_all, call.c0)):
+        for r in range(call.R):
+            before[:, r] = rows.previous(after, None if first is None else first[r], r)
+    if gates is None:
+        given = _pre_activations(call, rows, call.b_ih).view(-1, call.R, 4, call.H)
+        gates = relatives.gates_of(call, rows, given, h_prev, c_prev)
+        rows.clear_padding(gates)
+    return relatives.Backward(call, rows, gates, h_prev, c_prev), h_prev.flatten(1), gates
 
 
 def _activated(call: LayerCall, rows: Rows, y: Tensor, h_prev: Tensor, start: Tensor | None) -> Tensor:

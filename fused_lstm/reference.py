@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import relatives
 from .call import LayerCall, Rows
+from .cell import EPS, Relative
 from .gemm import linear
 
 
@@ -65,6 +67,8 @@ def layer(call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
         w, b = (None if t is None else t.chunk(len(members)) for t in (call.w_ih, call.b_ih))
         x = torch.cat([F.linear(m, w[k], None if b is None else b[k]) for k, m in enumerate(members)], -1)
     gates = x.reshape(T * B, call.R, 4 * H)
+    relative = Relative.of(call.cell) if call.cell else None
+    zone = relatives.zoneout(call, relative, rows, gates) if relative else None
     outputs, h_n, c_n = [], [], []
     for r in range(call.R):
         part = slice(r * 4 * H, (r + 1) * 4 * H)
@@ -77,7 +81,14 @@ def layer(call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
             if keep is not None:  # a new episode begins with no memory
                 h_prev, c_prev = torch.where(keep, h, 0), torch.where(keep, c, 0)
             w = (w_first if s == 0 else call.w_hh)[part]
-            h_new, c_new = cell(gates[rows.at(s, r), r] + F.linear(h_prev, w, bias), c_prev)
+            at = rows.at(s, r)
+            if relative is None:
+                h_new, c_new = cell(gates[at, r] + F.linear(h_prev, w, bias), c_prev)
+            else:
+                given = gates[at, r] if bias is None else gates[at, r] + bias
+                given, recurrent = given.unflatten(-1, (4, H)), F.linear(h_prev, w).unflatten(-1, (4, H))
+                units, zone_s = None if call.units is None else call.units[r], zone and zone.at(at, r)
+                _, h_new, c_new = relatives.step(given, recurrent, h_prev, c_prev, relative, units, zone_s)
             if s == 0 and h.shape != c.shape:  # from here on the state has the recurrence's width, not h0's
                 h = c.new_zeros(c.shape)
             valid = rows.valid(s)
@@ -112,28 +123,49 @@ def recurrence_forward(
     rows: Rows,
     y: Tensor,  # (N, R, H) out
     c_all: Tensor | None,  # (N, R, H) out: the cell state after each step
+    call: LayerCall | None = None,  # of a relative
 ) -> tuple[Tensor, Tensor]:
     """The recurrence, explicitly. Returns h_n and c_n, (R, B, H)."""
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
+    relative = Relative.of("" if call is None else call.cell)
+    zone = None if call is None else relatives.zoneout(call, relative, rows, y.view(-1, R, H))
+    if relative.norm and b_hh is not None:  # which a norm of the products does not see
+        gates, b_hh = gates.view(-1, R * 4 * H).add_(b_hh), None
     gates, y, w_hh = gates.view(-1, R, 4, H), y.view(-1, R, H), w_hh.view(R, 4 * H, H)
     h_n, c_n = (y.new_zeros(R, rows.B, H) if state is None else state.clone() for state in (h0, c0))
     for r in rows.in_step(R):
         h, c = h_n[r].transpose(0, 1), c_n[r].transpose(0, 1)  # (B, recurrences, H)
         recurrent = products_with(w_hh[r], None if b_hh is None else b_hh.view(R, 4 * H)[r])
+        peepholes, gains, norm_c = relatives.parts(relative, None if call is None or call.units is None else call.units[r])
         for s in range(rows.T):
             at, n, valid, keep = rows.at(s, r.start), rows.active(s), rows.valid(s), rows.kept(s, r.start)
             h_prev, c_prev = h[:n], c[:n]
             if keep is not None:  # a new episode begins with no memory
                 h_prev, c_prev = torch.where(keep[..., None], h_prev, 0), torch.where(keep[..., None], c_prev, 0)
             a = gates[at, r]
-            a += recurrent(h_prev).view(a.shape)
+            products = recurrent(h_prev).view(a.shape)
+            if relative.norm:
+                a.addcmul_(F.layer_norm(products, a.shape[2:], eps=EPS), gains)
+            else:
+                a += products
             i, f, g, o = a.unbind(2)
+            if relative.peephole:
+                i.addcmul_(peepholes[0], c_prev)
+                f.addcmul_(peepholes[1], c_prev)
             torch.sigmoid_(a[:, :, :2])  # i and f
             torch.tanh_(g)
+            c_new = shown = (f * c_prev).addcmul_(i, g)
+            if relative.norm:
+                shown = torch.addcmul(norm_c[1], F.layer_norm(c_new, (H,), eps=EPS), norm_c[0])
+                c_new = shown if relative.norm == "state" else c_new
+            if relative.peephole:
+                o.addcmul_(peepholes[2], c_new)
             torch.sigmoid_(o)
-            c_new = (f * c_prev).addcmul_(i, g)
-            h_new = torch.tanh(c_new).mul_(o)
+            h_new = torch.tanh(shown).mul_(o)
+            if zone is not None:
+                kept_h, kept_c = zone.at(at, r)
+                h_new, c_new = torch.lerp(h_new, h_prev, kept_h), torch.lerp(c_new, c_prev, kept_c)
             if valid is not None:  # a row without this step keeps its state and shows nothing
                 valid = valid[..., None]
                 y[at, r] = torch.where(valid, h_new, 0)
@@ -172,19 +204,25 @@ def recurrence_backward(
     w_hh: Tensor,  # (R*4H, H)
     rows: Rows,
     dgates: Tensor,  # (N, R, 4, H) out
-    h_prev: Tensor,  # (N, R, H) out
-) -> Tensor:
-    """Gradients through the recurrence, by hand. Returns dc_0, (R, B, H)."""
+    h_prev: Tensor,  # (N, R, H) out; of a relative, in
+    relative: relatives.Backward | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients through the recurrence, by hand. Returns those by the state that step 0 reads, dh_0 and dc_0, (R, B, H)."""
     R, H = c_all.shape[1:]
     w_hh, dgates, h_prev = w_hh.view(R, 4 * H, H), dgates.view(-1, R, 4, H), h_prev.view(-1, R, H)
     dy = torch.zeros_like(c_all) if dy is None else dy.view(-1, R, H)
     i, f, g, o = gates.unbind(2)
-    tanh_c = torch.tanh(c_all)
-    y = y.view(-1, R, H) if y.numel() else o * tanh_c
-    c_prev = torch.empty_like(c_all)
-    for r in range(R):
-        h_prev[:, r] = rows.previous(y, None if h0 is None else h0[r], r)
-        c_prev[:, r] = rows.previous(c_all, None if c0 is None else c0[r], r)
+    zone = kept = None
+    if relative is None:
+        tanh_c = torch.tanh(c_all)
+        y = y.view(-1, R, H) if y.numel() else o * tanh_c
+        c_prev = torch.empty_like(c_all)
+        for r in range(R):
+            h_prev[:, r] = rows.previous(y, None if h0 is None else h0[r], r)
+            c_prev[:, r] = rows.previous(c_all, None if c0 is None else c0[r], r)
+    else:
+        tanh_c, c_prev = torch.tanh(relative.shown), relative.c_prev
+        zone = relatives.zoneout(relative.call, relative.relative, rows, c_prev)
     # Before the loop, for all steps: the derivative of c_s by the pre-activations of i, f and g, and of h_s by that of o.
     # They are written to dgates, which may be the memory of gates. So each line reads its gates before it overwrites them,
     # and f, which the loop reads again, is copied.
@@ -192,6 +230,10 @@ def recurrence_backward(
     dc_dh = d_tanh(o, tanh_c)  # h_s = o * tanh(c_s)
     dgates[:, :, 0], dgates[:, :, 2] = d_sigmoid(g, i), d_tanh(i, g)
     dgates[:, :, 1], dgates[:, :, 3] = d_sigmoid(c_prev, f), d_sigmoid(tanh_c, o)
+    if zone is not None:
+        changed = 1 - zone.h
+        dc_dh.mul_(changed)
+        dgates[:, :, 3].mul_(changed)
     del tanh_c, c_prev, y
     dh_n, dc_0 = (c_all.new_zeros(R, rows.B, H) if grad is None else grad.clone() for grad in (dh_n, dc_n))
     for r in rows.in_step(R):
@@ -201,24 +243,30 @@ def recurrence_backward(
         for s in range(rows.T - 1, -1, -1):
             at, n, valid, keep = rows.at(s, r.start), rows.active(s), rows.valid(s), rows.kept(s, r.start)
             dh = dy[at, r] + dh_next[:n]  # h_s is seen by the loss and by step s+1
-            dc = torch.addcmul(dc_next[:n], dh, dc_dh[at, r])  # c_s by step s+1 and by h_s
-            da = dgates[at, r]
-            da[:, :, :3] *= dc[:, :, None]  # i, f and g act through c
-            da[:, :, 3] *= dh
+            da = products = dgates[at, r]
+            valid = None if valid is None else valid[..., None]
+            if relative is not None:
+                kept = zone and zone.at(at, r)
+                products, dc = relative.step(at, r, dh, dc_next[:n], da, dc_dh[at, r], f[at, r], valid, kept)
+            else:
+                dc = torch.addcmul(dc_next[:n], dh, dc_dh[at, r])  # c_s by step s+1 and by h_s
+                da[:, :, :3].mul_(dc[:, :, None])  # i, f and g act through c
+                da[:, :, 3].mul_(dh)
+                dc = dc * f[at, r]
             if valid is not None:
-                valid = valid[..., None]
                 da = torch.where(valid[..., None], da, 0)
             if valid is not None or isinstance(at, Tensor):  # then da is a copy of the buffer's rows
                 dgates[at, r] = da
-            dh, dc = recurrent(da.flatten(2)).view(dc.shape), dc * f[at, r]
+            from_products = recurrent(products.flatten(2)).view(dc.shape)
+            dh = from_products if kept is None else from_products.addcmul_(kept.h, dh)
             if keep is not None:  # gradients stay within the episode
                 dh, dc = torch.where(keep[..., None], dh, 0), torch.where(keep[..., None], dc, 0)
             if valid is not None:  # a row without this step hands its gradients through
                 dh, dc = torch.where(valid, dh, dh_next), torch.where(valid, dc, dc_next)
             dh_next = dh if n == rows.B else torch.cat((dh, dh_next[n:]))
             dc_next = dc if n == rows.B else torch.cat((dc, dc_next[n:]))
-        dc_0[r] = dc_next.transpose(0, 1)
-    return dc_0
+        dh_n[r], dc_0[r] = dh_next.transpose(0, 1), dc_next.transpose(0, 1)
+    return dh_n, dc_0
 
 
 def d_sigmoid(grad: Tensor, y: Tensor) -> Tensor:

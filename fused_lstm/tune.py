@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from . import __version__, launch
 from .call import ALIGNMENT, Rows
+from .cell import Cell
 from .functional import cast_dtype
 from .gemm import tf32_allowed
 from .launch.choice import (
@@ -256,7 +257,7 @@ def precompile(
         )
     names = ("hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "proj_size", "recompute")
     given = {
-        "layer": {name: getattr(lstm, name) for name in names},
+        "layer": {name: getattr(lstm, name) for name in names}, "cell": lstm.cell and asdict(lstm.cell),
         "dtype": str(cast_dtype(weight)).removeprefix("torch."), "device": str(weight.device),
         "tf32": tf32_allowed(), "T": 1 if single_step else 3, "loss_of": loss_of if training else [],
         "hx": hx, "lengths": lengths, "resets": resets,
@@ -273,14 +274,14 @@ def _in_a_process(given: dict[str, Any]) -> None:
 
 
 def run_call(
-    layer: dict[str, Any], dtype: str, device: str, tf32: bool, T: int, B: int, loss_of: list[str], hx: bool, lengths: bool,
-    resets: bool,
+    layer: dict[str, Any], cell: dict[str, Any] | None, dtype: str, device: str, tf32: bool, T: int, B: int,
+    loss_of: list[str], hx: bool, lengths: bool, resets: bool,
 ) -> None:  # fmt: skip
     """One call by the kernels, which do not depend on the input's features."""
     if tf32 != tf32_allowed():
         torch.backends.cudnn.allow_tf32 = tf32
     options = {"device": device, "dtype": getattr(torch, dtype)}
-    lstm = LSTM(1, **layer, backend="triton", **options)
+    lstm = LSTM(1, **layer, cell=cell and Cell(**cell), backend="triton", **options).train(bool(loss_of))
     K, H, P = lstm.num_layers * (1 + lstm.bidirectional), lstm.hidden_size, lstm.proj_size
     shape = (B, T) if lstm.batch_first else (T, B)
     states = (torch.zeros(K, B, P or H, **options), torch.zeros(K, B, H, **options)) if hx else None

@@ -1,4 +1,4 @@
-"""Compile the stepwise kernels for GPUs that need not be there, and read what became of them."""
+"""Compile the kernels of a step for GPUs that need not be there, and read what became of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from unittest.mock import patch
 
 import torch
 import triton
+from fused_lstm.kernels import relatives as kernels
 from fused_lstm.kernels.buffers import Backward, Forward
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fused_lstm.call import Rows, accumulator_dtype
-from fused_lstm.launch.schedule import INTERPRETED, Launch, Recurrence, arithmetic
+from fused_lstm.cell import Cell
+from fused_lstm.launch import relatives
+from fused_lstm.launch.schedule import INTERPRETED, Launch, Recurrence, arithmetic, pointers
 from fused_lstm.launch.stepwise import STEPWISE, StepwiseConfig, stepwise_kernel
 
 TARGETS = {
@@ -92,27 +95,54 @@ def compile_kernel(
     fields = {"forward": Forward, "backward": Backward}[kind]
     buffers = fields(*(None if name in absent or name in fields._field_defaults else data for name in fields._fields))
     buffers = buffers._replace(running_ptr=data.to(accumulator_dtype(dtype)))
-    lengths = torch.ones(1, dtype=torch.int64) if {"lengths", "packed"} & {*rows} else None
-    resets = torch.zeros(1, dtype=torch.bool) if "resets" in rows else None
-    sequences = Rows(2, 1, False, directions, lengths, lengths if "packed" in rows else None, resets)
-    assert not INTERPRETED
-    compiler = Compiler(STEPWISE.kernels[kind])
+    sequences = _sequences(directions, rows)
     problem = Recurrence(kind, arithmetic(dtype, tf32), 2, H, 1, R)
-    driver.set_active(Absent(target))
     stepwise_kernel.cache_clear()  # of one for another kind of GPU
+    launch = Launch(problem, config, STEPWISE, None, directions, dtype)
+    return built(STEPWISE.kernels, kind, target, lambda: STEPWISE.launch(launch, buffers, sequences))
+
+
+def compile_cell(
+    kind: str, cell: Cell, target: str, dtype: torch.dtype, H: int, R: int = 1, directions: int = 1,
+    absent: Sequence[str] = (), rows: Sequence[str] = (),
+) -> Built:  # fmt: skip
+    """Likewise the step of a relative of the cell."""
+    data = torch.zeros(16, dtype=dtype)
+    fields = {"forward": kernels.Forward, "backward": kernels.Backward}[kind]
+    given = {name: data.to(accumulator_dtype(dtype)) if "f32" in name else data for name in fields._fields}
+    given |= dict.fromkeys(absent) | {"seed_ptr": None if "seed_ptr" in absent else torch.zeros(1, dtype=torch.int64)}
+    relatives._kernel.cache_clear()
+    kernel = relatives._kernel(kind, cell.relative, dtype, R, H, directions)
+    return built(
+        relatives.KERNELS, kind, target,
+        lambda: kernel.run((1, R, 1), fields(**given), pointers(_sequences(directions, rows)), [(0, 2, 1, 1, 1)]),
+    )  # fmt: skip
+
+
+def built(kernels: dict[str, Any], kind: str, target: str, launch: Callable[[], None]) -> Built:
+    """What becomes of a kernel that is launched."""
+    assert not INTERPRETED
+    compiler = Compiler(kernels[kind])
+    driver.set_active(Absent(target))
     try:
         rocm = "7" if TARGETS[target].backend == "hip" else None
-        with patch.dict(STEPWISE.kernels, {kind: compiler}), patch.object(torch.version, "hip", rocm):
-            STEPWISE.launch(Launch(problem, config, STEPWISE, None, directions, dtype), buffers, sequences)
+        with patch.dict(kernels, {kind: compiler}), patch.object(torch.version, "hip", rocm):
+            launch()
     finally:
         driver._active = None  # whichever there is, found when it is asked for
     compiled = compiler.compiled
-    built = {"shared": compiled.metadata.shared, "ttir": compiled.asm["ttir"]}
+    what = {"shared": compiled.metadata.shared, "ttir": compiled.asm["ttir"]}
     if "cubin" not in compiled.asm:
-        return Built(**built)
+        return Built(**what)
     usage, sass = _disassemble(compiled.asm["cubin"])
     registers, spills = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return Built(**built, registers=registers, spills=spills, instructions=count(sass))
+    return Built(**what, registers=registers, spills=spills, instructions=count(sass))
+
+
+def _sequences(directions: int, rows: Sequence[str]) -> Rows:
+    lengths = torch.ones(1, dtype=torch.int64) if {"lengths", "packed"} & {*rows} else None
+    resets = torch.zeros(1, dtype=torch.bool) if "resets" in rows else None
+    return Rows(2, 1, False, directions, lengths, lengths if "packed" in rows else None, resets)
 
 
 def count(sass: str) -> Counter[str]:

@@ -25,8 +25,8 @@ from fused_lstm.launch.schedule import Device, Recurrence
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RUN_HERE = (
-    "quickstart.md", "from_nn_lstm.md", "sequences.md", "inspect.md", "transforms.md", "kernels.md", "performance.md",
-    "troubleshooting.md",
+    "quickstart.md", "from_nn_lstm.md", "sequences.md", "inspect.md", "regularization.md", "cells.md", "transforms.md",
+    "kernels.md", "performance.md", "troubleshooting.md",
 )  # fmt: skip
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 QUOTE = re.compile(r"# (\S+\.py)\n")  # the first line of a block that quotes a file

@@ -145,7 +145,7 @@ def test_what_onnx_cannot_express_is_refused() -> None:
         exported(fused_lstm.LSTM(3, 5).eval(), "resets")
     with pytest.raises(NotImplementedError, match=r"packed sequences cannot be exported.*lengths= instead"):
         to_onnx.export(Packed().eval(), (torch.randn(5, 3),), verbose=False)
-    with pytest.raises(NotImplementedError, match="vmap over a layer's weights cannot be exported"):
+    with pytest.raises(NotImplementedError, match="vmap over a layer's weights, cannot be exported"):
         to_onnx.export(Ensemble().eval(), (torch.randn(4, 2, 3),), verbose=False)
 
 

@@ -33,7 +33,8 @@ def test_loop_is_torchs_lstm(bidirectional: bool, ragged: bool) -> None:
     x, h0, c0, lengths = numbers(6, 3, 5), numbers(D, 3, 7), numbers(D, 3, 7), torch.tensor([4, 6, 1])
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     w = [torch.cat([p for n, p in lstm.named_parameters() if n.startswith(kind)]) for kind in kinds]
-    call = LayerCall(x, h0, c0, *w, None, None, lengths if ragged else None, None, None, None, D, False, False, "loop", False)
+    options = (lengths if ragged else None, None, None, None, D, False, False, "loop", False)
+    call = LayerCall(x, h0, c0, *w, None, None, *options)
     got = reference.layer(call)
     given = pack_padded_sequence(x, lengths, enforce_sorted=False) if ragged else x
     output, (h_n, c_n) = lstm(given, (h0, c0))

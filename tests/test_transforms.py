@@ -217,7 +217,8 @@ def test_the_op_itself_is_mapped(engine_name: str, batch_first: bool) -> None:
     def f(
         x: Tensor, h0: Tensor, w_ih: Tensor, w_hh: Tensor, lengths: Tensor | None, call: Callable = ops.layer_forward
     ) -> tuple[Tensor, ...]:
-        return call(x, h0, c0, w_ih, w_hh, *b, None, lengths, None, None, 2, batch_first, True, engine_name, False)[:3]
+        ragged = (lengths, None, None, None)
+        return call(x, h0, c0, w_ih, w_hh, *b, None, None, *ragged, 2, batch_first, True, engine_name, False, "")[:3]
 
     def g(*args: Any) -> Any:
         return grad(lambda *a: sum(t.square().sum() for t in f(*a, ops.MappedLayerFunction.apply)), (0, 1, 2, 3))(*args)

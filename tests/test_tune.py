@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -98,6 +99,7 @@ def layouts(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> set[t
         ({"num_layers": 2, "bidirectional": True, "batch_first": True}, {"lengths": True, "loss_of": ["h_n"]}),
         ({"proj_size": 4, "bias": False, "dtype": torch.bfloat16}, {"resets": True}),
         ({"recompute": True}, {"T": 1, "hx": True, "loss_of": ["output"]}),
+        ({"cell": fused_lstm.Cell(peephole=True, zoneout=(0.1, 0.0))}, {"loss_of": ["output"]}),
     ],
 )
 @IN_INTERPRETER
@@ -120,6 +122,7 @@ def test_precompiled_is_what_a_call_needs(layer: dict, given: dict, monkeypatch:
     names = ("hidden_size", "num_layers", "bias", "batch_first", "bidirectional", "proj_size", "recompute")
     call = {"T": 3, "loss_of": [], "hx": False, "lengths": False, "resets": False, "tf32": False, "device": "cpu"} | given
     call |= {"layer": {k: getattr(lstm, k) for k in names}, "dtype": str(kind).removeprefix("torch."), "B": B}
+    call["cell"] = lstm.cell and asdict(lstm.cell)
     needed = layouts(monkeypatch, run)
     assert len(needed) >= 1 + ("loss_of" in given)
     assert layouts(monkeypatch, lambda: tune.run_call(**call)) == needed
@@ -129,7 +132,7 @@ def test_precompiled_is_what_a_call_needs(layer: dict, given: dict, monkeypatch:
 @IN_INTERPRETER
 def test_calls_to_precompile_run_in_processes_of_their_own() -> None:
     layer = {"hidden_size": 16}
-    call = {"layer": layer, "dtype": "float32", "device": "cpu", "tf32": False, "T": 1, "loss_of": ["output"]}
+    call = {"layer": layer, "cell": None, "dtype": "float32", "device": "cpu", "tf32": False, "T": 1, "loss_of": ["output"]}
     call |= {"B": 2, "hx": True, "lengths": False, "resets": False}
     tune._in_a_process(call)
     with pytest.raises(RuntimeError, match=r"the call with B=2 failed: (?s:.*)hidden_size must be greater than zero"):

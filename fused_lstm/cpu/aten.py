@@ -23,8 +23,9 @@ from .ragged import ControlWeights, LayOut, PackedUnfolding, Unfolding, control_
 def zero_states(x: Tensor, B: int, weights: Sequence[Tensor], stack: Stack) -> tuple[Tensor, Tensor]:
     """The initial states that torch's LSTM wants to be told, where none were given."""
     K = stack.num_layers * stack.directions
-    c0 = x.new_zeros((K, B, weights[0].shape[0] // 4))
-    return (x.new_zeros((K, B, weights[1].shape[1])) if stack.projects(weights) else c0), c0
+    n, P = weights[1].shape
+    c0 = x.new_zeros(K, B, n // 4)
+    return x.new_zeros(K, B, P) if n // 4 != P else c0, c0
 
 
 def fused(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
@@ -185,18 +186,18 @@ def _steps(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, seque
 
 def single_step(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences) -> Result:
     """A single time step: a cell per layer and direction."""
-    time = 1 if stack.batch_first else 0
-    x = x.squeeze(time)
+    x = x.squeeze(1 if stack.batch_first else 0)
     hx = hx or zero_states(x, x.shape[0], weights, stack)
     y, h_n, c_n = each_layer(_cells, x, hx, weights, stack, stack.has_biases)
-    return y.unsqueeze(time), h_n, c_n
+    y = h_n.clone() if stack.num_layers * stack.directions == 1 else y.unsqueeze(0)  # output and states share no memory
+    return y.transpose(0, 1) if stack.batch_first else y, h_n, c_n
 
 
 def _cells(x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]], has_biases: bool) -> Result:
-    """A layer's cells; output and states share no memory."""
+    """A layer's cells."""
     if len(groups) == 1:
-        h, c = _cell(x, hx[0][0], hx[1][0], groups[0], has_biases)
-        return h.clone(), h.unsqueeze(0), c.unsqueeze(0)  # not [None], which is slower
+        h, c = _cell(x, hx[0].squeeze(0), hx[1].squeeze(0), groups[0], has_biases)
+        return h, h.unsqueeze(0), c.unsqueeze(0)
     hs, cs = zip(*(_cell(x, hx[0][d], hx[1][d], g, has_biases) for d, g in enumerate(groups)), strict=True)
     return torch.cat(hs, -1), torch.stack(hs), torch.stack(cs)
 
@@ -204,13 +205,11 @@ def _cells(x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]], has_biases
 def _cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor, Tensor]:
     w_ih, w_hh, *rest = weights
     b_ih, b_hh = rest[:2] if has_biases else (None, None)
-    projected = len(rest) % 2 == 1
-    if torch.is_grad_enabled():
-        if not projected:
-            return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
-        h, c = lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    elif projected or uses_onednn(h, w_hh):
-        h, c = cell(linear(x, w_ih, b_ih).add_(linear(h, w_hh, b_hh)), c)
-    else:
+    projected, grad = len(rest) % 2 == 1, torch.is_grad_enabled()
+    if not projected and (grad or not uses_onednn(h, w_hh)):
         return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
-    return (linear(h, rest[-1]) if not torch.is_grad_enabled() else h @ rest[-1].t()) if projected else h, c
+    if grad:
+        h, c = lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
+        return h @ rest[-1].t(), c
+    h, c = cell(linear(x, w_ih, b_ih).add_(linear(h, w_hh, b_hh)), c)
+    return linear(h, rest[-1]) if projected else h, c

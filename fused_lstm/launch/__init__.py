@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..call import ALIGNMENT, Problem, Rows, accumulator_dtype
+from ..call import ALIGNMENT, NOTHING, LayerCall, Problem, Rows
 from ..gemm import tf32_allowed
 from ..kernels.buffers import Backward, Forward
+from . import relatives
 from .choice import BY_NAME, Table, Timing, choose, describe, kernels, tables  # noqa: F401
 from .schedule import INTERPRETED, PASSES, Device, Launch, Recurrence, arithmetic, ceil_div
 from .stepwise import StepwiseConfig  # noqa: F401
@@ -53,10 +54,13 @@ def explain(call: Problem, where: torch.device) -> dict[str, str]:
     """How the kernels would run a call, in words, for each kernel."""
     gpu = device(where.index) if where.type == "cuda" else None
     kind = arithmetic(call.dtype, where.type == "cuda" and tf32_allowed())
-    H = ceil_div(call.hidden_size, ALIGNMENT) * ALIGNMENT
+    H, R = ceil_div(call.hidden_size, ALIGNMENT) * ALIGNMENT, call.heads * (2 if call.bidirectional else 1)
     words = {}
     for kernel in PASSES if call.needs_grad and call.B else ("forward",) * bool(call.B):
-        problem = Recurrence(kernel, kind, call.T, H, call.B, 2 if call.bidirectional else 1)
+        if call.cell:
+            words[kernel] = f"for each of {call.T} steps a GEMM and a launch of {call.B * R} programs, one for each row"
+            continue
+        problem = Recurrence(kernel, kind, call.T, H, call.B, R)
         words[kernel] = describe(choose(problem, gpu, tables(gpu.name) if gpu else ()), problem, gpu)
     return words
 
@@ -89,16 +93,19 @@ def _run(launch: Launch, buffers: Forward | Backward, rows: Rows) -> None:
     if launch.device is None:
         launch.run(launch, buffers, rows)
         return
-    with torch.cuda._DeviceGuard(buffers.w_hh_ptr.device.index):  # Triton launches on the current device
+    with _on_device_of(buffers.w_hh_ptr):
         launch.run(launch, buffers, rows)
+
+
+def _on_device_of(t: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return torch.cuda._DeviceGuard(t.device.index) if t.is_cuda else NOTHING
 
 
 def _running(launch: Launch, ends: Tensor) -> Tensor | None:
     """Where launches of single steps keep what runs from one to the next: in ``ends`` itself if that is wide enough."""
-    if not launch.stepwise or launch.problem.T == 1:
-        return None
-    dtype = accumulator_dtype(ends.dtype)
-    return ends if ends.dtype == dtype else torch.empty_like(ends, dtype=dtype)
+    dtype = launch.running
+    return ends if dtype == ends.dtype else None if dtype is None else torch.empty_like(ends, dtype=dtype)
 
 
 def recurrence_forward(
@@ -110,12 +117,15 @@ def recurrence_forward(
     rows: Rows,
     y: Tensor,  # (N, R, H) out
     c_all: Tensor | None,  # (N, R, H) out
+    call: LayerCall | None = None,  # of a relative of torch's cell
 ) -> tuple[Tensor, Tensor]:
     """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
-    H = w_hh.shape[1]
-    R = w_hh.shape[0] // (4 * H)
-    h_n = gates.new_empty((R, rows.B, H))
-    c_n = torch.empty_like(h_n)
+    if call is not None:
+        with _on_device_of(w_hh):
+            return relatives.forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all, call)
+    n, H = w_hh.shape
+    R = n // (4 * H)
+    h_n, c_n = gates.new_empty(R, rows.B, H), gates.new_empty(R, rows.B, H)
     if rows.B:
         launch = prepare("forward", gates, rows, R, H)
         _run(launch, Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n, _running(launch, c_n)), rows)
@@ -135,13 +145,17 @@ def recurrence_backward(
     rows: Rows,
     dgates: Tensor,  # (N, R, 4, H) out
     h_prev: Tensor,  # (N, R, H) out
-) -> Tensor:
-    """The backward recurrence. Returns dc_0, (R, B, H)."""
-    H = w_hh.shape[1]
-    R = w_hh.shape[0] // (4 * H)
-    dc0 = gates.new_empty((R, rows.B, H))
+    relative: relatives.Given | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """The backward recurrence. Returns, of a relative, dh_0; and dc_0, (R, B, H)."""
+    if relative is not None:
+        with _on_device_of(w_hh):
+            return relatives.backward(dy, dh_n, dc_n, gates, w_hh, rows, dgates, relative)
+    n, H = w_hh.shape
+    R = n // (4 * H)
+    dc0 = gates.new_empty(R, rows.B, H)
     if rows.B:
         launch = prepare("backward", gates, rows, R, H)
         running = _running(launch, dc0)
         _run(launch, Backward(dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0, running), rows)
-    return dc0
+    return None, dc0

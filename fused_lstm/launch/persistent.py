@@ -284,8 +284,7 @@ def launch_once(
 
 
 def launch(given: Launch, buffers: Any, rows: Rows) -> None:
-    size = rows.T, rows.B, rows.stride_t, rows.stride_b
-    run(given.problem.kernel, buffers, pointers(rows), size, given.directions, given.config)
+    run(given.problem.kernel, buffers, pointers(rows), rows.size, given.directions, given.config)
 
 
 def describe(config: PersistentConfig, problem: Recurrence) -> str:

@@ -13,7 +13,7 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
-from ..call import Rows
+from ..call import Rows, accumulator_dtype
 from ..kernels.cell import lstm_backward, lstm_forward
 from ..kernels.rows import Sequences
 from ..kernels.stepwise import lstm_forward_step
@@ -127,10 +127,10 @@ class Kernel:
             return
         device = driver.active.get_current_device()
         wide = max(numbers[0]) > INT32
-        aligned = [t if t is None else t.data_ptr() % 16 for t in (*buffers, *sequences)]
-        key = (device, wide, buffers.gates_ptr.dtype, *aligned)
+        tensors = buffers if sequences is PLAIN else (*buffers, *sequences)
+        key = (device, wide, buffers.gates_ptr.dtype, *[t if t is None else t.data_ptr() % 16 for t in tensors])
         if HIP:  # there also whether 32-bit offsets reach all of a tensor
-            key += tuple([t is not None and t.untyped_storage().size() > INT32 for t in (*buffers, *sequences)])
+            key += tuple([t is not None and t.untyped_storage().size() > INT32 for t in tensors])
         found, stream = self.known.get(key), driver.active.get_current_stream(device)
         enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
@@ -172,7 +172,9 @@ class Launch:
         dtype: torch.dtype,
     ) -> None:
         self.problem, self.config, self.device, self.directions, self.dtype = problem, config, device, directions, dtype
-        self.run, self.stepwise = schedule.launch, schedule.name == "stepwise"
+        self.run = schedule.launch
+        steps = schedule.name == "stepwise" and problem.T > 1
+        self.running = accumulator_dtype(dtype) if steps else None  # the dtype of what runs from one launch to the next
         self.kernel: Kernel | None = None  # this and its grid once it was launched, by a schedule that has but one
         self.grid = (0, 0, 0)
 

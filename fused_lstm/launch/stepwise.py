@@ -136,12 +136,12 @@ def stepwise_kernel(
 
 
 def launch(launch: Launch, buffers: Any, rows: Rows) -> None:
-    p, T, B = launch.problem, rows.T, rows.B
+    p, T = launch.problem, rows.T
     if launch.kernel is None:
         what = p.kernel, p.arithmetic, launch.dtype, p.R, p.H, launch.directions, launch.config
-        launch.kernel, launch.grid = stepwise_kernel(*what), launch.config.grid(p.H, B, p.R)
+        launch.kernel, launch.grid = stepwise_kernel(*what), launch.config.grid(p.H, rows.B, p.R)
     steps = range(T) if p.kernel == "forward" else range(T - 1, -1, -1)
-    size = T, B, rows.stride_t, rows.stride_b
+    size = rows.size
     launch.kernel.run(launch.grid, buffers, pointers(rows), [(s, *size) for s in steps])
 
 
