@@ -41,17 +41,20 @@ TENSOR_CORE = ("HMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA")
 
 @dataclass(frozen=True)
 class Built:
-    """What the compiler made of one kernel. Registers, spills and instructions are read from NVIDIA machine code only."""
+    """What the compiler made of one kernel. What is read from machine code is read from NVIDIA's only."""
 
     shared: int  # bytes of shared memory for each program
     ttir: str
     registers: int = 0  # for each thread
     spills: int = 0  # bytes of stack for each thread
-    instructions: Counter[str] = field(default_factory=Counter)
+    cubin: bytes = field(default=b"", repr=False)
 
     @property
     def tensor_core(self) -> int:
-        return sum(self.instructions[name] for name in TENSOR_CORE)
+        """How many instructions for tensor cores."""
+        sass = tool(self.cubin, "nvdisasm", "-c", "-ndf")
+        counts = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.MULTILINE))
+        return sum(counts[name] for name in TENSOR_CORE)
 
 
 class Absent:
@@ -134,9 +137,9 @@ def built(kernels: dict[str, Any], kind: str, target: str, launch: Callable[[], 
     what = {"shared": compiled.metadata.shared, "ttir": compiled.asm["ttir"]}
     if "cubin" not in compiled.asm:
         return Built(**what)
-    usage, sass = _disassemble(compiled.asm["cubin"])
+    usage = tool(compiled.asm["cubin"], "cuobjdump", "-res-usage")
     registers, spills = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return Built(**what, registers=registers, spills=spills, instructions=count(sass))
+    return Built(**what, registers=registers, spills=spills, cubin=compiled.asm["cubin"])
 
 
 def _sequences(directions: int, rows: Sequence[str]) -> Rows:
@@ -145,20 +148,13 @@ def _sequences(directions: int, rows: Sequence[str]) -> Rows:
     return Rows(2, 1, False, directions, lengths, lengths if "packed" in rows else None, resets)
 
 
-def count(sass: str) -> Counter[str]:
-    return Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", sass, re.MULTILINE))
-
-
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def tool(cubin: bytes, name: str, *options: str) -> str:
+    """What one of NVIDIA's tools says of machine code."""
+    command = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-
-        def output(*command: str) -> str:
-            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-
-        return output(str(tools / "cuobjdump"), "-res-usage"), output(str(tools / "nvdisasm"), "-c", "-ndf")
+        return subprocess.run([str(command), *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 TRAINING = {"rows": ("lengths", "resets")}  # the most demanding flags
