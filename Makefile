@@ -27,8 +27,8 @@ demo: setup
 	$(BIN)/python examples/char_lm.py
 
 test: setup
-	$(BIN)/python -m pytest -n $(JOBS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m kernels
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m kernels
 
 bench: setup
 	@$(BIN)/python bench/run.py --suite all --quick --processes 2 --modes inference training --json runs/bench/results.json; \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,10 @@ import fused_lstm
 
 # Kernels are tested on a GPU where there is one, else in the interpreter.
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available() else "cuda"
+
+Way = tuple[str, bool]  # a backend, and whether with recompute
+CPU_WAYS: tuple[Way, ...] = (("aten", False), ("aten", True), ("reference", False), ("reference", True))
+KERNELS_WAYS: tuple[Way, ...] = (("triton", False), ("triton", True))
 
 
 def skip_unless_it_compiles(dtype: torch.dtype) -> None:
@@ -112,14 +117,15 @@ def results(module: nn.Module, config: Config, dtype: torch.dtype, device: str =
     return names, [t.detach().cpu() for t in (output, h_n, c_n, *grads)]
 
 
-def add_config(rule: Rule, config: Config, backend: str, recompute: bool = False) -> None:
-    """fused_lstm.LSTM against nn.LSTM of the same dtype, both measured against nn.LSTM in fp64."""
-    if backend == "triton":
-        skip_unless_it_compiles(config.dtype)
+def add_config(rules: Mapping[Way, Rule], config: Config) -> None:
+    """fused_lstm.LSTM in some ways against nn.LSTM of the same dtype, all measured against nn.LSTM in fp64."""
     rounded = config.module().to(config.dtype)
     names, exact = results(rounded.double(), config, torch.float64)
     rounded = rounded.to(config.dtype)
-    _, torchs = results(rounded, config, config.dtype)
-    ours = fused_lstm.LSTM.from_torch(rounded, backend=backend, recompute=recompute)
-    _, ours = results(ours, config, config.dtype, DEVICE if backend == "triton" else "cpu")
-    rule.add(config, names, ours, torchs, exact)
+    torchs = exact if config.dtype == torch.float64 else results(rounded, config, config.dtype)[1]
+    for (backend, recompute), rule in rules.items():
+        if backend == "triton":
+            skip_unless_it_compiles(config.dtype)
+        ours = fused_lstm.LSTM.from_torch(rounded, backend=backend, recompute=recompute)
+        _, found = results(ours, config, config.dtype, DEVICE if backend == "triton" else "cpu")
+        rule.add((backend, recompute, config), names, found, torchs, exact)

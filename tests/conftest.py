@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,18 +17,9 @@ HALVES = (torch.float16, torch.bfloat16)
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 if HAS_TRITON and INTERPRET:
-    from triton.language import core
-    from triton.runtime import interpreter
+    import quick_interpreter
 
-    _patch_lang = interpreter._patch_lang
-
-    def _patch_lang_once(fn: Callable) -> object:
-        """Triton's interpreter makes its language over anew for each function that a kernel calls: half of all its time."""
-        languages = [value for value in fn.__globals__.values() if value is core or value is interpreter.tl]
-        done = languages and not any(core.is_builtin(language.load) for language in languages)
-        return interpreter._LangPatchScope() if done else _patch_lang(fn)
-
-    interpreter._patch_lang = _patch_lang_once
+    quick_interpreter.install()
 
 
 def _reason(item: pytest.Item) -> str | None:

@@ -11,6 +11,7 @@ GPU's arithmetic would make canonical.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import re
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import TensorHandle, interpreter_builder, interpreter_semantic
+from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder, interpreter_semantic
 
 PACKAGE = "fused_lstm.kernels"
 # The kernels written in Gluon, in the order of their imports.
@@ -165,7 +166,7 @@ class Assembly:
         self.active = np.ones(self.threads, bool)
 
     def run(self) -> list[np.ndarray]:
-        at = 0
+        at, pause = 0, 5e-4
         while at < len(self.lines):
             line = self.lines[at]
             at += 1
@@ -177,7 +178,8 @@ class Assembly:
                 taken = self.active & self.value(jump[1])
                 if taken.any():
                     self.active, at = taken, self.labels[jump[2]]
-                    time.sleep(5e-4)  # leave the processor to those that are waited for
+                    time.sleep(pause)  # leave the processor to those that are waited for
+                    pause = min(2 * pause, 8e-3)
                 else:
                     self.active = np.ones(self.threads, bool)
             elif jump := re.fullmatch(r"bra.uni (\w+)", line):
@@ -307,8 +309,12 @@ def installed() -> Iterator[None]:
         package.gluon = real
 
 
+@functools.cache
 def interpreted() -> dict[str, types.ModuleType]:
-    """The modules of kernels, by name, for the interpreter; whoever imports them elsewhere gets them as they are."""
+    """The modules of kernels, by name, for the interpreter; whoever imports them elsewhere gets them as they are.
+
+    Their functions are made ready to be interpreted here, once: else each of the processes that run them would do it.
+    """
     names = [f"{PACKAGE}.{name}" for name in MODULES]
     package = importlib.import_module(PACKAGE)
     before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
@@ -324,6 +330,9 @@ def interpreted() -> dict[str, types.ModuleType]:
         package.__dict__.update(attributes)
     for module in found.values():
         module.tl = tl  # where the interpreter looks for it
+    for value in [value for module in (*found.values(), tl.standard) for value in vars(module).values()]:
+        if isinstance(value, InterpretedFunction):
+            value.rewrite()
     return found
 
 

@@ -92,7 +92,7 @@ def build(
         file.flush()
         usage, sass = (
             subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-            for command in ((tools / "cuobjdump", "-res-usage"), (tools / "nvdisasm",))
+            for command in ((tools / "cuobjdump", "-res-usage"), (tools / "nvdisasm", "-c", "-ndf"))
         )
     registers, spills = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return Built(registers, spills, compiled.metadata.shared, seconds, Counter(widest_loop(sass)))

@@ -158,7 +158,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         def output(*command: str) -> str:
             return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
-        return output(str(tools / "cuobjdump"), "-res-usage"), output(str(tools / "nvdisasm"))
+        return output(str(tools / "cuobjdump"), "-res-usage"), output(str(tools / "nvdisasm"), "-c", "-ndf")
 
 
 TRAINING = {"rows": ("lengths", "resets")}  # the most demanding flags

@@ -1,8 +1,11 @@
-"""Every load and store of the stepwise kernels is within its arguments: each address is checked in Triton's interpreter."""
+"""Every load and store of the stepwise kernels is within its arguments: each address is checked in Triton's interpreter.
+
+So is every sum and product of int32 on the way to it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,10 @@ import torch
 from forked import Program, redirect_launches, tensors_in
 from pairs import IN_INTERPRETER
 from test_kernels import Problem
+
+pytest.importorskip("triton")
+import triton
+from triton import language as tl
 
 from fused_lstm import launch
 from fused_lstm.launch.stepwise import StepwiseConfig
@@ -46,7 +53,8 @@ class Memory:
 
 
 @pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+    from quick_interpreter import check_overflow
     from triton.runtime.interpreter import interpreter_builder
 
     watched = Memory()
@@ -65,7 +73,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     monkeypatch.setattr(interpreter_builder, "create_masked_load", checked(interpreter_builder.create_masked_load, 0))
     monkeypatch.setattr(interpreter_builder, "create_masked_store", checked(interpreter_builder.create_masked_store, 1))
     redirect_launches(monkeypatch, "stepwise", launched)
-    return watched
+    check_overflow(True)
+    yield watched
+    check_overflow(False)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -94,3 +104,18 @@ def test_an_access_outside_is_seen(memory: Memory, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(memory, "of", lambda args: (of(args), memory.ranges.pop()))
     with launch.forced(CONFIGS["stepwise"]), pytest.raises(InterpreterError, match=r"addresses lie outside the kernel"):
         Problem(torch.float32, H=16, resets=True).run("triton", torch.float32)
+
+
+@triton.jit
+def doubled(x_ptr):
+    x = tl.load(x_ptr)
+    tl.store(x_ptr, x + x)
+
+
+def test_an_overflow_is_seen(memory: Memory) -> None:
+    from triton.runtime.errors import InterpreterError
+
+    x = torch.tensor([2**30], dtype=torch.int32)
+    memory.of((x,))
+    with pytest.raises(InterpreterError, match="int32 overflow detected"):
+        doubled[(1,)](x)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import IN_INTERPRETER, every_backend, every_quick_backend
+from pairs import IN_INTERPRETER
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 import fused_lstm
 
 HAS_CXX = shutil.which(os.environ.get("CXX", "g++")) is not None
-INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(not HAS_CXX, reason="needs a C++ compiler"))
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 I, H = 3, 8  # noqa: E741
 LAYERS: list[dict[str, Any]] = [
@@ -27,8 +26,9 @@ LAYERS: list[dict[str, Any]] = [
     {"proj_size": 2, "bias": False},
     {"recompute": True},
 ]
-every_layer = pytest.mark.parametrize("layer", LAYERS, ids=["plain", "bidirectional", "projection", "recompute"])
-SIZES = [(B, T) for B in (2, 3, 5, 7) for T in (2, 4, 6, 9, 12)]
+SIZES = [(2, 2), (2, 4), (3, 6), (5, 9), (7, 12), (7, 2)]
+# In a graph "auto" is as "aten", and that as "reference" where there is a projection or a transform (test_plan.py).
+KERNELS = pytest.param("triton", marks=[pytest.mark.kernels, IN_INTERPRETER])
 
 
 @pytest.fixture(autouse=True)
@@ -82,19 +82,17 @@ def one_graph(backend: str, layer: dict[str, Any], ragged: str, sizes: list[tupl
 RAGGED = ["", "lengths", "resets", "lengths and resets"]
 
 
-@every_layer
 @pytest.mark.parametrize("ragged", RAGGED)
-@every_quick_backend
-def test_one_graph_for_all_batches_and_times(backend: str, layer: dict[str, Any], ragged: str) -> None:
-    one_graph(backend, layer, ragged, SIZES)
+@pytest.mark.parametrize("layer", LAYERS, ids=["plain", "bidirectional", "projection", "recompute"])
+def test_one_graph_for_all_batches_and_times(layer: dict[str, Any], ragged: str) -> None:
+    one_graph("aten", layer, ragged, SIZES)
 
 
-@pytest.mark.kernels
-@IN_INTERPRETER
+@pytest.mark.parametrize("backend", ["reference", KERNELS])
 @pytest.mark.parametrize(("layer", "ragged"), list(zip(LAYERS, RAGGED, strict=True)), ids=RAGGED)
-def test_one_graph_around_the_kernels(layer: dict[str, Any], ragged: str) -> None:
-    """To the compiler they are the op that the explicit path is."""
-    one_graph("triton", layer, ragged, SIZES[:3])
+def test_one_graph_around_other_engines(layer: dict[str, Any], ragged: str, backend: str) -> None:
+    """To the compiler they are the same op."""
+    one_graph(backend, layer, ragged, SIZES[:3])
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
@@ -111,8 +109,15 @@ def test_lengths_in_a_list_are_no_constants(dynamic: bool | None) -> None:
     assert graphs[-1] == graphs[0 if dynamic else 3]  # unless told, torch learns that they change, and 0 and 1 are special
 
 
-@pytest.mark.parametrize("compiler", ["eager", INDUCTOR])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "compiler"),
+    [
+        (torch.float32, "aot_eager"),
+        (torch.float64, "aot_eager"),
+        (torch.float16, "aot_eager"),
+        pytest.param(torch.bfloat16, "inductor", marks=pytest.mark.skipif(not HAS_CXX, reason="needs a C++ compiler")),
+    ],
+)
 def test_compilers_and_dtypes(compiler: str, dtype: torch.dtype) -> None:
     """A model around the layer, with states and lengths given."""
 
@@ -139,8 +144,10 @@ def test_compilers_and_dtypes(compiler: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, b.abs().max().item()))
 
 
-@pytest.mark.parametrize("enforce_sorted", [False, True])
-@every_backend
+@pytest.mark.parametrize(
+    ("backend", "enforce_sorted"),
+    [("aten", False), ("aten", True), ("reference", False), pytest.param("triton", False, marks=KERNELS.marks)],
+)
 def test_packed(backend: str, enforce_sorted: bool) -> None:
     torch.manual_seed(0)
     module = fused_lstm.LSTM(I, H, bidirectional=True, backend=backend)
@@ -191,8 +198,9 @@ def test_an_empty_batch() -> None:
     assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("proj_size", [0, 2])
-@every_backend
+@pytest.mark.parametrize(
+    ("backend", "proj_size"), [("aten", 0), ("reference", 2), pytest.param("triton", 0, marks=KERNELS.marks)]
+)
 def test_states_of_dynamic_shapes(backend: str, proj_size: int) -> None:
     """Carried from call to call, and step by step."""
     module = fused_lstm.LSTM(I, H, proj_size=proj_size, backend=backend)
@@ -236,7 +244,7 @@ def test_tangents_are_not_lost() -> None:
 
 
 @pytest.mark.parametrize("mode", ["vmap", "ensemble", "grad", "jvp", "per-sample gradients"])
-@every_backend
+@pytest.mark.parametrize("backend", ["reference", KERNELS])
 def test_transforms_inside_a_graph(backend: str, mode: str) -> None:
     torch.manual_seed(0)
     module, x = fused_lstm.LSTM(I, H, backend=backend), torch.randn(2, 3, 2, I)

@@ -219,5 +219,5 @@ def test_random_problems(dtype: torch.dtype) -> None:
     rule = Rule()
     for seed in range(66):
         largest = random.Random(seed).choice([64, 200, 600])
-        add_config(rule, Config.random(seed, dtype, largest), "triton")
+        add_config({("triton", False): rule}, Config.random(seed, dtype, largest))
     rule.check()

@@ -39,7 +39,7 @@ def test_200_random_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(ragged, cost, 0)
         dtype = (torch.float32, torch.float64)[seed % 2]
         config = replace(Config.random(seed, dtype, 9), mode=("packed", "packed sorted")[seed // 2 % 2])
-        add_config(rule, config, "auto")
+        add_config({("auto", False): rule}, config)
         lstm = fused_lstm.LSTM.from_torch(config.module().to(dtype))
         ways[fused_lstm.explain(lstm, config.data()[0].to(dtype)).how] += 1
     rule.check()

@@ -109,7 +109,7 @@ def test_error_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_halves_equal_the_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     interpret(monkeypatch)
-    whole, half = Problem(dtype, T=6, H=32, B=9), Problem(dtype, T=3, H=32, B=9)
+    whole, half = Problem(dtype, T=4, H=32), Problem(dtype, T=2, H=32)
     expected, given = whole.forward(FOUR), whole.tensors()
     first = half.forward(FOUR, given={**given, "gates": given["gates"][: half.N]})
     second = half.forward(FOUR, given={**given, "gates": given["gates"][half.N :], "h0": first.hn_ptr, "c0": first.cn_ptr})
@@ -122,7 +122,7 @@ def test_two_halves_equal_the_whole(dtype: torch.dtype, monkeypatch: pytest.Monk
 def test_recurrences_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Directions and members that do not fit together take several launches, to the same bits."""
     grids = interpret(monkeypatch)
-    problem = Problem(torch.float16, H=32, B=4, T=3, directions=2, members=2, mode="lengths")
+    problem = Problem(torch.float16, H=32, T=2, directions=2, members=2, mode="lengths")
     together = list(problem.run(FOUR).values())
     in_turn = list(problem.run(PersistentConfig(warps=4, at_once=3)).values())
     assert grids == [(2, 1, 4)] * 2 + [(2, 1, 3), (2, 1, 1)] * 2
@@ -148,7 +148,7 @@ def test_tiny_and_saturating_numbers(dtype: torch.dtype, scale: float, monkeypat
 )
 def test_equal_bits_on_every_run(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     config, options = CASES[name]
-    problem, results = Problem(dtype, **options | {"directions": 1, "T": 6}), []
+    problem, results = Problem(dtype, **options | {"directions": 1}), []
     for seed in range(2):
         with monkeypatch.context() as patch:
             grids = interpret(patch, random_delays(seed))

@@ -48,13 +48,18 @@ def check(kernel: str, config: PersistentConfig, H: int, B: int, R: int, dtype: 
     assert total(built.loop, "LDG", "STRONG") == polled + 3 * (config.form == "split")
 
 
+# Of each form and arithmetic one: packed rows were seen to need as many registers as others, or 4 more where 29 are left.
+PACKED_TOO = ((128, 2048, 1, "bf16"), (512, 256, 1, "fp32"), (528, 8, 1, "fp32"), (2048, 16, 2, "bf16"))
+
+
 @pytest.mark.parametrize(("H", "B", "R", "dtype"), WORKLOADS)
 def test_what_an_h100_runs(H: int, B: int, R: int, dtype: str) -> None:
     done = set()
+    variants = (PLAIN, RAGGED, PACKED) if (H, B, R, dtype) in PACKED_TOO else (PLAIN, RAGGED)
     for kernel, config in chosen(H, B, R, dtype, "sm_90"):
         if kernel not in done:
             done.add(kernel)
-            for flags in (PLAIN, RAGGED, PACKED):
+            for flags in variants:
                 check(kernel, config, H, B, R, dtype, "sm_90", flags)
     assert done == {"forward", "backward"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,29 @@ def test_recompute(options: dict, backend: str, how: str, reason: str, triton: C
     plain = choose(problem(**{"T": 98, "needs_grad": True, **options}), backend)
     kept = options.get("needs_grad") is False or options.get("T") == 1
     assert (plan == plain) is kept, "where nothing can be recomputed, nothing changes"
+
+
+def test_on_a_cpu_auto_runs_as_another_backend_does(triton: Callable) -> None:
+    """So what tests show of that backend holds for it."""
+    triton(False)
+    taken, flags = set(), [(False, True)] * 7
+    for dtype, T, B, proj, data in product(FLOATS, (1, 300), (2, 40), (0, 2), ("", "packed", "lengths", "resets")):
+        for needs_grad, recompute, same, transformed, ensemble, forward, bidirectional in product(*flags):
+            p = problem(dtype=dtype, T=T, B=B, proj_size=proj, bidirectional=bidirectional, needs_grad=needs_grad)
+            p = p._replace(recompute=recompute, transformed=transformed, ensemble=ensemble, forward_mode=forward)
+            if data:
+                p = p._replace(**{data: True}, **{"stretches": 2} if data == "resets" else {"same_length": same})
+            plan, *others = (choose(p, backend) for backend in ("auto", "aten", "reference"))
+            taken.add(plan.way)
+            assert (plan.way, plan.how) in [(other.way, other.how) for other in others], p
+    assert taken == {*Way} - {Way.TRITON}
+    for dtype, projected, transformed, differentiated in product(FLOATS, *flags[:3]):
+        auto, aten, reference = (
+            plans.choose_compiled("cpu", dtype, projected, transformed, differentiated, backend)
+            for backend in ("auto", "aten", "reference")
+        )
+        assert auto == aten
+        assert aten == reference or (aten[0] == "onednn" and not (projected or transformed or differentiated))
 
 
 def test_an_old_triton(triton: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

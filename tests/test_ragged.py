@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
 import torch
-from checks import DEVICE, Rule, skip_unless_it_compiles
+from checks import CPU_WAYS, DEVICE, KERNELS_WAYS, Rule, Way, skip_unless_it_compiles
 from pairs import every_backend
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ import fused_lstm
 from fused_lstm.cpu import aten, ragged
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-BACKENDS = ["auto", "aten", "reference", pytest.param("triton", marks=pytest.mark.kernels)]
+BACKENDS = ["aten", "reference", pytest.param("triton", marks=pytest.mark.kernels)]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -46,6 +48,16 @@ class Ragged:
         D = 2 if self.bidirectional else 1
         shapes = [(self.T, self.B, D * (self.proj or H)), *shapes[1:]]
         self.cotangents = [torch.randn(s, generator=g).to(self.dtype) for s in shapes]
+
+    @cached_property
+    def yardsticks(self) -> tuple[list[Tensor], list[Tensor]]:
+        """nn.LSTM's results in the call's dtype and in fp64."""
+        exact = self.row_by_row(torch.float64)
+        return exact if self.dtype == torch.float64 else self.row_by_row(self.dtype), exact
+
+    def add(self, rules: Mapping[Way, Rule]) -> None:
+        for (backend, recompute), rule in rules.items():
+            rule.add((backend, recompute, self), self.names, self.fused(backend, recompute=recompute), *self.yardsticks)
 
     def inputs(self, dtype: torch.dtype) -> list[Tensor]:
         return [t.to(dtype).requires_grad_() for t in self.tensors]
@@ -113,33 +125,34 @@ class Ragged:
         return ["output", "h_n", "c_n", "dx", "dh0", "dc0", *("d" + n for n, _ in self.lstm.named_parameters())]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("nan_memory")
-def test_300_random_lengths_and_resets(backend: str, dtype: torch.dtype) -> None:
-    rule = Rule()
-    for seed in range(DTYPES.index(dtype), 160 if backend == "triton" else 300, len(DTYPES)):
-        case = Ragged(seed, dtype)
-        rule.add(case, case.names, case.fused(backend), case.row_by_row(case.dtype), case.row_by_row(torch.float64))
-    rule.check()
-
-
-@pytest.mark.parametrize("backend", ["auto", "aten"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.usefixtures("nan_memory")
-def test_random_lengths_and_resets_cut_wherever_a_row_ends(
-    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for cost in ("STEP_COST", "CALL_COST", "CALL_COST_TIMES_H", "CUT_COST_TIMES_H"):
-        monkeypatch.setattr(ragged, cost, 0)
-    found, blocks = ragged.cuts, []
-    monkeypatch.setattr(ragged, "cuts", lambda *args: blocks.append(found(*args)) or blocks[-1])
-    rule = Rule()
+def test_300_random_lengths_and_resets(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are, and cut wherever a row ends, where cuts cost nothing."""
+    rules, cut, found = {way: Rule() for way in CPU_WAYS}, Rule(), ragged.cuts
+    blocks: list[list[int]] = []
     for seed in range(DTYPES.index(dtype), 300, len(DTYPES)):
         case = Ragged(seed, dtype)
-        rule.add(case, case.names, case.fused(backend), case.row_by_row(case.dtype), case.row_by_row(torch.float64))
-    rule.check()
+        case.add(rules)
+        with monkeypatch.context() as free:
+            for cost in ("STEP_COST", "CALL_COST", "CALL_COST_TIMES_H", "CUT_COST_TIMES_H"):
+                free.setattr(ragged, cost, 0)
+            free.setattr(ragged, "cuts", lambda *args: blocks.append(found(*args)) or blocks[-1])
+            case.add({("aten", False): cut})
+    for rule in (*rules.values(), cut):
+        rule.check()
     assert sum(len(marks) > 2 for marks in blocks) > 20
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("nan_memory")
+def test_160_random_lengths_and_resets_on_the_kernels(dtype: torch.dtype) -> None:
+    """With recompute and without it in turn: the kernels are the same."""
+    rule = Rule()
+    for n, seed in enumerate(range(DTYPES.index(dtype), 160, len(DTYPES))):
+        Ragged(seed, dtype).add({KERNELS_WAYS[n % 2]: rule})
+    rule.check()
 
 
 def test_cuts_take_the_least_time() -> None:

@@ -20,7 +20,7 @@ LAYERS: list[dict[str, Any]] = [
     {"recompute": True},
 ]
 every_layer = pytest.mark.parametrize("layer", LAYERS, ids=["plain", "bidirectional", "projection", "recompute"])
-without_kernels = pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
+without_kernels = pytest.mark.parametrize("backend", ["aten", "reference"])
 
 
 @every_layer

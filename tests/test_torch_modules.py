@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairs import all_equal, assert_all_close, every_backend, flat
+from pairs import all_equal, assert_all_close, every_backend, every_quick_backend, flat
 from torch import Tensor, nn
 
 import fused_lstm
@@ -121,7 +121,7 @@ def test_device_and_dtype_of_construction(device: str, dtype: torch.dtype) -> No
         assert {(p.device.type, p.dtype) for layer in layers for p in layer.parameters()} == {(device, dtype)}
 
 
-@every_backend
+@every_quick_backend
 @each_dtype
 @pytest.mark.parametrize("training", [True, False])
 def test_copies(training: bool, dtype: torch.dtype, backend: str) -> None:
@@ -150,7 +150,7 @@ def test_training_flag_counts(dtype: torch.dtype, backend: str) -> None:
             ours(*args, **kwargs)
 
 
-@every_backend
+@every_quick_backend
 @each_dtype
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last, torch.channels_last_3d])
 def test_memory_format(form: torch.memory_format, dtype: torch.dtype, backend: str) -> None:
@@ -167,7 +167,7 @@ def swapping(request: pytest.FixtureRequest) -> Iterator[bool]:
     torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-@every_backend
+@every_quick_backend
 @pytest.mark.parametrize("swapping", [False, True], indirect=True)
 def test_moved(swapping: bool, backend: str) -> None:
     """torch's test_to and test_to_empty: through another dtype and device and back, the gradients too."""
