@@ -135,8 +135,8 @@ class Problem:
         r = random.Random(seed)
         self.dtype, self.seed, self.mode = dtype, seed, mode or r.choice(["", "lengths", "resets", "packed", "both"])
         T, B, I, H = r.randint(1, 5), r.randint(1, 3), r.randint(1, 4), cell.heads * r.randint(1, 3)  # noqa: E741
-        # A norm of few numbers, which may be close to each other, multiplies rounding errors; tensors of 256 or more would be
-        # judged alone, though all their errors may have one origin.
+        # A norm of few numbers, which may be close to each other, multiplies rounding errors; tensors of 256 or more would
+        # be judged alone, though all their errors may have one origin.
         if cell.layer_norm:
             I, H = I + 3, 5  # noqa: E741
         layers, bi = 1 if dtype == torch.bfloat16 else r.randint(1, 2), r.random() < 0.5
