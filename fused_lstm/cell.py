@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from numbers import Real
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -58,11 +59,17 @@ class Cell:
         if self.layer_norm is not None and self.layer_norm not in NORMS:
             raise ValueError(f"layer_norm should be 'output', 'state' or None, got: {self.layer_norm!r}")
         zoneout = self.zoneout
-        if not isinstance(zoneout, (tuple, list)) or len(zoneout) != 2 or not all(0 <= p <= 1 for p in zoneout):
+        if (
+            not isinstance(zoneout, (tuple, list))
+            or len(zoneout) != 2
+            or not all(_number(p) and 0 <= p <= 1 for p in zoneout)
+        ):
             raise ValueError(f"zoneout should be two numbers in range [0, 1], (p_h, p_c), got: {zoneout!r}")
         object.__setattr__(self, "zoneout", tuple(map(float, zoneout)))
         if type(self.heads) is not int or self.heads < 1:
             raise ValueError(f"heads should be an integer of at least 1, got: {self.heads!r}")
+        if self.forget_bias is not None and not _number(self.forget_bias):
+            raise TypeError(f"forget_bias should be a number or None, got: {self.forget_bias!r}")
         if self.layer_norm and (self.coupled or self.heads > 1):
             with_what = "coupled" if self.coupled else "heads"
             raise ValueError(f"layer_norm cannot be had with {with_what}: its norms are over the products of all four gates")
@@ -82,6 +89,11 @@ class Cell:
             raise ValueError(f"proj_size goes with torch's cell or coupled gates, got proj_size={proj_size} and {self}")
         if self.forget_bias is not None and not bias:
             raise ValueError(f"forget_bias={self.forget_bias} needs bias=True")
+
+    @property
+    def torchs(self) -> bool:
+        """Whether it differs from torch's cell in an initial value at most."""
+        return self == Cell(forget_bias=self.forget_bias)
 
     @property
     def gates(self) -> int:
@@ -139,6 +151,10 @@ class Cell:
                 gains.append(gain)
             units.append(torch.cat(parts))
         return [group[:-own] for group in groups], torch.stack(units), torch.cat(gains) if gains else None
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def checked_cell(cell: object) -> Cell | None:

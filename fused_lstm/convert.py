@@ -231,8 +231,9 @@ def _weights(caller: str, lstm: nn.RNNBase) -> list[list[list[Tensor]]]:
     """The inverse of :func:`_lstm`, as copies."""
     if not isinstance(lstm, nn.RNNBase) or lstm.mode != "LSTM":
         raise TypeError(f"{caller} expects a fused_lstm.LSTM or a torch.nn.LSTM, got: {type(lstm).__name__}")
-    if getattr(lstm, "cell", None) is not None:
-        raise TypeError(f"{caller} expects torch's own cell, got: {lstm.cell}")
+    cell = getattr(lstm, "cell", None)
+    if cell is not None and not cell.torchs:
+        raise TypeError(f"{caller} expects torch's own cell, got: {cell}")
     names = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"][: 4 if lstm.bias else 2]
     if lstm._all_weights[0] != names:
         raise ValueError(f"{caller} expects the weights {', '.join(names)}, got: {', '.join(lstm._all_weights[0])}")

@@ -185,7 +185,7 @@ class LSTM(nn.RNNBase):
         """A torch.nn.LSTM that shares this layer's parameters, hooks and mode of training."""
         if is_parametrized(self):
             raise TypeError(f"to_torch expects no parametrizations, got: {type(self).__name__}")
-        if self.cell is not None:
+        if self.cell is not None and not self.cell.torchs:
             raise TypeError(f"to_torch expects torch's own cell, got: {self.cell}")
         if self._dropouts != NO_DROPOUTS:
             raise TypeError(f"to_torch expects no dropout that nn.LSTM does not have, got: {self._dropouts}")

@@ -89,7 +89,7 @@ def layer(
 ):  # fmt: skip
     """A :class:`fused_lstm.call.LayerCall`, field by field, in ONNX's operators."""
     if cell:
-        raise Inexpressible(f"a cell with {cell} cannot be exported: ONNX's LSTM is torch's")
+        raise Inexpressible(f"a cell with {cell} is not translated to ONNX, torch's cell and coupled gates are")
     if resets is not None:
         raise Inexpressible("resets cannot be exported: ONNX's LSTM has no means to clear its state between two steps")
     if batch_sizes is not None:

@@ -37,25 +37,24 @@ def zoneout(call: LayerCall, relative: Relative, rows: Rows, like: Tensor) -> Zo
         return None
     if call.seed is None:
         return Zoneout(*(like.new_full((), q).expand(like.shape[0], R, H) for q in p))
-    # One draw gives four words: of h and of c, at two times.
-    index = torch.arange((T + 1) // 2 * B * R * H, device=like.device)
-    words = philox(call.seed, index)
+    # One draw gives four words: of h and of c, at two times. In blocks that a CPU's caches hold.
+    index, limits = torch.arange((T + 1) // 2 * B * R * H, device=like.device), [round(q * 2**32) for q in p] * 2
+    words = (philox(call.seed, block) for block in index.split(2**16))
+    masks = torch.cat([torch.stack([w < limit for w, limit in zip(four, limits, strict=True)]) for four in words], 1)
     t, b = rows.times_and_batch_rows(like.shape[0], like.device)
-    masks = []
-    for k, q in enumerate(p):
-        mask = torch.stack([(word < round(q * 2**32)).view(-1, B, R, H) for word in words[k::2]], 1).flatten(0, 2)
-        masks.append(mask.index_select(0, t * B + b).to(like.dtype))
-    return Zoneout(*masks)
+    in_time = masks.view(2, 2, -1, B, R, H).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
+    return Zoneout(*(mask.index_select(0, t * B + b).to(like.dtype) for mask in in_time))
 
 
 def philox(seed: Tensor, index: Tensor) -> list[Tensor]:
     """Four random numbers below 2^32 for each index, int64: Philox4x32 (Salmon et al. 2011) keyed by a seed (1,) int64."""
-    zero = torch.zeros_like(seed)
-    c0, c1, c2, c3 = index & WORD, index >> 32, zero, zero  # c1 and c3 by their lower halves
+    c0, c1, c2, c3 = index & WORD, index >> 32, torch.zeros_like(index), torch.zeros_like(index)
     k0, k1 = seed & WORD, (seed >> 32) & WORD
     for _ in range(ROUNDS):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # may wrap, which leaves their bits right
-        c0, c1, c2, c3 = (b >> 32 ^ c1 ^ k0) & WORD, b, (a >> 32 ^ c3 ^ k1) & WORD, a
+        c0 = (b >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
+        c2 = (a >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
+        c1, c3 = b, a  # by their lower halves
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
     return [c0, c1 & WORD, c2, c3 & WORD]
 

@@ -105,7 +105,9 @@ def _held(config: PersistentConfig, problem: Recurrence, gpu: Device) -> int | N
     if problem.kernel == "backward" and problem.arithmetic == "tf32" and config.ahead:
         return None
     least = next((n for n in range(chunks) if shared_memory(replace(config, held=n), problem) <= gpu.shared_memory), chunks)
-    partly = PARTLY[problem.arithmetic][kind]
+    # sm_80's compiler needs some more for itself where both operands are fp32.
+    older = problem.arithmetic == "tf32" and kind == "split" and gpu.capability < (9, 0)
+    partly = PARTLY[problem.arithmetic][kind] - 10 * older
     held = max(least, int((partly - states) // chunk))
     return held if held * chunk + states <= max(partly, TIGHTLY[kind] if held == least else 0) else None
 
