@@ -279,7 +279,7 @@ class Recurrence:
         h_n, c_n = launch.recurrence_forward(gates, self.w_hh, self.b_hh, self.h0, self.c0, self.rows, y, c_all)
         written = dict(zip(WRITTEN, (y, h_n, c_n, gates), strict=False))
         if c_all is not None:
-            dc0 = launch.recurrence_backward(
+            _, dc0 = launch.recurrence_backward(
                 self.dy, self.dh_n, self.dc_n, gates, c_all, y, self.h0, self.c0, self.w_hh, self.rows, dgates, h_prev
             )
             written |= dict(zip(WRITTEN[4:], (c_all, dgates, h_prev, dc0), strict=True))
