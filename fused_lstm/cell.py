@@ -20,7 +20,7 @@ class Cell:
     """A relative of torch's cell: ``fused_lstm.LSTM(..., cell=Cell(peephole=True))``. All fields are off by default.
 
     The pre-activations a of the gates are W_ih x + b_ih + W_hh h + b_hh, in the order i, f, g, o, each of H rows. H is
-    ``hidden_size``, D the directions; parameters below are those of layer l and direction ``_l{l}`` or ``_l{l}_reverse``.
+    ``hidden_size``; parameters below are those of layer l and direction ``_l{l}`` or ``_l{l}_reverse``.
 
     Args:
         peephole: gates see the cell state: a_i += p_i * c and a_f += p_f * c of the step before, a_o += p_o * c' of this

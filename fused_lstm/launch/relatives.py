@@ -27,6 +27,10 @@ def _kernel(kernel: str, cell: str, dtype: torch.dtype, R: int, H: int, directio
     return Kernel(KERNELS, kernel, (Cell(*relative, ROUNDS, EPS), constants), dict(num_warps=warps, enable_fp_fusion=True))
 
 
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def forward(
     gates: Tensor,  # (N, R, 4, H) in: pre-activations but for the products; out, if c_all: activated gates
     w_hh: Tensor,  # (R*4H, H)
@@ -47,11 +51,10 @@ def forward(
         y.zero_()
     h = y.new_zeros(R, B, H) if h0 is None else h0.clone()
     c = y.new_zeros(R, B, H, dtype=acc) if c0 is None else c0.to(acc, copy=True)
-    units = None if call.units is None else call.units.contiguous()
     products, w = y.new_empty(R, B, 4 * H, dtype=acc), w_hh.view(R, 4 * H, H).mT
     kernel = _kernel("forward", call.cell, dtype, R, H, rows.directions)
-    buffers = Forward(gates, products, units, call.seed, h, c, y, c_all)
-    size, told = (T, B, rows.stride_t, rows.stride_b), pointers(rows)
+    buffers = Forward(gates, products, _contiguous(call.units), call.seed, h, c, y, c_all)
+    size, told = rows.size, pointers(rows)
     for s in range(T):
         batched(h, w, products)
         kernel.run((B, R, 1), buffers, told, [(s, *size)])
@@ -80,11 +83,11 @@ def backward(
     if relative.norm:
         norms = given.recurrent.value, given.recurrent.rstd, given.c_norm.value, given.c_norm.rstd
     buffers = Backward(
-        dy, gates, given.c_prev, *norms, call.units, call.seed, dh, passed, dc, dgates, dproducts,
+        dy, gates, given.c_prev, *norms, _contiguous(call.units), call.seed, dh, passed, dc, dgates, dproducts,
         given.dshown if relative.norm else None,
     )  # fmt: skip
     kernel = _kernel("backward", call.cell, dtype, R, H, rows.directions)
-    size, told = (T, B, rows.stride_t, rows.stride_b), pointers(rows)
+    size, told = rows.size, pointers(rows)
     for s in range(T - 1, -1, -1):
         kernel.run((B, R, 1), buffers, told, [(s, *size)])
         batched(dproducts, w, dh)
