@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, recurrence, reference
 from .call import (
@@ -155,6 +156,7 @@ def run(
     sequences: Sequences,
     backend: str,
     keep: Keep | None = None,
+    tell: Callable[..., None] | None = None,
 ) -> Result:
     """:func:`lstm` for arguments that were checked. ``keep`` is given what each layer computed, one after the other; ways
     that do not show it give way to the explicit one."""
@@ -177,12 +179,23 @@ def run(
         word, fp32, transformed = choose_compiled(input.device.type, input.dtype, projected, *levels, backend, *what)
         if word == "onednn" and not unknown_sizes():
             stack = stack._replace(recompute=True)
-        runner = None
+        choice: Choice = word, fp32, transformed, None
     else:
-        word, fp32, transformed, runner = _chosen(problem_of(input, input.dtype, hx, weights, stack, sequences), backend)
+        choice = _chosen(problem_of(input, input.dtype, hx, weights, stack, sequences), backend)
+        if tell is not None and sequences is PLAIN:
+            tell(stack, choice)
+    if keep is not None and choice[0] != "triton":
+        choice = "reference", input.dtype in HALVES, False, None
+    return carry_out(input, hx, weights, stack, sequences, choice, keep)
+
+
+def carry_out(
+    input: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, sequences: Sequences, choice: Choice,
+    keep: Keep | None = None,
+) -> Result:  # fmt: skip
+    """A call by the way that was chosen for it."""
+    word, fp32, transformed, runner = choice
     dtype = input.dtype
-    if keep is not None and word != "triton":
-        word, fp32, runner = "reference", dtype in HALVES, None
     if stack.cell is not None and (runner is not None or word == "onednn"):  # torch's own LSTM, which has no heads
         weights, stack = stack.cell.joined_heads(weights, 2 + 2 * stack.has_biases), stack._replace(cell=None)
     if fp32:
@@ -197,6 +210,53 @@ def run(
         y, h_n, c_n = each_layer(lambda x, s, w: runner(x, s, list(chain(*w)), one, sequences), input, hx, weights, stack)
     return (y.to(dtype), h_n.to(dtype), c_n.to(dtype)) if fp32 else (y, h_n, c_n)
 
+
+class Earlier:
+    """What ran earlier calls of a layer, for calls that are like them: of plain tensors, without lengths or resets.
+
+    Whether tensors are alike is asked of the check that torch's compiler guards its graphs by, which costs less than to look
+    at one tensor from Python: types, dtypes, devices, sizes, who requires a gradient, and that no autocast, tracer,
+    transform or mode is at work that was not before. It knows nothing of forward-mode AD.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[tuple, tuple[Callable[..., bool], Callable[..., Result], Stack]] = {}
+
+    def find(self, key: tuple, tensors: Sequence[Tensor]) -> tuple[Callable[..., Result], Stack] | None:
+        """What ran such a call, which passed all checks. ``key`` holds what else they depend on."""
+        found = self.known.get(key)
+        alike = found is not None and forward_ad._current_level < 0 and found[0](*tensors)
+        return found[1:] if alike else None
+
+    def keep(self, key: tuple, tensors: Sequence[Tensor], stack: Stack, choice: Choice) -> None:
+        touched = (
+            active() or forward_mode() or torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state() is not None
+        )
+        if touched or GUARDS is None:
+            return
+        if len(self.known) >= LIMIT:
+            self.known.clear()
+        sizes, strides = [list(t.shape) for t in tensors], [[None] * t.dim() for t in tensors]
+        check = GUARDS(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        word, fp32, transformed, runner = choice
+        if fp32:
+            runner = partial(carry_out, choice=choice)
+        self.known[key] = check, runner or partial(run_layers, engine=word, transformed=transformed), stack
+
+
+def _guards() -> type | None:
+    """torch's own check of tensors; None where it is not as expected, so that nothing is remembered."""
+    try:
+        found = torch._C._dynamo.guards.TensorGuards
+        one = torch.empty(1, device="cpu")
+        return found if found(one, dynamic_dims_sizes=[[1]], dynamic_dims_strides=[[None]]).check(one) else None
+    except (AttributeError, TypeError):
+        return None
+
+
+GUARDS = _guards()
+LIMIT = 64  # of a layer's calls that are remembered
+Choice = tuple[str, bool, bool, Callable[..., Result] | None]  # a way in a word, a Plan's two flags, what runs it, or the op
 
 RUNNERS: dict[Way, Callable[..., Result]] = {  # of the other ways the op runs each layer
     Way.FUSED: aten.fused,

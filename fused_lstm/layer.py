@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
-from .call import Problem, Sequences, Stack, States, as_resets, numberless
+from .call import PLAIN, Problem, Sequences, Stack, States, as_resets, numberless
 from .cell import Cell, checked_cell
 from .dropouts import NO_DROPOUTS
-from .functional import cast_dtype, check_like, check_weights, run, settle, uncoupled
-from .plan import BACKENDS, Plan, choose, problem_of
+from .functional import Earlier, cast_dtype, check_like, check_weights, run, settle, uncoupled
+from .plan import BACKENDS, Plan, choose, problem_of, switches
 
 L = TypeVar("L", bound=nn.RNNBase)
 M = TypeVar("M", bound=nn.Module)
@@ -146,10 +147,11 @@ class LSTM(nn.RNNBase):
         # RNNBase refers to its weights weakly, to see that its list is old; torch cannot swap a tensor so referred to.
         self._flat_weight_refs = [None] * len(self._flat_weights_names)
         # torch.fx takes modules of torch.nn for leaves, and asks the module, not its class.
-        self.__dict__.update(_assigned=(), __module__="torch.nn")
+        self.__dict__.update(_assigned=(), _earlier=Earlier(), __module__="torch.nn")
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_assigned": (), "_compiled_call_impl": None}  # which would run this module
+        without = {"_assigned": (), "_earlier": None, "_compiled_call_impl": None}  # which would run this module
+        return super().__getstate__() | without
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({k: v for k, v in state.items() if k != "_flat_weights"})
@@ -208,10 +210,28 @@ class LSTM(nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         resets: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        weights, stack = self._weights(), self._stack()
+        weights, tell = self._weights(), None
+        plain = type(input) is Tensor and lengths is None and resets is None and not torch.compiler.is_compiling()
+        if plain and (hx is None or type(hx) is tuple) and self.cell is None and self._dropouts is NO_DROPOUTS:
+            tensors = (input, *weights) if hx is None else (input, *hx, *weights)
+            key = (
+                input.shape, len(tensors), torch.is_grad_enabled(), None if input.is_cpu else switches(),
+                self.backend, self.training, self.recompute, self.dropout, self.batch_first, self.bias, self.num_layers,
+                self.bidirectional,
+            )  # fmt: skip
+            found = self._earlier.find(key, tensors)
+            if found is not None:
+                runner, stack = found
+                output, h_n, c_n = runner(input, hx, weights, stack, PLAIN)
+                return output, (h_n, c_n)
+            tell = partial(self._earlier.keep, key, tensors)
+        stack = self._stack()
         x, states, sequences = self._prepare(input, hx, weights, stack, lengths, resets)
-        runs = self._dropouts.run if self.training and self._dropouts != NO_DROPOUTS else run
-        output, h_n, c_n = runs(x, states, weights, stack, sequences, self.backend)
+        if self.training and self._dropouts != NO_DROPOUTS:
+            output, h_n, c_n = self._dropouts.run(x, states, weights, stack, sequences, self.backend)
+        else:
+            tell = tell if x is input else None
+            output, h_n, c_n = run(x, states, weights, stack, sequences, self.backend, tell=tell)
         if x is input:
             return output, (h_n, c_n)
         if isinstance(input, PackedSequence):
@@ -298,10 +318,13 @@ class LSTM(nn.RNNBase):
 
     def _weights(self, *default: None) -> list[Tensor]:
         # Once for a call: a parametrized weight is computed whenever it is asked for.
-        held = self._parameters  # where most of them are; nn.Module's own look-up is slow
-        weights = [held[name] if name in held else getattr(self, name, *default) for name in self._flat_weights_names]
+        names, held = self._flat_weights_names, self._parameters
+        try:
+            weights = [held[name] for name in names]  # nn.Module's own look-up is slow
+        except KeyError:
+            weights = [getattr(self, name, *default) for name in names]
         for k, replaced, w in self._assigned:
-            if self._held(self._flat_weights_names[k]) is replaced:
+            if self._held(names[k]) is replaced:
                 weights[k] = w
         return weights
 
@@ -364,8 +387,8 @@ def _checked(backend: str, recompute: bool) -> dict[str, Any]:
 
 # What one of the two classes keeps in its modules and the other does not, and what would go on running the old module.
 OWN = (
-    "_flat_weights", "_assigned", "__module__", "backend", "recompute", "cell", "_dropouts", "_compiled_call_impl",
-    "forward",
+    "_flat_weights", "_assigned", "_earlier", "__module__", "backend", "recompute", "cell", "_dropouts",
+    "_compiled_call_impl", "forward",
 )  # fmt: skip
 
 

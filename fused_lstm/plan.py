@@ -107,8 +107,13 @@ def problem_of(
 
 
 def _on_gpu(input: Tensor, stack: Stack) -> OnGPU:
-    kernels_only = torch.are_deterministic_algorithms_enabled() or not torch.backends.cudnn.enabled
-    return OnGPU(input.device.index, input.shape[-1], tf32_allowed(), stack.dropout > 0, kernels_only)
+    tf32, kernels_only = switches()
+    return OnGPU(input.device.index, input.shape[-1], tf32, stack.dropout > 0, kernels_only)
+
+
+def switches() -> tuple[bool, bool]:
+    """What torch's switches ask of a call on a GPU: whether fp32 products may be TF32; that the kernels run."""
+    return tf32_allowed(), torch.are_deterministic_algorithms_enabled() or not torch.backends.cudnn.enabled
 
 
 @cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -329,3 +331,87 @@ def test_a_number_of_weights_that_does_not_fit() -> None:
     lstm.num_layers = 1
     with pytest.raises(ValueError, match="expected 4 weights for num_layers=1, got 8"):
         lstm(torch.randn(5, 2, 3))
+
+
+def double(m: nn.LSTM, x: torch.Tensor) -> Any:
+    return flat(m.double()(x.double()))
+
+
+def replaced(m: nn.LSTM, x: torch.Tensor) -> Any:
+    m.weight_hh_l0 = nn.Parameter(torch.ones(20, 5))
+    m.bias_ih_l0.data = torch.ones(20)
+    return flat(m(x))
+
+
+def batch_first(m: nn.LSTM, x: torch.Tensor) -> Any:
+    m.batch_first = True
+    return flat(m(x))
+
+
+def mapped(m: nn.LSTM, x: torch.Tensor) -> Any:
+    return flat(torch.func.vmap(lambda _: m(x))(torch.arange(2)))
+
+
+def tangent(m: nn.LSTM, x: torch.Tensor) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        y = m(torch.autograd.forward_ad.make_dual(x, x.cos()))[0]
+        return [torch.autograd.forward_ad.unpack_dual(y).tangent]
+
+
+def traced(m: nn.LSTM, x: torch.Tensor) -> Any:
+    return flat(torch.jit.trace(m, (x,), check_trace=False)(x + 1))
+
+
+def cast(m: nn.LSTM, x: torch.Tensor) -> Any:
+    with torch.autocast("cpu"):
+        return flat(m(x))
+
+
+def frozen(m: nn.LSTM, x: torch.Tensor) -> Any:
+    return [torch.tensor(m.requires_grad_(False)(x)[0].requires_grad)]
+
+
+def dropped(m: nn.LSTM, x: torch.Tensor) -> Any:
+    torch.manual_seed(0)
+    return flat(fused_lstm.weight_drop(m, 0.5)(x))
+
+
+def copied(m: nn.LSTM, x: torch.Tensor) -> Any:
+    return flat(pickle.loads(pickle.dumps(copy.deepcopy(m)))(x))
+
+
+WRONG: dict[str, Callable[[nn.LSTM, torch.Tensor], Any]] = {
+    "I": lambda m, x: m(x[..., :2]),
+    "three states": lambda m, x: m(x, (torch.zeros(1, 3, 5),) * 3),
+    "no state": lambda m, x: m(x, (torch.zeros(1, 3, 5), None)),
+    "B": lambda m, x: m(x, (torch.zeros(1, 2, 5),) * 2),
+    "dtype": lambda m, x: m(x.double()),
+    "weights": lambda m, x: m.double()(x),
+    "backend": lambda m, x: setattr(m, "backend", "triton") or m(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's of torch.jit
+@pytest.mark.parametrize("change", [double, replaced, batch_first, mapped, tangent, traced, cast, frozen, dropped, copied])
+def test_a_remembered_call_gives_way_to_a_change(change: Callable[..., Any]) -> None:
+    m, x = fused_lstm.LSTM(4, 5), torch.randn(3, 3, 4)
+    fresh = copy.deepcopy(m)
+    for _ in range(2):
+        m(x), m(x, (torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)))
+    assert_all_close(change(m, x), change(fresh, x))
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_remembered_call_leaves_errors_as_they_are(what: str) -> None:
+    m, x = fused_lstm.LSTM(4, 5), torch.randn(3, 3, 4)
+    fresh = copy.deepcopy(m)
+    for _ in range(2):
+        m(x), m(x, (torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)))
+    assert failure(partial(WRONG[what], m, x)) == failure(partial(WRONG[what], fresh, x)) is not None
+
+
+def test_calls_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, x = fused_lstm.LSTM(4, 5), torch.randn(3, 3, 4)
+    first = m(x)
+    monkeypatch.setattr(m, "_prepare", None)
+    assert all_equal(flat(first), flat(m(x)))

@@ -188,28 +188,27 @@ def single_step(x: Tensor, hx: States, weights: Sequence[Tensor], stack: Stack, 
     """A single time step: a cell per layer and direction."""
     x = x.squeeze(1 if stack.batch_first else 0)
     hx = hx or zero_states(x, x.shape[0], weights, stack)
+    if stack.num_layers == 1 and not stack.bidirectional:
+        h, c = _cell(x, hx[0].squeeze(0), hx[1].squeeze(0), weights, stack.has_biases)
+        h, c = h.unsqueeze(0), c.unsqueeze(0)
+        return h.transpose(0, 1).clone() if stack.batch_first else h.clone(), h, c  # which share no memory
     y, h_n, c_n = each_layer(_cells, x, hx, weights, stack, stack.has_biases)
-    y = h_n.clone() if stack.num_layers * stack.directions == 1 else y.unsqueeze(0)  # output and states share no memory
-    return y.transpose(0, 1) if stack.batch_first else y, h_n, c_n
+    return y.unsqueeze(1 if stack.batch_first else 0), h_n, c_n
 
 
 def _cells(x: Tensor, hx: States, groups: Sequence[Sequence[Tensor]], has_biases: bool) -> Result:
     """A layer's cells."""
-    if len(groups) == 1:
-        h, c = _cell(x, hx[0].squeeze(0), hx[1].squeeze(0), groups[0], has_biases)
-        return h, h.unsqueeze(0), c.unsqueeze(0)
     hs, cs = zip(*(_cell(x, hx[0][d], hx[1][d], g, has_biases) for d, g in enumerate(groups)), strict=True)
     return torch.cat(hs, -1), torch.stack(hs), torch.stack(cs)
 
 
 def _cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], has_biases: bool) -> tuple[Tensor, Tensor]:
-    w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if has_biases else (None, None)
-    projected, grad = len(rest) % 2 == 1, torch.is_grad_enabled()
-    if not projected and (grad or not uses_onednn(h, w_hh)):
-        return torch.lstm_cell(x, (h, c), w_ih, w_hh, b_ih, b_hh)
+    projected, grad = len(weights) > (4 if has_biases else 2), torch.is_grad_enabled()
+    if not projected and (grad or not uses_onednn(h, weights[1])):
+        return torch.lstm_cell(x, (h, c), *weights)
+    w_ih, w_hh, b_ih, b_hh = weights[:4] if has_biases else (*weights[:2], None, None)
     if grad:
         h, c = lstm_cell(x, h, c, w_ih, w_hh, b_ih, b_hh)
-        return h @ rest[-1].t(), c
+        return h @ weights[-1].t(), c
     h, c = cell(linear(x, w_ih, b_ih).add_(linear(h, w_hh, b_hh)), c)
-    return linear(h, rest[-1]) if projected else h, c
+    return linear(h, weights[-1]) if projected else h, c
