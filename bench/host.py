@@ -330,6 +330,8 @@ def measured(base: str | None, rounds: int, device: str, dtype: str = "bfloat16"
         jobs.append(("host:small", {}))
     with tempfile.TemporaryDirectory() as old, tempfile.TemporaryDirectory() as new:
         folders = {"here": copy_of_checkout(Path(new))} | ({"base": unpack(base, Path(old))} if base else {})
+        if base and not (folders["base"] / "fused_lstm" / "launch" / "schedule.py").is_file():
+            raise ValueError(f"expected a base whose package has launch/schedule.py, as this file knows it, got {base}")
         sides: Sides = {name: [] for name in folders}
         for n in range(rounds):
             for name in sorted(folders, reverse=n % 2 == 0):

@@ -113,19 +113,22 @@ def layer(call: LayerCall) -> Kept:
 legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def _gradient(*args: Any) -> Sequence[Tensor | None]:
-    """:func:`fused_lstm.recurrence.backward` of flat arguments, likewise."""
-    dy, dh_n, dc_n, *call, y, gates, c, needs = args
+def _gradient(
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, call: LayerCall, *saved: Any
+) -> Sequence[Tensor | None]:
+    """:func:`fused_lstm.recurrence.backward`, likewise."""
+    grads = dy, dh_n, dc_n
     # A compiler is to look no further; is_grads_batched maps without being a transform.
-    if plain(args[: 3 + N_TENSORS]) and not any([legacy_batched(g) for g in (dy, dh_n, dc_n) if g is not None]):
+    if plain(grads + call[:N_TENSORS]) and not any([g is not None and legacy_batched(g) for g in grads]):
         if torch.is_grad_enabled():
-            return LayerGradient.apply(*args)
-        return recurrence.backward(dy, dh_n, dc_n, LayerCall(*call), y, gates, c, needs)
+            return LayerGradient.apply(*grads, *call, *saved)
+        return recurrence.backward(*grads, call, *saved)
     if active():
-        found = MappedLayerGradient.apply(*args)
+        found = MappedLayerGradient.apply(*grads, *call, *saved)
     else:
-        found = layer_backward(dy, dh_n, dc_n, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
-    return [grad if need else None for grad, need in zip(found, needs, strict=True)]
+        y, gates, c, needs = saved
+        found = layer_backward(*grads, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
+    return [grad if need else None for grad, need in zip(found, saved[3], strict=True)]
 
 
 def _keep(ctx: Any, inputs: tuple, output: Kept) -> None:
@@ -149,7 +152,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tenso
     needs = ctx.needs_input_grad
     grads: Sequence[Tensor | None] = [None] * N_INPUTS
     if dy is not None or dh_n is not None or dc_n is not None:
-        grads = _gradient(dy, dh_n, dc_n, *tensors, *ctx.options, y, gates, c, list(needs[:N_INPUTS]))
+        grads = _gradient(dy, dh_n, dc_n, LayerCall(*tensors, *ctx.options), y, gates, c, list(needs[:N_INPUTS]))
     return *grads, *[None] * (len(needs) - N_INPUTS)  # torch has no entry for an argument that equals its default
 
 

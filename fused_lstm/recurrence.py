@@ -125,15 +125,15 @@ def backward(
             dgates, h_prev, *more,
         )  # fmt: skip
         dx = dw_ih = dw_hh = db_ih = db_hh = dh0 = dw_h0 = dunits = None
-        by_products = relative.by_products(flat.view(N, R, 4, H)) if call.cell else flat.chunk(R, 1)
+        by_products = relative.by_products(flat.view(N, R, 4, H)) if call.cell else _by_recurrence(flat, R)
         if needs[8] and call.cell:
             dunits = relative.by_units(flat.view(N, R, 4, H))
         if needs[0]:
-            dx = (flat if call.w_ih is None else product(flat, call.w_ih)).view(*x.shape)
+            dx = (flat if call.w_ih is None else product(flat, call.w_ih)).view(x.shape)
         if needs[3] and call.w_ih is not None:
             dw_ih = outer(flat, x.reshape(N, x.shape[-1]))
         if needs[4]:
-            each = list(map(outer, by_products, h_prev.chunk(R, 1)))
+            each = list(map(outer, by_products, _by_recurrence(h_prev, R)))
             dw_hh = each[0] if R == 1 else torch.cat(each)
         if needs[5]:
             db_ih = flat.sum(0)
@@ -142,7 +142,7 @@ def backward(
         if call.cell:
             dh0 = by_h0 if needs[1] and call.h0 is not None else None
         elif (needs[1] or needs[7]) and call.h0 is not None:
-            first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(flat.chunk(R, 1))]
+            first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(_by_recurrence(flat, R))]
             if needs[1]:
                 ws = (w_hh if call.w_h0 is None else call.w_h0).chunk(R)
                 dh0 = torch.stack([product(da, w) for da, w in zip(first, ws, strict=True)])
@@ -151,6 +151,11 @@ def backward(
     if dh0 is not None and not call.cell and call.w_h0 is None and call.lengths is not None:
         dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)  # by rows without steps
     return [dx, dh0, dc0 if needs[2] and call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0, dunits]
+
+
+def _by_recurrence(t: Tensor, R: int) -> Sequence[Tensor]:
+    """The parts of t (N, R*n)."""
+    return (t,) if R == 1 else t.chunk(R, 1)
 
 
 def _relative(
