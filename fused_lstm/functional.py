@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, recurrence, reference
+from . import ops, recurrence, reference, relatives
 from .call import (
     ALIGNMENT,
     PLAIN,
@@ -33,7 +33,7 @@ from .call import (
     numberless,
     traced,
 )
-from .cell import EPS, Cell, checked_cell
+from .cell import Cell, checked_cell
 from .cpu import aten, segments
 from .plan import HALVES, Way, choose, choose_compiled, problem_of, unknown_sizes
 
@@ -265,7 +265,8 @@ def _layer(
     if relative and gains is not None:  # the norm of the input's products, for all steps
         biases = [None] * R if b_ih is None else b_ih.chunk(R)
         given = zip(F.linear(x, w_ih).chunk(R, -1), gains.chunk(R), biases, strict=True)
-        normed = [F.layer_norm(products, (4 * H,), gain, bias, EPS) for products, gain, bias in given]
+        norm = relatives.LayerNorm.apply if ops.plain((x, gains)) and not forward_mode() else relatives.layer_norm
+        normed = [norm(products, gain, bias) for products, gain, bias in given]
         x, w_ih, b_ih = normed[0] if R == 1 else torch.cat(normed, -1), None, None
     more = (sequences.lengths, sequences.batch_sizes, sequences.resets, seed, stack.directions, stack.batch_first)
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, units)

@@ -7,6 +7,7 @@ import pickle
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from checks import DEVICE
 from measure import Rule
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_lstm
@@ -255,6 +256,25 @@ def test_derivatives(cell: str) -> None:
     assert gradcheck(run, inputs, fast_mode=True)
     assert gradgradcheck(run, inputs, fast_mode=True)
     assert gradcheck(run, inputs, fast_mode=True, check_forward_ad=True, check_backward_ad=False)
+
+
+@pytest.mark.parametrize("cell", ["norm of the output", "norm of the state"])
+def test_higher_derivatives_of_norms(cell: str) -> None:
+    """The third in reverse mode, and reverse over forward mode: both are wrong for torch's own layer_norm."""
+    lstm = layer(cell)
+    (x, *_), _ = call(lstm)
+    v, weights = torch.randn_like(x), dict(lstm.named_parameters())
+
+    def along(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The derivative by x in the direction of v."""
+        return lambda x: (torch.autograd.grad(f(x), x, create_graph=True)[0] * v).sum()
+
+    def forwards(w_ih: Tensor) -> Tensor:
+        run = partial(functional_call, lstm, weights | {"weight_ih_l0": w_ih})
+        return jvp(lambda x: run((x,))[0], (x.detach(),), (v,))[1].square().sum()
+
+    assert gradcheck(along(along(lambda x: lstm(x)[0].pow(3).sum())), [x], fast_mode=True)
+    assert gradcheck(forwards, [lstm.weight_ih_l0], fast_mode=True)
 
 
 @pytest.mark.parametrize("cell", CELLS)
