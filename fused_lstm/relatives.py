@@ -42,7 +42,7 @@ def zoneout(call: LayerCall, relative: Relative, rows: Rows, like: Tensor) -> Zo
     words = (philox(call.seed, block) for block in index.split(2**16))
     masks = torch.cat([torch.stack([w < limit for w, limit in zip(four, limits, strict=True)]) for four in words], 1)
     t, b = rows.times_and_batch_rows(like.shape[0], like.device)
-    in_time = masks.view(2, 2, -1, B, R, H).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
+    in_time = masks.view(2, 2, (T + 1) // 2, B, R, H).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
     return Zoneout(*(mask.index_select(0, t * B + b).to(like.dtype) for mask in in_time))
 
 
