@@ -498,6 +498,22 @@ def test_parameters() -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_initial_values(cell: str) -> None:
+    """A seed's are torch's where the shapes are; they are drawn once, so that they can be drawn again."""
+    torch.manual_seed(0)
+    theirs = nn.LSTM(4, 6, 2)
+    torch.manual_seed(0)
+    lstm = LSTM(4, 6, 2, cell=CELLS[cell])
+    mine = dict(lstm.named_parameters())
+    if not CELLS[cell].coupled and CELLS[cell].heads == 1:
+        assert all(torch.equal(p, mine[name]) for name, p in theirs.named_parameters())
+    again = copy.deepcopy(lstm)
+    torch.manual_seed(0)
+    again.reset_parameters()
+    assert all(map(torch.equal, lstm.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_looking_inside(cell: str) -> None:
     lstm, x = layer(cell, num_layers=2, bidirectional=True), torch.randn(4, 2, 4).double()
     for _ in range(2):
@@ -527,6 +543,7 @@ def test_errors() -> None:
         (ValueError, "heads should divide hidden_size=4, got: 3", lambda: LSTM(2, 4, cell=Cell(heads=3))),
         (ValueError, "proj_size goes with", lambda: LSTM(2, 4, proj_size=2, cell=Cell(peephole=True))),
         (ValueError, "forget_bias=1.0 needs bias=True", lambda: LSTM(2, 4, bias=False, cell=Cell(forget_bias=1.0))),
+        (AttributeError, "cell is set on construction", lambda: setattr(LSTM(2, 4), "cell", Cell(zoneout=(0.1, 0.1)))),
         (TypeError, "to_torch expects torch's own cell, got: Cell", lambda: LSTM(2, 4, cell=Cell(heads=2)).to_torch()),
         (TypeError, "torch's own cell", lambda: fused_lstm.convert.to_keras(LSTM(2, 4, cell=Cell(coupled=True)))),
         (RuntimeError, "aten.*has no cell with peephole", lambda: LSTM(2, 4, cell=Cell(peephole=True), backend="aten")(X)),
