@@ -96,13 +96,9 @@ class LSTM(nn.RNNBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "cell":
-            raise AttributeError(
-                "cell is set on construction, since parameters depend on it: make a layer, load the state_dict"
-            )
-        if name == "dropout" and value and self._dropouts.between:
-            raise ValueError(
-                f"dropout should be 0 beside variational_dropout's between={self._dropouts.between}, got {value}"
-            )
+            raise AttributeError("cell is set on construction: make another layer, and load the state_dict")
+        if name == "dropout" and value and (between := self._dropouts.between):
+            raise ValueError(f"dropout should be 0 beside variational_dropout's between={between}, got {value}")
         nn.Module.__setattr__(self, name, value)  # RNNBase's writes to _flat_weights, which computes parametrized weights
 
     def _take_cell(self, cell: Cell) -> None:
