@@ -91,12 +91,12 @@ def lstm(
         raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
     if not isinstance(input, Tensor):
         raise TypeError(f"input should be a tensor, of a packed sequence its data, got: {type(input).__name__}")
-    if isinstance(weights, Tensor) or not all(isinstance(w, Tensor) for w in weights):
+    given, weights = weights, list(weights)
+    if isinstance(given, Tensor) or not all(isinstance(w, Tensor) for w in weights):
         raise TypeError("weights should be a sequence of tensors")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
-    weights, cell = list(weights), checked_cell(cell)
-    own = recompute, cell, training
+    own = recompute, checked_cell(cell), training
     stack = Stack(has_biases, num_layers, dropout if training else 0.0, bidirectional, batch_first, *own)
     check(input, hx, weights, stack, batch_sizes)
     hx, sequences = settle(input, hx, stack, batch_sizes, lengths, resets)
@@ -364,16 +364,18 @@ def check(
     """Check shapes, dtypes and devices of a functional call; the messages are those of torch.nn.LSTM."""
     if stack.num_layers < 1:
         raise ValueError(f"num_layers must be greater than zero, got {stack.num_layers}")
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-        raise RuntimeError(f"lstm expects two hidden states, (h0, c0), got {type(hx).__name__}")
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(state, Tensor) for state in hx):
+        got = ", ".join(type(state).__name__ for state in (hx if isinstance(hx, (tuple, list)) else [hx]))
+        raise RuntimeError(f"lstm expects two hidden states, (h0, c0), got {got}")
     groups = stack.num_layers * stack.directions
     plain, cell = 4 if stack.has_biases else 2, stack.cell
-    own = 0 if cell is None else len(cell.own(1))
-    if len(weights) not in (groups * (plain + own), groups * (plain + own + 1)):
+    own, projects = (0, True) if cell is None else (len(cell.own(1)), cell.projects)
+    if len(weights) not in (groups * (plain + own), groups * (plain + own + projects)):
         raise ValueError(
-            f"weights should hold {groups * (plain + own)} tensors, or {groups * (plain + own + 1)} with projections, for "
-            f"num_layers={stack.num_layers}, bidirectional={stack.bidirectional} and has_biases={stack.has_biases}; "
-            f"got {len(weights)}"
+            f"weights should hold {groups * (plain + own)} tensors"
+            f"{f', or {groups * (plain + own + 1)} with projections' * projects}, for "
+            f"num_layers={stack.num_layers}, bidirectional={stack.bidirectional} and has_biases={stack.has_biases}"
+            f"{f', {cell}' * (cell is not None)}; got {len(weights)}"
         )
     dims = 2 if batch_sizes is not None else 3
     if input.dim() != dims:
@@ -382,8 +384,8 @@ def check(
         check_batch_sizes(batch_sizes, input.shape[0])
     B = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if stack.batch_first else 1]
     step = len(weights) // groups - own
-    heads = 1 if cell is None else cell.heads
-    P, H = weights[step - 1].shape if step > plain else (weights[1].shape[-1] * heads,) * 2
+    H = len(weights[0]) // (4 if cell is None else cell.gates)
+    P = len(weights[step - 1]) if step > plain else H
     if step > plain and P >= H:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got weights of {P} and {H}")
     if cell is not None:
@@ -412,7 +414,8 @@ def check_weights(
     for k, (w, (shape, dtype, device)) in enumerate(zip(weights, kinds, strict=True)):
         name = names[k] if names else f"weights[{k}]"
         if w.shape != shape:
-            raise RuntimeError(f"Expected {name} size {shape}, got {list(w.shape)}")
+            of = f"{stack.cell or 'the cell of torch.nn.LSTM'}, hidden_size={sizes[1]} and proj_size={sizes[2]}"
+            raise RuntimeError(f"Expected {name} size {shape}, got {list(w.shape)}, for {of}")
         if w.device != device or (w.dtype != dtype and not autocast(w)):
             raise ValueError(
                 f"weights should be of one dtype and device, got {dtype} on {device} and {name} of {w.dtype} on {w.device}"

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -493,6 +494,7 @@ def test_parameters() -> None:
         == "LSTM(4, 6, num_layers=2, bidirectional=True, cell=Cell(peephole=True, coupled=True, heads=2, forget_bias=1.0))"
     )
     assert LSTM(4, 6, cell=Cell()).cell is None
+    assert repr(Cell(heads=np.int64(2), forget_bias=np.float32(1))) == "Cell(heads=2, forget_bias=1.0)"
     states, options = (torch.zeros(4, 2, 6),) * 2, dict(num_layers=2, bidirectional=True, cell=lstm.cell)
     assert torch.equal(fused_lstm.lstm(x, states, lstm._flat_weights, **options)[0], lstm(x)[0])
 
@@ -530,15 +532,23 @@ def test_looking_inside(cell: str) -> None:
 
 def test_errors() -> None:
     for error, message, build in (
-        (TypeError, "peephole should be of type bool, got: int", lambda: Cell(peephole=1)),
-        (ValueError, "layer_norm should be 'output', 'state' or None, got: True", lambda: Cell(layer_norm=True)),
-        (ValueError, r"zoneout should be two numbers in range \[0, 1\], \(p_h, p_c\), got: 0.1", lambda: Cell(zoneout=0.1)),
+        (TypeError, "peephole should be of type bool, got: 1", lambda: Cell(peephole=1)),
+        (TypeError, "layer_norm should be 'output', 'state' or None, got: True", lambda: Cell(layer_norm=True)),
+        (ValueError, "layer_norm should be 'output', 'state' or None, got: 'x'", lambda: Cell(layer_norm="x")),
+        (TypeError, r"zoneout should be two numbers in range \[0, 1\], \(p_h, p_c\), got: 0.1", lambda: Cell(zoneout=0.1)),
         (ValueError, "zoneout should be two numbers", lambda: Cell(zoneout=(0.1, 1.5))),
-        (ValueError, "zoneout should be two numbers", lambda: Cell(zoneout=("a", True))),
-        (TypeError, "forget_bias should be a number or None, got: 'x'", lambda: Cell(forget_bias="x")),
+        (TypeError, "zoneout should be two numbers", lambda: Cell(zoneout=("a", True))),
+        (TypeError, "forget_bias should be a finite number or None, got: 'x'", lambda: Cell(forget_bias="x")),
+        (ValueError, "forget_bias should be a finite number or None, got: nan", lambda: Cell(forget_bias=float("nan"))),
+        (ValueError, "forget_bias should be a finite number or None, got: 1000", lambda: Cell(forget_bias=10**400)),
+        (TypeError, "heads should be an integer of at least 1, got: 2.0", lambda: Cell(heads=2.0)),
         (ValueError, "heads should be an integer of at least 1, got: 0", lambda: Cell(heads=0)),
         (ValueError, "layer_norm cannot be had with coupled", lambda: Cell(layer_norm="state", coupled=True)),
-        (ValueError, "layer_norm cannot be had with heads", lambda: Cell(layer_norm="state", heads=2)),
+        (
+            ValueError,
+            "layer_norm cannot be had with heads: its norms are over all four gates and all units",
+            lambda: Cell(layer_norm="state", heads=2),
+        ),
         (TypeError, "cell should be a fused_lstm.Cell or None, got: str", lambda: LSTM(2, 4, cell="peephole")),
         (ValueError, "heads should divide hidden_size=4, got: 3", lambda: LSTM(2, 4, cell=Cell(heads=3))),
         (ValueError, "proj_size goes with", lambda: LSTM(2, 4, proj_size=2, cell=Cell(peephole=True))),
