@@ -163,7 +163,7 @@ def from_haste(*layers: Any, **options: Any) -> LSTM:
         options: see :mod:`fused_lstm.convert`; ``batch_first`` is the first module's unless given.
 
     ``dropout`` of haste (DropConnect on the recurrent kernel, in training only) is not taken over: a warning says so.
-    ``LayerNormLSTM``, another cell, is refused: it is to come with the layer's other cells.
+    ``LayerNormLSTM``, another cell, is refused; docs/cells.md says how its weights become ours.
 
     Raises:
         ValueError: other entries or shapes; a module with zoneout, which also changes what it computes in eval mode. A
