@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -54,28 +54,32 @@ class Cell:
 
     def __post_init__(self) -> None:
         for name in ("peephole", "coupled"):
-            if type(getattr(self, name)) is not bool:
-                raise TypeError(f"{name} should be of type bool, got: {type(getattr(self, name)).__name__}")
-        if self.layer_norm is not None and self.layer_norm not in NORMS:
-            raise ValueError(f"layer_norm should be 'output', 'state' or None, got: {self.layer_norm!r}")
-        zoneout = self.zoneout
-        if (
-            not isinstance(zoneout, (tuple, list))
-            or len(zoneout) != 2
-            or not all(_number(p) and 0 <= p <= 1 for p in zoneout)
-        ):
-            raise ValueError(f"zoneout should be two numbers in range [0, 1], (p_h, p_c), got: {zoneout!r}")
+            self._expect(name, "of type bool", type(getattr(self, name)) is bool)
+        norm, zoneout, heads, forget = self.layer_norm, self.zoneout, self.heads, self.forget_bias
+        is_norm = norm is None or isinstance(norm, str)
+        self._expect("layer_norm", "'output', 'state' or None", is_norm, is_norm and norm in (None, *NORMS))
+        two = isinstance(zoneout, (tuple, list)) and all(map(_number, zoneout))
+        in_range = two and len(zoneout) == 2 and all(0 <= p <= 1 for p in zoneout)
+        self._expect("zoneout", "two numbers in range [0, 1], (p_h, p_c)", two, in_range)
         object.__setattr__(self, "zoneout", tuple(map(float, zoneout)))
-        if type(self.heads) is not int or self.heads < 1:
-            raise ValueError(f"heads should be an integer of at least 1, got: {self.heads!r}")
-        if self.forget_bias is not None and not _number(self.forget_bias):
-            raise TypeError(f"forget_bias should be a number or None, got: {self.forget_bias!r}")
+        whole = _number(heads) and isinstance(heads, Integral)
+        self._expect("heads", "an integer of at least 1", whole, whole and heads >= 1)
+        object.__setattr__(self, "heads", int(heads))
+        if forget is not None:
+            known = _number(forget)
+            self._expect("forget_bias", "a finite number or None", known, known and abs(forget) <= torch.finfo().max)
+            object.__setattr__(self, "forget_bias", float(forget))
         if self.layer_norm and (self.coupled or self.heads > 1):
             with_what = "coupled" if self.coupled else "heads"
-            raise ValueError(f"layer_norm cannot be had with {with_what}: its norms are over the products of all four gates")
+            raise ValueError(f"layer_norm cannot be had with {with_what}: its norms are over all four gates and all units")
         object.__setattr__(self, "relative", str(Relative(self.peephole, self.layer_norm or "", *self.zoneout)))
 
     relative: ClassVar[str]  # as ``LayerCall.cell``; empty if the recurrence is torch's, by weights of another form at most
+
+    def _expect(self, name: str, what: str, type_fits: bool, value_fits: bool = True) -> None:
+        if not type_fits or not value_fits:
+            kind = ValueError if type_fits else TypeError
+            raise kind(f"{name} should be {what}, got: {getattr(self, name)!r}")
 
     def __repr__(self) -> str:
         given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
@@ -85,10 +89,15 @@ class Cell:
         """Raise ValueError where a layer cannot have this cell."""
         if hidden_size % self.heads:
             raise ValueError(f"heads should divide hidden_size={hidden_size}, got: {self.heads}")
-        if proj_size and self != Cell(coupled=self.coupled, forget_bias=self.forget_bias):
+        if proj_size and not self.projects:
             raise ValueError(f"proj_size goes with torch's cell or coupled gates, got proj_size={proj_size} and {self}")
         if self.forget_bias is not None and not bias:
             raise ValueError(f"forget_bias={self.forget_bias} needs bias=True")
+
+    @property
+    def projects(self) -> bool:
+        """Whether it goes with a projection."""
+        return self == Cell(coupled=self.coupled, forget_bias=self.forget_bias)
 
     @property
     def torchs(self) -> bool:

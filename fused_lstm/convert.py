@@ -15,19 +15,21 @@ numpy takes for one, or tensors; the new weights are copies. What goes out is co
 goes out as fp32.
 
 To each function ``options`` are further arguments of :class:`fused_lstm.LSTM`: ``batch_first``, ``dropout``, ``device``,
-``dtype``, ``backend``, ``recompute``. Dtype and device are by default those of the first array.
+``dtype``, ``backend``, ``recompute``. The device is by default the first array's, the dtype that of all.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .dropouts import NO_DROPOUTS
 from .layer import LSTM
 
 Weights = Sequence[Any]  # of one direction: a kernel (I, 4H), a recurrent kernel (H, 4H) and maybe a bias (4H,)
@@ -37,6 +39,8 @@ KERAS = {"activation": "tanh", "recurrent_activation": "sigmoid", "stateful": Fa
 FLAX = {"gate_fn": "sigmoid", "activation_fn": "tanh"}
 FLAX_LAYER = {"reverse": False, "merge_fn": "_concatenate"}
 HASTE = ("kernel", "recurrent_kernel", "bias")
+OPTIONS = ("batch_first", "dropout", "device", "dtype", "backend", "recompute")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 I_G_F_O = (0, 2, 1, 3)  # where haste's gates lie in our order, and ours in haste's
 
 
@@ -159,7 +163,7 @@ def from_haste(*layers: Any, **options: Any) -> LSTM:
         options: see :mod:`fused_lstm.convert`; ``batch_first`` is the first module's unless given.
 
     ``dropout`` of haste (DropConnect on the recurrent kernel, in training only) is not taken over: a warning says so.
-    ``LayerNormLSTM``, another cell, is refused: it is to come with the layer's other cells.
+    ``LayerNormLSTM``, another cell, is refused; docs/cells.md says how its weights become ours.
 
     Raises:
         ValueError: other entries or shapes; a module with zoneout, which also changes what it computes in eval mode. A
@@ -169,7 +173,9 @@ def from_haste(*layers: Any, **options: Any) -> LSTM:
     for layer in layers:
         state = layer if isinstance(layer, Mapping) else _checked_haste(layer)
         if set(state) != set(HASTE):
-            raise ValueError(f"from_haste expects a state_dict with the entries {', '.join(HASTE)}, got: {', '.join(state)}")
+            raise ValueError(
+                f"from_haste expects a state_dict with the entries {', '.join(HASTE)}, got: {', '.join(state) or 'none'}"
+            )
         found.append([[state[name] for name in HASTE]])
     batch_first = bool(layers) and getattr(layers[0], "batch_first", False)
     return _lstm("from_haste", found, {"batch_first": batch_first} | options, I_G_F_O)
@@ -204,7 +210,12 @@ def _lstm(
     """The layer of these weights, by layer and direction, in which our gates lie at the places that ``order`` says."""
     if not layers:
         raise ValueError(f"{caller} expects one layer or more, got none")
-    found = [[[_tensor(w) for w in weights] for weights in layer] for layer in layers]
+    if wrong := [name for name in options if name not in OPTIONS]:
+        raise TypeError(f"{caller} takes the options {', '.join(OPTIONS)}, got: {', '.join(wrong)}")
+    found = [[[*map(partial(_tensor, caller), HASTE, weights)] for weights in layer] for layer in layers]
+    dtypes = {w.dtype for layer in found for weights in layer for w in weights}
+    if len(dtypes) > 1 and options.get("dtype") is None:
+        raise ValueError(f"{caller} expects arrays of one dtype, or dtype=, got: {', '.join(sorted(map(str, dtypes)))}")
     kernel, recurrent = found[0][0][:2]
     features, H, D, n = len(kernel), len(recurrent), len(found[0]), len(found[0][0])
     for k, layer in enumerate(found):
@@ -234,9 +245,10 @@ def _weights(caller: str, lstm: nn.RNNBase) -> list[list[list[Tensor]]]:
     cell = getattr(lstm, "cell", None)
     if cell is not None and not cell.torchs:
         raise TypeError(f"{caller} expects torch's own cell, got: {cell}")
-    names = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"][: 4 if lstm.bias else 2]
-    if lstm._all_weights[0] != names:
-        raise ValueError(f"{caller} expects the weights {', '.join(names)}, got: {', '.join(lstm._all_weights[0])}")
+    if lstm.proj_size:
+        raise ValueError(f"{caller} expects no projection, got proj_size={lstm.proj_size}")
+    dropouts = getattr(lstm, "_dropouts", NO_DROPOUTS)
+    _warn_of_dropout("fused_lstm", dropouts._asdict(), *dropouts._fields)
     found = []
     with torch.no_grad():
         for group in lstm.all_weights:
@@ -247,13 +259,16 @@ def _weights(caller: str, lstm: nn.RNNBase) -> list[list[list[Tensor]]]:
     return [found[k : k + D] for k in range(0, len(found), D)]
 
 
-def _tensor(array: Any) -> Tensor:
+def _tensor(caller: str, name: str, array: Any) -> Tensor:
+    array = array.detach() if isinstance(array, Tensor) else np.asarray(array)
+    dtype, shape = str(array.dtype).removeprefix("torch."), tuple(array.shape)
+    if dtype not in DTYPES or len(shape) not in (1, 2):
+        expected = f"of 1 or 2 dimensions and of dtype {', '.join(DTYPES)}"
+        raise ValueError(f"{caller} expects {name} to be {expected}, got: {dtype} of shape {shape}")
     if isinstance(array, Tensor):
-        return array.detach()
-    array = np.asarray(array)
-    if array.dtype.name == "bfloat16":  # jax' and Keras' own, which torch does not know
-        return torch.tensor(array.astype(np.float32), dtype=torch.bfloat16)
-    return torch.tensor(array)
+        return array
+    # Jax' and Keras' own bf16 is one that torch does not know.
+    return torch.tensor(array.astype(np.float32) if dtype == "bfloat16" else array, dtype=getattr(torch, dtype))
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -338,14 +353,29 @@ def _flax_directions(node: Any) -> list[Weights]:
     if inside is not None:
         return _flax_directions(inside)
     names = (("dense_i",), ("dense_h",)) if "dense_i" in found else _flax_names("if_" if "if_" in found else "if")
-    if not {*names[0], *names[1]} <= set(found):
+    cell, state = {*names[0], *names[1]}, isinstance(node, Mapping)
+    if not cell <= set(found) or (state and set(found) - cell - {"rngs"}):
         raise ValueError(
             "from_flax expects the parameters of an LSTMCell, with the entries ii, if, ig, io, hi, hf, hg, ho, or dense_i "
-            f"and dense_h, got: {', '.join(map(str, found)) if isinstance(node, Mapping) else type(node).__name__}"
+            f"and dense_h, got: {(', '.join(map(str, found)) or 'none') if state else type(node).__name__}"
         )
-    inputs, hidden = ([_entries(found[name]) for name in group] for group in names)
-    parts = ((inputs, "kernel"), (hidden, "kernel"), (hidden, "bias"))
-    return [[torch.cat([_tensor(part[name]) for part in group], -1) for group, name in parts]]
+    return [[*_side_by_side(found, names[0], "kernel"), *_side_by_side(found, names[1], "kernel", "bias")]]
+
+
+def _side_by_side(cell: Mapping[str, Any], names: Sequence[str], *entries: str) -> list[Tensor]:
+    """Each of these entries of a cell's parts, from all parts as one tensor."""
+    found: dict[str, list[Tensor]] = {entry: [] for entry in entries}
+    for name in names:
+        part = {k: v for k, v in _entries(cell[name]).items() if v is not None}
+        if not set(entries) <= set(part) or (isinstance(cell[name], Mapping) and len(part) > len(entries)):
+            got = ", ".join(map(str, part)) or type(cell[name]).__name__
+            raise ValueError(f"from_flax expects {name} to have the entries {', '.join(entries)}, got: {got}")
+        for entry, weights in found.items():
+            weights.append(_tensor("from_flax", f"{name}/{entry}", part[entry]))
+            first, last = (tuple(weights[k].shape) for k in (0, -1))
+            if first != last:
+                raise ValueError(f"from_flax expects {name}/{entry} to have the shape of {names[0]}'s, {first}, got: {last}")
+    return [torch.cat(weights, -1) for weights in found.values()]
 
 
 def _reordered(weight: Tensor, order: Sequence[int]) -> Tensor:

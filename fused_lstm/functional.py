@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, recurrence, reference
+from . import ops, recurrence, reference, relatives
 from .call import (
     ALIGNMENT,
     PLAIN,
@@ -34,7 +34,7 @@ from .call import (
     numberless,
     traced,
 )
-from .cell import EPS, Cell, checked_cell
+from .cell import Cell, checked_cell
 from .cpu import aten, segments
 from .plan import HALVES, Way, choose, choose_compiled, problem_of, unknown_sizes
 
@@ -92,12 +92,12 @@ def lstm(
         raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
     if not isinstance(input, Tensor):
         raise TypeError(f"input should be a tensor, of a packed sequence its data, got: {type(input).__name__}")
-    if isinstance(weights, Tensor) or not all(isinstance(w, Tensor) for w in weights):
+    given, weights = weights, list(weights)
+    if isinstance(given, Tensor) or not all(isinstance(w, Tensor) for w in weights):
         raise TypeError("weights should be a sequence of tensors")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
-    weights, cell = list(weights), checked_cell(cell)
-    own = recompute, cell, training
+    own = recompute, checked_cell(cell), training
     stack = Stack(has_biases, num_layers, dropout if training else 0.0, bidirectional, batch_first, *own)
     check(input, hx, weights, stack, batch_sizes)
     hx, sequences = settle(input, hx, stack, batch_sizes, lengths, resets)
@@ -325,7 +325,8 @@ def _layer(
     if relative and gains is not None:  # the norm of the input's products, for all steps
         biases = [None] * R if b_ih is None else b_ih.chunk(R)
         given = zip(F.linear(x, w_ih).chunk(R, -1), gains.chunk(R), biases, strict=True)
-        normed = [F.layer_norm(products, (4 * H,), gain, bias, EPS) for products, gain, bias in given]
+        norm = relatives.LayerNorm.apply if ops.plain((x, gains)) and not forward_mode() else relatives.layer_norm
+        normed = [norm(products, gain, bias) for products, gain, bias in given]
         x, w_ih, b_ih = normed[0] if R == 1 else torch.cat(normed, -1), None, None
     more = (sequences.lengths, sequences.batch_sizes, sequences.resets, seed, stack.directions, stack.batch_first)
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, units)
@@ -423,16 +424,18 @@ def check(
     """Check shapes, dtypes and devices of a functional call; the messages are those of torch.nn.LSTM."""
     if stack.num_layers < 1:
         raise ValueError(f"num_layers must be greater than zero, got {stack.num_layers}")
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2:
-        raise RuntimeError(f"lstm expects two hidden states, (h0, c0), got {type(hx).__name__}")
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(state, Tensor) for state in hx):
+        got = ", ".join(type(state).__name__ for state in (hx if isinstance(hx, (tuple, list)) else [hx]))
+        raise RuntimeError(f"lstm expects two hidden states, (h0, c0), got {got}")
     groups = stack.num_layers * stack.directions
     plain, cell = 4 if stack.has_biases else 2, stack.cell
-    own = 0 if cell is None else len(cell.own(1))
-    if len(weights) not in (groups * (plain + own), groups * (plain + own + 1)):
+    own, projects = (0, True) if cell is None else (len(cell.own(1)), cell.projects)
+    if len(weights) not in (groups * (plain + own), groups * (plain + own + projects)):
         raise ValueError(
-            f"weights should hold {groups * (plain + own)} tensors, or {groups * (plain + own + 1)} with projections, for "
-            f"num_layers={stack.num_layers}, bidirectional={stack.bidirectional} and has_biases={stack.has_biases}; "
-            f"got {len(weights)}"
+            f"weights should hold {groups * (plain + own)} tensors"
+            f"{f', or {groups * (plain + own + 1)} with projections' * projects}, for "
+            f"num_layers={stack.num_layers}, bidirectional={stack.bidirectional} and has_biases={stack.has_biases}"
+            f"{f', {cell}' * (cell is not None)}; got {len(weights)}"
         )
     dims = 2 if batch_sizes is not None else 3
     if input.dim() != dims:
@@ -441,8 +444,8 @@ def check(
         check_batch_sizes(batch_sizes, input.shape[0])
     B = int(batch_sizes[0]) if batch_sizes is not None else input.shape[0 if stack.batch_first else 1]
     step = len(weights) // groups - own
-    heads = 1 if cell is None else cell.heads
-    P, H = weights[step - 1].shape if step > plain else (weights[1].shape[-1] * heads,) * 2
+    H = len(weights[0]) // (4 if cell is None else cell.gates)
+    P = len(weights[step - 1]) if step > plain else H
     if step > plain and P >= H:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got weights of {P} and {H}")
     if cell is not None:
@@ -471,7 +474,8 @@ def check_weights(
     for k, (w, (shape, dtype, device)) in enumerate(zip(weights, kinds, strict=True)):
         name = names[k] if names else f"weights[{k}]"
         if w.shape != shape:
-            raise RuntimeError(f"Expected {name} size {shape}, got {list(w.shape)}")
+            of = f"{stack.cell or 'the cell of torch.nn.LSTM'}, hidden_size={sizes[1]} and proj_size={sizes[2]}"
+            raise RuntimeError(f"Expected {name} size {shape}, got {list(w.shape)}, for {of}")
         if w.device != device or (w.dtype != dtype and not autocast(w)):
             raise ValueError(
                 f"weights should be of one dtype and device, got {dtype} on {device} and {name} of {w.dtype} on {w.device}"

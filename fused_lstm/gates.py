@@ -57,7 +57,7 @@ def inspect_gates(
     Time is the input's, in both directions and whatever ``batch_first`` is: entry t is what step t computed, of the reverse
     direction the state after t, ..., T-1 were read from the end. Zero past a row's length. At each step
     ``c = f * c_before + i * g`` and ``h = o * tanh(c)``, or W_hr times this with a projection, up to rounding; with
-    norms and zoneout as :class:`fused_lstm.Cell` has it, zoneout by its expected value.
+    norms and zoneout as :class:`fused_lstm.Cell` has it; zoneout of a layer in training draws masks, as a call does.
 
     The backends ``triton`` and ``reference`` show the very numbers that the forward pass computes with, bit for bit. torch's
     own LSTM, the backend ``aten``, does not show its gates: the explicit path of ``reference`` takes its place, and its
@@ -91,7 +91,7 @@ def inspect_gates(
         raise RuntimeError(
             "inspect_gates has no derivatives, expected a call outside of forward-mode AD and of torch.func's grad, vjp, jvp"
         )
-    weights, stack = lstm._weights(), lstm._stack()._replace(dropout=0.0, training=False)
+    weights, stack = lstm._weights(), lstm._stack()._replace(dropout=0.0)
     data, states, sequences = lstm._prepare(x, hx, weights, stack, lengths, resets)
     kept: list[Kept] = []
     output, h_n, c_n = run(data, states, weights, stack, sequences, lstm.backend, keep=kept.append)

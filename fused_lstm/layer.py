@@ -82,16 +82,25 @@ class LSTM(nn.RNNBase):
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
-    __setattr__ = nn.Module.__setattr__  # RNNBase's writes to _flat_weights, which computes parametrized weights
 
     def __init__(
         self, *args: Any, backend: str = "auto", recompute: bool = False, cell: Cell | None = None, **kwargs: Any
     ) -> None:
         own = _checked(backend, recompute) | {"cell": checked_cell(cell)}
+        self.__dict__["reset_parameters"] = lambda: None  # which RNNBase calls before there are the weights of the cell
         super().__init__("LSTM", *args, **kwargs)
+        del self.__dict__["reset_parameters"]
         self.__dict__.update(own)
         if self.cell is not None:
             self._take_cell(self.cell)
+        self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "cell":
+            raise AttributeError("cell is set on construction: make another layer, and load the state_dict")
+        if name == "dropout" and value and (between := self._dropouts.between):
+            raise ValueError(f"dropout should be 0 beside variational_dropout's between={between}, got {value}")
+        nn.Module.__setattr__(self, name, value)  # RNNBase's writes to _flat_weights, which computes parametrized weights
 
     def _take_cell(self, cell: Cell) -> None:
         """Give the layer the parameters of another cell than torch's."""
@@ -110,7 +119,6 @@ class LSTM(nn.RNNBase):
             names += direction
         self._flat_weights_names = names
         self._init_flat_weights()
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -48,7 +48,7 @@ def export(
 
     Raises:
         NotImplementedError: a layer was called with ``resets``, with a packed sequence or under a vmap over its weights, or
-            has a cell that is not torch's nor one with coupled gates alone.
+            has a cell with peepholes, norms or zoneout.
         torch.onnx.OnnxExporterError: torch cannot export the model.
     """
     table = translation_table() | (options.pop("custom_translation_table", None) or {})
@@ -89,7 +89,7 @@ def layer(
 ):  # fmt: skip
     """A :class:`fused_lstm.call.LayerCall`, field by field, in ONNX's operators."""
     if cell:
-        raise Inexpressible(f"a cell with {cell} is not translated to ONNX, torch's cell and coupled gates are")
+        raise Inexpressible(f"a cell with {cell} is not translated to ONNX; torch's cell, coupled gates and heads are")
     if resets is not None:
         raise Inexpressible("resets cannot be exported: ONNX's LSTM has no means to clear its state between two steps")
     if batch_sizes is not None:

@@ -6,13 +6,13 @@ recurrent product for i, f, g, o, and gain and bias of the cell state's.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import LayerCall, Rows, accumulator_dtype
+from .call import LayerCall, Rows, accumulator_dtype, forward_mode
 from .cell import EPS, Relative
 from .gemm import batched
 
@@ -42,7 +42,7 @@ def zoneout(call: LayerCall, relative: Relative, rows: Rows, like: Tensor) -> Zo
     words = (philox(call.seed, block) for block in index.split(2**16))
     masks = torch.cat([torch.stack([w < limit for w, limit in zip(four, limits, strict=True)]) for four in words], 1)
     t, b = rows.times_and_batch_rows(like.shape[0], like.device)
-    in_time = masks.view(2, 2, -1, B, R, H).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
+    in_time = masks.view(2, 2, (T + 1) // 2, B, R, H).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
     return Zoneout(*(mask.index_select(0, t * B + b).to(like.dtype) for mask in in_time))
 
 
@@ -71,7 +71,7 @@ def step(
     """The gates i, f, g, o, and h and c after the step: the seven lines of :func:`fused_lstm.reference.cell`, and more."""
     peepholes, gains, norm_c = parts(relative, units)
     if relative.norm:
-        recurrent = F.layer_norm(recurrent, recurrent.shape[-2:], eps=EPS) * gains
+        recurrent = normalized(recurrent, 2) * gains
     a_i, a_f, a_g, a_o = (given + recurrent).unbind(-2)
     if relative.peephole:  # gates that are read before the cell changes see it as it was
         a_i, a_f = a_i + peepholes[0] * c, a_f + peepholes[1] * c
@@ -80,7 +80,7 @@ def step(
     i = torch.sigmoid(a_i)  # 3. update (input) gate
     new_c = shown = f * c + i * g  # 4. cell update
     if relative.norm:
-        shown = F.layer_norm(new_c, new_c.shape[-1:], eps=EPS) * norm_c[0] + norm_c[1]
+        shown = normalized(new_c, 1) * norm_c[0] + norm_c[1]
     if relative.norm == "state":
         new_c = shown
     tanh_c = torch.tanh(shown)  # 5. the memory, squashed
@@ -91,6 +91,39 @@ def step(
     if zone is not None:
         new_h, new_c = torch.lerp(new_h, h, zone.h), torch.lerp(new_c, c, zone.c)
     return (i, f, g, o), new_h, new_c
+
+
+def normalized(x: Tensor, dims: int) -> Tensor:
+    """LN over the last dimensions. Of torch's own, third derivatives and reverse over forward mode are wrong."""
+    if not torch.is_grad_enabled() and not forward_mode():
+        return F.layer_norm(x, x.shape[-dims:], eps=EPS)
+    wide, over = x.to(accumulator_dtype(x.dtype)), tuple(range(-dims, 0))
+    wide = wide - wide.mean(over, keepdim=True)
+    return (wide * torch.rsqrt(wide.square().mean(over, keepdim=True) + EPS)).to(x.dtype)
+
+
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = normalized(x, 1) * gain
+    return y if bias is None else y + bias
+
+
+class LayerNorm(torch.autograd.Function):
+    """:func:`layer_norm` for plain calls: by torch's kernels, but for a gradient that is to have one itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        y, *statistics = torch.native_layer_norm(x, x.shape[-1:], gain, bias, EPS)
+        ctx.save_for_backward(x, gain, bias, *statistics)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain, bias, *statistics = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            by_all = torch.func.vjp(layer_norm, *[t for t in (x, gain, bias) if t is not None])[1](grad)
+            return *by_all, *[None] * (3 - len(by_all))
+        needs = list(ctx.needs_input_grad)
+        return torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], *statistics, gain, bias, needs)
 
 
 def parts(relative: Relative, units: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None, tuple[Tensor, ...]]:

@@ -162,6 +162,13 @@ def test_haste_modules() -> None:
     assert message.endswith("from_haste(layer.state_dict()) looks at the weights alone")
 
 
+def test_dropouts_are_not_taken_over() -> None:
+    for export in (to_keras, to_flax, to_haste):
+        with pytest.warns(UserWarning, match=r"^weight=0\.5, input=0\.1 of fused_lstm is not taken over") as record:
+            export(fused_lstm.variational_dropout(fused_lstm.weight_drop(ours(), 0.5), 0.1))
+        assert record[0].filename == __file__
+
+
 WEIGHTS = to_keras(ours(num_layers=1))[0]
 CELL = to_flax(ours(num_layers=1))[0]
 RAISES: list[tuple[Callable[[], Any], type[Exception], str]] = [
@@ -171,14 +178,32 @@ RAISES: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: from_keras(WEIGHTS[::-1]), ValueError, "shapes [[(16, 16), (4, 16), (16,)]], got: [[(16,), (4, 16), (3, 16)]]"),
     (lambda: from_keras(WEIGHTS, WEIGHTS), ValueError, "expects layer 1 to have"),
     (lambda: from_keras(WEIGHTS, WEIGHTS[:2]), ValueError, "expects layer 1 to have"),
-    (lambda: from_keras(WEIGHTS, num_layers=2), TypeError, "multiple values for keyword argument 'num_layers'"),
+    (lambda: from_keras(WEIGHTS, num_layers=2, cell=1), TypeError, "backend, recompute, got: num_layers, cell"),
+    (lambda: from_flax(CELL, cell=fused_lstm.Cell(forget_bias=1.0)), TypeError, "from_flax takes the options batch_first, "),
+    (lambda: from_haste(*to_haste(ours()), bias=False), TypeError, "from_haste takes the options batch_first, "),
+    (lambda: from_keras([w.astype(object) for w in WEIGHTS]), ValueError, "got: object of shape (3, 16)"),
+    (
+        lambda: from_keras([w * 1j for w in WEIGHTS]),
+        ValueError,
+        "expects kernel to be of 1 or 2 dimensions and of dtype float16",
+    ),
+    (lambda: from_keras([*WEIGHTS[:2], 0.0]), ValueError, "from_keras expects bias to be of 1 or 2 dimensions"),
+    (lambda: from_keras([WEIGHTS[0].astype("f"), *WEIGHTS[1:]]), ValueError, "or dtype=, got: torch.float32, torch.float64"),
+    (lambda: from_haste(dict.fromkeys(HASTE, torch.ones(4, 9).int())), ValueError, "got: int32 of shape (4, 9)"),
     (lambda: from_keras(nn.LSTM(I, H)), TypeError, "from_keras expects a keras.layers.LSTM or a Bidirectional of one"),
     (lambda: to_keras(nn.GRU(I, H)), TypeError, "expects a fused_lstm.LSTM or a torch.nn.LSTM, got: GRU"),
-    (lambda: to_keras(ours(proj_size=2)), ValueError, "bias_hh_l0, weight_hr_l0"),
+    (lambda: to_keras(ours(proj_size=2)), ValueError, "expects no projection, got proj_size=2"),
     (lambda: to_keras(ours(), WEIGHTS), ValueError, "to_keras expects a Keras layer for each of the 2 layers, got 1"),
     (lambda: from_flax({k: CELL[k] for k in ("ii", "if", "ig")}), ValueError, "dense_i and dense_h, got: ii, if, ig"),
+    (lambda: from_flax({}), ValueError, "dense_i and dense_h, got: none"),
+    (lambda: from_flax(CELL | {"hx": CELL["hi"]}), ValueError, "dense_h, got: ii, if, ig, io, hi, hf, hg, ho, hx"),
+    (lambda: from_flax(CELL | {"ii": CELL["hi"]}), ValueError, "expects ii to have the entries kernel, got: kernel, bias"),
+    (lambda: from_flax(CELL | {"hf": CELL["ii"]}), ValueError, "expects hf to have the entries kernel, bias, got: kernel"),
+    (lambda: from_flax(CELL | {"io": np.ones((I, H))}), ValueError, "expects io to have the entries kernel, got: ndarray"),
+    (lambda: from_flax(CELL | {"ig": {"kernel": np.ones((2, H))}}), ValueError, "shape of ii's, (3, 4), got: (2, 4)"),
     (lambda: from_flax(nn.LSTM(I, H)), ValueError, "dense_i and dense_h, got: LSTM"),
     (lambda: to_flax(ours(), "jax"), ValueError, "expects layout 'linen', 'nnx' or 'nnx_optimized', got: 'jax'"),
+    (lambda: from_haste({}), ValueError, "kernel, recurrent_kernel, bias, got: none"),
     (lambda: from_haste({"kernel": 0, "gamma": 0}), ValueError, "kernel, recurrent_kernel, bias, got: kernel, gamma"),
     (lambda: from_haste(dict.fromkeys(HASTE, torch.ones(4, 9))), ValueError, "got: [[(4, 9), (4, 9), (4, 9)]]"),
     (lambda: from_haste(WEIGHTS), TypeError, "expects a haste_pytorch.LSTM or its state_dict(), got: list"),

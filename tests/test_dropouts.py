@@ -216,5 +216,7 @@ def test_errors() -> None:
         variational_dropout(layer, output=0.1)
     with pytest.raises(ValueError, match=r"between takes the place of dropout, which should be 0, got 0.5"):
         variational_dropout(LSTM(3, 4, 2, dropout=0.5), between=0.5)
+    with pytest.raises(ValueError, match=r"dropout should be 0 beside variational_dropout's between=0.3, got 0.5"):
+        layer.dropout = 0.5
     with pytest.warns(UserWarning, match="between acts between stacked layers, and there is one layer"):
         variational_dropout(LSTM(3, 4), between=0.5)

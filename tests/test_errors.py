@@ -11,15 +11,21 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import fused_lstm
+from fused_lstm import Cell
 
 LSTM = fused_lstm.LSTM(2, 3)
 X, H = torch.zeros(4, 3, 2), torch.zeros(1, 3, 3)  # T = 4, B = 3
 PACKED = pack_sequence([torch.zeros(2, 2), torch.zeros(1, 2)])
 WEIGHTS = list(LSTM.parameters())
+PEEPHOLE, HEADS = Cell(peephole=True), Cell(heads=3)
 
 
 def function(x: Any = X, hx: Any = (H, H), weights: Any = WEIGHTS, **kwargs: Any) -> Any:
     return fused_lstm.lstm(x, hx, weights, **kwargs)
+
+
+def of(cell: Cell | None, **options: Any) -> list[torch.Tensor]:
+    return fused_lstm.LSTM(2, 3, cell=cell, **options).all_weights[0]
 
 
 def plot(batch: int = 3, **arguments: Any) -> Any:
@@ -52,6 +58,15 @@ def plot(batch: int = 3, **arguments: Any) -> Any:
         (lambda: function(weights=[*WEIGHTS[:3], torch.zeros(5)]), "Expected weights[3] size (12,), got [5]"),
         (lambda: function(weights=[*WEIGHTS[:3], WEIGHTS[3].double()]), "weights[3] of torch.float64 on cpu"),
         (lambda: function(weights=[*WEIGHTS, torch.zeros(3, 3)]), "proj_size has to be smaller than hidden_size, got"),
+        (lambda: function(hx=(None, None)), "lstm expects two hidden states, (h0, c0), got NoneType, NoneType"),
+        (lambda: function(weights=iter(WEIGHTS[:3])), "or 5 with projections, for num_layers=1, bidirectional=False and "
+         "has_biases=True; got 3"),
+        (lambda: function(cell=PEEPHOLE), "weights should hold 5 tensors, for num_layers=1"),
+        (lambda: function(cell=PEEPHOLE), "has_biases=True, Cell(peephole=True); got 4"),
+        (lambda: function(weights=of(HEADS)), "size (12, 3), got [12, 1], for the cell of torch.nn.LSTM, hidden_size=3 and"),
+        (lambda: function(cell=HEADS), "size (12, 1), got [12, 3], for Cell(heads=3), hidden_size=3 and"),
+        (lambda: function(weights=of(HEADS), cell=Cell(heads=2)), "heads should divide hidden_size=3, got: 2"),
+        (lambda: function(weights=of(None, proj_size=2), cell=PEEPHOLE), "weights[1] size (12, 3), got [12, 2], for Cell("),
         (lambda: function(num_layers=0), "num_layers must be greater than zero, got 0"),
         (lambda: function(dropout=2), "dropout should be a number in range [0, 1], got 2"),
         (lambda: function(PACKED.data, batch_sizes=[2, 1]), "batch_sizes should be a 1-D int64 tensor on the CPU, got list"),

@@ -74,6 +74,9 @@ def changed(weights: list[Tensor], k: int, tensor: Tensor) -> list[Tensor]:
     return [*weights[:k], tensor, *weights[k + 1 :]]
 
 
+SIZES = ", for the cell of torch.nn.LSTM, hidden_size=4 and proj_size=2"
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -90,12 +93,15 @@ def changed(weights: list[Tensor], k: int, tensor: Tensor) -> list[Tensor]:
          "weights should hold 16 tensors, or 20 with projections, for num_layers=2, bidirectional=True and "
          "has_biases=True; got 10"),
         ({"weights": changed(WEIGHTS, 1, WEIGHTS[1].t())}, RuntimeError,
-         "Expected weights[1] size (16, 2), got [2, 16]"),
+         "Expected weights[1] size (16, 2), got [2, 16]" + SIZES),
         ({"weights": changed(WEIGHTS, 3, WEIGHTS[3][:, None])}, RuntimeError,
-         "Expected weights[3] size (16,), got [16, 1]"),
-        ({"weights": changed(WEIGHTS, 5, WEIGHTS[0])}, RuntimeError, "Expected weights[5] size (16, 2), got [16, 3]"),
-        ({"weights": changed(WEIGHTS, 9, WEIGHTS[9].t())}, RuntimeError, "Expected weights[9] size (2, 4), got [4, 2]"),
-        ({"input": X[..., :2]}, RuntimeError, "Expected weights[0] size (16, 2), got [16, 3]"),
+         "Expected weights[3] size (16,), got [16, 1]" + SIZES),
+        ({"weights": changed(WEIGHTS, 5, WEIGHTS[0])}, RuntimeError,
+         "Expected weights[5] size (16, 2), got [16, 3]" + SIZES),
+        ({"weights": changed(WEIGHTS, 9, WEIGHTS[9].t())}, RuntimeError,
+         "Expected weights[9] size (2, 4), got [4, 2]" + SIZES),
+        ({"input": X[..., :2]}, RuntimeError,
+         "Expected weights[0] size (16, 2), got [16, 3]" + SIZES),
         ({"input": X[0]}, RuntimeError, "input must have 3 dimensions, got 2"),
         ({"batch_sizes": torch.tensor([2, 2])}, RuntimeError, "input must have 2 dimensions, got 3"),
         ({"input": X[:0]}, RuntimeError, "Expected sequence length to be larger than 0 in RNN"),
