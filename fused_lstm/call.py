@@ -210,10 +210,6 @@ class Rows(NamedTuple):
     def backwards(self, r: int) -> bool:
         return self.directions == -1 or (self.directions == 2 and r % 2 == 1)
 
-    def in_step(self, R: int) -> list[slice]:
-        """The recurrences, in groups that run in the same direction of time."""
-        return [slice(d, None, 2) for d in range(min(R, 2))] if self.directions == 2 else [slice(0, None)]
-
     def active(self, s: int) -> int:
         """How many batch rows, counted from the first, may have a step s."""
         return self.B if self.batch_sizes is None else int(self.batch_sizes[s])

@@ -6,7 +6,7 @@ recurrent product for i, f, g, o, and gain and bias of the cell state's.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor
 from .call import LayerCall, Rows, accumulator_dtype
 from .cell import EPS, Relative
 from .gemm import batched
+
+if TYPE_CHECKING:
+    from .reference import Group
 
 ROUNDS = 7  # of Philox; Salmon et al. 2011 find no fault from 7 on
 WORD = 0xFFFFFFFF
@@ -136,44 +139,56 @@ class Backward:
             self.shown = self.c_norm.value * norm_c[0] + norm_c[1]
             self.dshown = torch.zeros_like(self.c_prev)
 
+    def parts(self, group: Group, da: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`step` gets of each step."""
+        peephole = (da[..., 0, :], da[..., 1, :]) if self.relative.peephole else (None, None)
+        norm = ()
+        if self.relative.norm:
+            norm = group.of(self.dshown, written=True), *self.c_norm.parts(group), *self.recurrent.parts(group)
+        return *peephole, *norm
+
     def step(
-        self, at: slice | Tensor, r: slice, dh: Tensor, dc: Tensor, da: Tensor, dshown_dh: Tensor, f: Tensor,
-        valid: Tensor | None, zone: Zoneout | None,
+        self, r: int | slice, dh: Tensor, dc: Tensor, da: Tensor, dshown_dh: Tensor, f: Tensor, valid: Tensor | None,
+        kept_c: Tensor | None, da_ifg: Tensor, da_o: Tensor, da_i: Tensor | None, da_f: Tensor | None, *norms: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """From the gradients by h and c after the step: those by the recurrent product and by c before. ``da`` holds the
-        derivatives of the cell state by the pre-activations of i, f, g, and of h by that of o, and is given the gradients by
-        all four."""
+        derivatives of the cell state by the pre-activations of i, f, g, and the gradient by that of o, and is given the
+        gradients by all four."""
         norm, dc_next = self.relative.norm, dc
-        if zone is not None:
-            dc = torch.addcmul(dc, dc, zone.c, value=-1)
-        da[:, :, 3].mul_(dh)
+        if kept_c is not None:
+            dc = torch.addcmul(dc, dc, kept_c, value=-1)
         if self.relative.peephole:
-            dc = torch.addcmul(dc, da[:, :, 3], self.peepholes[2][r])
-        if norm == "output":
-            dshown = dh * dshown_dh
-        else:
-            dc = dshown = torch.addcmul(dc, dh, dshown_dh)
+            dc = torch.addcmul(dc, da_o, self.peepholes[2][r])
         if norm:
-            self.dshown[at, r] = dshown if valid is None else torch.where(valid, dshown, 0)
-            through = self.c_norm.backward(dshown * self.gain_c[r], at, r)[0]
+            dshown, *of_c = norms[:4]
+            if norm == "output":
+                torch.mul(dh, dshown_dh, out=dshown)
+            else:
+                torch.addcmul(dc, dh, dshown_dh, out=dshown)
+            if valid is not None:
+                dshown.masked_fill_(~valid, 0)
+            through = self.c_norm.backward(dshown * self.gain_c[r], *of_c)
             dc = through.add_(dc) if norm == "output" else through
-        da[:, :, :3].mul_(dc[:, :, None])
-        dc = dc * f
+        else:
+            dc = torch.addcmul(dc, dh, dshown_dh)
+        da_ifg.mul_(dc[..., None, :])
+        dc.mul_(f)
         if self.relative.peephole:
-            dc.addcmul_(da[:, :, 0], self.peepholes[0][r]).addcmul_(da[:, :, 1], self.peepholes[1][r])
-        if zone is not None:
-            dc.addcmul_(dc_next, zone.c)
-        return self.recurrent.backward(da * self.gains[r], at, r)[0] if norm else da, dc
+            dc.addcmul_(da_i, self.peepholes[0][r]).addcmul_(da_f, self.peepholes[1][r])
+        if kept_c is not None:
+            dc.addcmul_(dc_next, kept_c)
+        products = self.recurrent.backward(da * self.gains[r], *norms[4:]) if norm else da
+        return products.flatten(-2), dc
 
     def by_products(self, dgates: Tensor) -> list[Tensor]:
         """Of each recurrence (N, 4H), gradients by the recurrent products of all steps; and those by their gains."""
         if not self.relative.norm:
             return list(dgates.flatten(2).unbind(1))
-        found = [
-            self.recurrent.backward(d, slice(None), r, self.gains[r]) for r, d in enumerate(self._wide(dgates).unbind(1))
-        ]
-        self.dgains = [by_gains for _, by_gains, _ in found]
-        return [by_product.flatten(1).to(dgates.dtype) for by_product, _, _ in found]
+        norm, found = self.recurrent, []
+        for r, grad in enumerate(self._wide(dgates).unbind(1)):
+            found.append(norm.backward(grad, *(t[:, r] for t in (norm.centered, norm.mean, norm.rstd)), self.gains[r]))
+        self.dgains = [by_gain for _, by_gain in found]
+        return [by_product.flatten(1).to(dgates.dtype) for by_product, _ in found]
 
     def by_units(self, dgates: Tensor) -> Tensor | None:
         """(R, n, H): gradients by the cell's own parameters, from those by all pre-activations (N, R, 4, H)."""
@@ -205,8 +220,14 @@ class Normalized:
     def value(self) -> Tensor:
         return self.centered * self.rstd
 
-    def backward(self, grad: Tensor, at: slice | Tensor, r: slice | int, gain: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Gradients by what was given and, if there is one, by the gain that its normalized values were multiplied by."""
-        x, mean, rstd = (t[at, r].contiguous() for t in (self.centered, self.mean, self.rstd))
+    def parts(self, group: Group) -> tuple[Tensor, ...]:
+        """What :meth:`backward` needs, of the group's steps."""
+        return group.of(self.centered), group.of(self.mean), group.of(self.rstd)
+
+    def backward(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor | None = None) -> Any:
+        """The gradient by what was given; and, if there is one, by the gain that its normalized values were multiplied by."""
         needs = [True, gain is not None, False]
-        return torch.ops.aten.native_layer_norm_backward(grad.contiguous(), x, self.shape, mean, rstd, gain, None, needs)
+        by_given, by_gain, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, self.shape, mean.contiguous(), rstd.contiguous(), gain, None, needs
+        )
+        return by_given if gain is None else (by_given, by_gain)
