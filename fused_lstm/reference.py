@@ -11,7 +11,8 @@ Three levels, each checked against the one before it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from itertools import accumulate, repeat
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,9 @@ def layer(call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     return output, torch.stack(h_n), torch.stack(c_n)
 
 
+VIEWS = 16  # of steps that are made together
+
+
 class Group:
     """Recurrences that run in the same direction of time, and what data (N, R, ...) has of them. ``r`` is an index if it is one."""
 
@@ -144,15 +148,19 @@ class Group:
         for data, mine in self.written:
             data[self.order, self.r] = mine
 
-    def by_step(self, mine: Tensor | None) -> Sequence[Tensor | None]:
-        """Views of what the group has in each step."""
+    def by_step(self, mine: Tensor | None, last_first: bool = False) -> Iterator[Tensor | None]:
+        """Views of what the group has in each step. A few at a time: Python's garbage collector would look at many."""
         rows = self.rows
         if mine is None:
-            return [None] * rows.T
+            return repeat(None, rows.T)
         if rows.batch_sizes is not None:
-            return mine.split(rows.batch_sizes.tolist())
-        steps = mine.unflatten(0, (rows.B, rows.T)).unbind(1) if self.batch_first else mine.unflatten(0, (rows.T, rows.B)).unbind()
-        return steps[::-1] if self.reverse else steps
+            sizes = rows.batch_sizes.tolist()
+            starts = list(accumulate(sizes, initial=0))[: rows.T]
+            order = reversed(range(rows.T)) if last_first else range(rows.T)
+            return (mine.narrow(0, starts[s], sizes[s]) for s in order)
+        steps = mine.unflatten(0, (rows.B, rows.T)).transpose(0, 1) if self.batch_first else mine.unflatten(0, (rows.T, rows.B))
+        back = slice(None, None, -1 if self.reverse != last_first else 1)
+        return (view for block in steps.split(VIEWS)[back] for view in block.unbind()[back])
 
     def state(self, states: Tensor) -> Tensor:
         """Of states (R, B, H): (B, H), or (B, recurrences, H)."""
@@ -276,25 +284,28 @@ def recurrence_backward(
     # Before the loop, for all steps: the derivative of c_s by the pre-activations of i, f and g, and of h_s by that of o.
     # They are written to dgates, which may be the memory of gates. So each line reads its gates before it overwrites them,
     # and f, which the loop reads again, is copied.
-    f = f.clone()
+    f = f.clone() if dgates.data_ptr() == gates.data_ptr() else f
+    di, df, dg, do = dgates.unbind(2)
     dc_dh = d_tanh(o, tanh_c)  # h_s = o * tanh(c_s)
-    dgates[:, :, 0], dgates[:, :, 2] = d_sigmoid(g, i), d_tanh(i, g)
-    dgates[:, :, 1], dgates[:, :, 3] = d_sigmoid(c_prev, f), d_sigmoid(tanh_c, o)
+    by_i = d_sigmoid(g, i)
+    d_tanh(i, g, dg), di.copy_(by_i)
+    d_sigmoid(c_prev, f, df), d_sigmoid(tanh_c, o, do)
     if zone is not None:
         changed = 1 - zone.h
         dc_dh.mul_(changed)
         dgates[:, :, 3].mul_(changed)
-    del tanh_c, c_prev, y
+    del tanh_c, c_prev, y, by_i
     dh_n, dc_0 = (c_all.new_zeros(R, rows.B, H) if grad is None else grad.clone() for grad in (dh_n, dc_n))
     for group in Group.all(rows, R):
         dh_next = group.state(dh_n)  # gradient by h_s that comes from the steps after s, or from h_n
         dc_next = group.state(dc_0)  # and by c_s
         recurrent = products_with(w_hh[group.r].mT)
-        mine = group.of(dgates, written=True)
-        parts = mine, mine.flatten(-2), mine[..., :3, :], mine[..., 3, :], *map(group.of, (dy, dc_dh, f, *(zone or (None, None))))
+        mine, dc_mine = group.of(dgates, written=True), group.of(dc_dh, written=True)
+        others = map(group.of, (dy, f, *(zone or (None, None))))
+        parts = mine, mine.flatten(-2), mine[..., :3, :], mine[..., 3, :], dc_mine, *others
         parts += () if relative is None else relative.parts(group, mine)
-        steps = zip(*map(group.by_step, parts), strict=True)
-        for s, (da, flat, da_ifg, da_o, dy_s, dc_dh_s, f_s, kept_h, kept_c, *more) in reversed(list(enumerate(steps))):
+        steps = zip(*(group.by_step(part, last_first=True) for part in parts), strict=True)
+        for s, (da, flat, da_ifg, da_o, dc_dh_s, dy_s, f_s, kept_h, kept_c, *more) in zip(range(rows.T - 1, -1, -1), steps):
             n, valid, keep = da.shape[0], group.valid(s), group.kept(s)
             dh = dy_s + dh_next[:n]  # h_s is seen by the loss and by step s+1
             da_o.mul_(dh)
@@ -316,14 +327,18 @@ def recurrence_backward(
         group.state(dh_n).copy_(dh_next)
         group.state(dc_0).copy_(dc_next)
         group.put_back()
+    if relative is not None:
+        relative.dshown = dc_dh  # which the steps of a norm wrote over
     return dh_n, dc_0
 
 
-def d_sigmoid(grad: Tensor, y: Tensor) -> Tensor:
+def d_sigmoid(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient by x of y = sigmoid(x): grad * y * (1 - y)."""
-    return torch.ops.aten.sigmoid_backward(grad, y)
+    out = torch.empty_like(grad) if out is None else out
+    return torch.ops.aten.sigmoid_backward.grad_input(grad, y, grad_input=out)
 
 
-def d_tanh(grad: Tensor, y: Tensor) -> Tensor:
+def d_tanh(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient by x of y = tanh(x): grad * (1 - y^2)."""
-    return torch.ops.aten.tanh_backward(grad, y)
+    out = torch.empty_like(grad) if out is None else out
+    return torch.ops.aten.tanh_backward.grad_input(grad, y, grad_input=out)

@@ -6,6 +6,7 @@ recurrent product for i, f, g, o, and gain and bias of the cell state's.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .call import LayerCall, Rows, accumulator_dtype
 from .cell import EPS, Relative
-from .gemm import batched
+from .gemm import batched, linear
 
 if TYPE_CHECKING:
     from .reference import Group
@@ -105,12 +106,25 @@ def parts(relative: Relative, units: Tensor | None) -> tuple[tuple[Tensor, ...],
     return rows[:n], units[..., n : n + 4, :], rows[n + 4 :]
 
 
+def products_of(call: LayerCall, h_prev: Tensor, dtype: torch.dtype) -> Tensor:
+    """The recurrent products (N, R, 4, H) of all steps at once, from the states before them."""
+    R, H = call.sizes
+    w = call.w_hh.view(R, 4 * H, H)
+    if h_prev.is_cpu:
+        each = [linear(h.to(dtype).contiguous(), v.to(dtype)) for h, v in zip(h_prev.unbind(1), w, strict=True)]
+        products = each[0][:, None] if R == 1 else torch.stack(each, 1)
+    else:
+        products = batched(h_prev.transpose(0, 1), w.mT, h_prev.new_empty(R, h_prev.shape[0], 4 * H, dtype=dtype))
+        products = products.transpose(0, 1).contiguous()
+    return products.unflatten(2, (4, H))
+
+
 def gates_of(call: LayerCall, rows: Rows, given: Tensor, h_prev: Tensor, c_prev: Tensor) -> Tensor:
     """The activated gates (N, R, 4, H) of all steps at once, from the states before them."""
     relative = Relative.of(call.cell)
-    recurrent = torch.bmm(h_prev.transpose(0, 1), call.w_hh.view(call.R, 4 * call.H, call.H).mT).transpose(0, 1)
     given = given if call.b_hh is None else given + call.b_hh.view(given.shape[1:])
-    return torch.stack(step(given, recurrent.view(given.shape), h_prev, c_prev, relative, call.units, None)[0], 2)
+    recurrent = products_of(call, h_prev, given.dtype)
+    return torch.stack(step(given, recurrent, h_prev, c_prev, relative, call.units, None)[0], 2)
 
 
 class Backward:
@@ -125,26 +139,28 @@ class Backward:
         h_prev: Tensor,  # (N, R, H) before each step, and the next
         c_prev: Tensor,
     ) -> None:
-        R, H, dtype = call.R, call.H, accumulator_dtype(gates.dtype)
+        dtype = accumulator_dtype(gates.dtype)
         self.call, self.relative, self.c_prev = call, Relative.of(call.cell), c_prev.to(dtype)
         self.peepholes, self.gains, norm_c = parts(self.relative, None if call.units is None else call.units.to(dtype))
         i, f, g, _ = gates.to(dtype).unbind(2)
         self.c = self.shown = f * self.c_prev + i * g  # before a norm and zoneout
         if self.relative.norm:
-            w = call.w_hh.view(R, 4 * H, H)
-            products = batched(h_prev.transpose(0, 1), w.mT, self.c.new_empty(R, h_prev.shape[0], 4 * H))
-            products = products.transpose(0, 1).unflatten(2, (4, H)).contiguous()
-            self.recurrent, self.c_norm = Normalized(products, 2), Normalized(self.c, 1)
+            products = products_of(call, h_prev, dtype)
+            self.recurrent, self.c_norm = Normalized(products, 2), Normalized(self.c.clone(), 1)
             self.gain_c = norm_c[0]
-            self.shown = self.c_norm.value * norm_c[0] + norm_c[1]
-            self.dshown = torch.zeros_like(self.c_prev)
+            self.shown = torch.addcmul(norm_c[1], self.c_norm.value, norm_c[0])
+
+    @cached_property
+    def dshown(self) -> Tensor:
+        """Gradients by the normalized cell state of all steps, for the recurrence to fill in."""
+        return torch.zeros_like(self.c_prev)
 
     def parts(self, group: Group, da: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`step` gets of each step."""
         peephole = (da[..., 0, :], da[..., 1, :]) if self.relative.peephole else (None, None)
         norm = ()
         if self.relative.norm:
-            norm = group.of(self.dshown, written=True), *self.c_norm.parts(group), *self.recurrent.parts(group)
+            norm = *self.c_norm.parts(group), *self.recurrent.parts(group)
         return *peephole, *norm
 
     def step(
@@ -160,14 +176,10 @@ class Backward:
         if self.relative.peephole:
             dc = torch.addcmul(dc, da_o, self.peepholes[2][r])
         if norm:
-            dshown, *of_c = norms[:4]
-            if norm == "output":
-                torch.mul(dh, dshown_dh, out=dshown)
-            else:
-                torch.addcmul(dc, dh, dshown_dh, out=dshown)
+            dshown = dshown_dh.mul_(dh) if norm == "output" else torch.addcmul(dc, dh, dshown_dh, out=dshown_dh)
             if valid is not None:
                 dshown.masked_fill_(~valid, 0)
-            through = self.c_norm.backward(dshown * self.gain_c[r], *of_c)
+            through = self.c_norm.backward(dshown * self.gain_c[r], *norms[:3])
             dc = through.add_(dc) if norm == "output" else through
         else:
             dc = torch.addcmul(dc, dh, dshown_dh)
@@ -177,7 +189,7 @@ class Backward:
             dc.addcmul_(da_i, self.peepholes[0][r]).addcmul_(da_f, self.peepholes[1][r])
         if kept_c is not None:
             dc.addcmul_(dc_next, kept_c)
-        products = self.recurrent.backward(da * self.gains[r], *norms[4:]) if norm else da
+        products = self.recurrent.backward(da * self.gains[r], *norms[3:]) if norm else da
         return products.flatten(-2), dc
 
     def by_products(self, dgates: Tensor) -> list[Tensor]:
@@ -208,13 +220,16 @@ class Backward:
 
 
 class Normalized:
-    """A norm over the last ``dims`` dimensions of a tensor, and the gradients through it."""
+    """A norm over the last ``dims`` dimensions of a tensor, whose memory it takes, and the gradients through it."""
 
     def __init__(self, given: Tensor, dims: int) -> None:
         self.shape = given.shape[-dims:]
-        value, mean, self.rstd = torch.native_layer_norm(given, self.shape, None, None, EPS)
+        over = tuple(range(-dims, 0))
+        mean = given.mean(over, keepdim=True)
         # torch's formula of the gradient cancels where the mean is large.
-        self.centered, self.mean = torch.sub(given, mean, out=value), torch.zeros_like(mean)
+        self.centered, self.mean = given.sub_(mean), torch.zeros_like(mean)
+        size = torch.linalg.vector_norm(self.centered, dim=over, keepdim=True)
+        self.rstd = size.square_().div_(self.shape.numel()).add_(EPS).rsqrt_()
 
     @property
     def value(self) -> Tensor:
@@ -227,7 +242,7 @@ class Normalized:
     def backward(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor | None = None) -> Any:
         """The gradient by what was given; and, if there is one, by the gain that its normalized values were multiplied by."""
         needs = [True, gain is not None, False]
-        by_given, by_gain, _ = torch.ops.aten.native_layer_norm_backward(
+        by_given, by_gain, _ = torch.ops.aten.native_layer_norm_backward.default(
             grad, x, self.shape, mean.contiguous(), rstd.contiguous(), gain, None, needs
         )
         return by_given if gain is None else (by_given, by_gain)
