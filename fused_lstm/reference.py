@@ -279,8 +279,7 @@ def recurrence_backward(
             h_prev[:, r] = rows.previous(y, None if h0 is None else h0[r], r)
             c_prev[:, r] = rows.previous(c_all, None if c0 is None else c0[r], r)
     else:
-        tanh_c, c_prev = torch.tanh(relative.shown), relative.c_prev
-        zone = relatives.zoneout(relative.call, relative.relative, rows, c_prev)
+        tanh_c, c_prev, zone = torch.tanh(relative.shown), relative.c_prev, relative.zone
     # Before the loop, for all steps: the derivative of c_s by the pre-activations of i, f and g, and of h_s by that of o.
     # They are written to dgates, which may be the memory of gates. So each line reads its gates before it overwrites them,
     # and f, which the loop reads again, is copied.

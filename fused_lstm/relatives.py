@@ -134,13 +134,13 @@ class Backward:
     def __init__(
         self,
         call: LayerCall,
-        rows: Rows,
+        zone: Zoneout | None,
         gates: Tensor,  # (N, R, 4, H) activated
         h_prev: Tensor,  # (N, R, H) before each step, and the next
         c_prev: Tensor,
     ) -> None:
         dtype = accumulator_dtype(gates.dtype)
-        self.call, self.relative, self.c_prev = call, Relative.of(call.cell), c_prev.to(dtype)
+        self.call, self.zone, self.relative, self.c_prev = call, zone, Relative.of(call.cell), c_prev.to(dtype)
         self.peepholes, self.gains, norm_c = parts(self.relative, None if call.units is None else call.units.to(dtype))
         i, f, g, _ = gates.to(dtype).unbind(2)
         self.c = self.shown = f * self.c_prev + i * g  # before a norm and zoneout
