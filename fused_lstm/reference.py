@@ -201,18 +201,19 @@ def recurrence_forward(
         h, c = group.state(h_n), group.state(c_n)
         recurrent = products_with(w_hh[r], None if b_hh is None else b_hh.view(R, 4 * H)[r])
         peepholes, gains, norm_c = relatives.parts(relative, None if call is None or call.units is None else call.units[r])
+        gains = None if gains is None else gains.flatten(-2)
         mine, y_all, c_mine = (group.of(t, written=True) for t in (gates, y, c_all))
         kept = map(group.of, zone or (None, None))
-        parts = mine, y_all, c_mine, mine.flatten(-2), mine[..., :2, :], *mine.unbind(-2), *kept
+        parts = mine.flatten(-2), y_all, c_mine, mine[..., :2, :], *mine.unbind(-2), *kept
         steps = zip(*map(group.by_step, parts), strict=True)
-        for s, (a, y_s, c_s, flat, i_f, i, f, g, o, kept_h, kept_c) in enumerate(steps):
-            n, valid, keep = a.shape[0], group.valid(s), group.kept(s)
-            h_prev, c_prev = h[:n], c[:n]
+        for s, (flat, y_s, c_s, i_f, i, f, g, o, kept_h, kept_c) in enumerate(steps):
+            n, valid, keep = flat.shape[0], group.valid(s), group.kept(s)
+            h_prev, c_prev = (h, c) if n == rows.B else (h[:n], c[:n])
             if keep is not None:  # a new episode begins with no memory
                 h_prev, c_prev = torch.where(keep, h_prev, 0), torch.where(keep, c_prev, 0)
             products = recurrent(h_prev)
             if relative.norm:
-                a.addcmul_(F.layer_norm(products.view(a.shape), a.shape[-2:], eps=EPS), gains)
+                flat.addcmul_(torch.layer_norm(products, (4 * H,), None, None, EPS), gains)
             else:
                 flat += products
             if relative.peephole:
@@ -222,7 +223,7 @@ def recurrence_forward(
             torch.tanh_(g)
             c_new = shown = torch.mul(f, c_prev, out=c_s).addcmul_(i, g)
             if relative.norm:
-                shown = torch.addcmul(norm_c[1], F.layer_norm(c_new, (H,), eps=EPS), norm_c[0])
+                shown = torch.addcmul(norm_c[1], torch.layer_norm(c_new, (H,), None, None, EPS), norm_c[0])
                 c_new = c_new.copy_(shown) if relative.norm == "state" else c_new
             if relative.peephole:
                 o.addcmul_(peepholes[2], c_new)
@@ -301,26 +302,28 @@ def recurrence_backward(
         recurrent = products_with(w_hh[group.r].mT)
         mine, dc_mine = group.of(dgates, written=True), group.of(dc_dh, written=True)
         others = map(group.of, (dy, f, *(zone or (None, None))))
-        parts = mine, mine.flatten(-2), mine[..., :3, :], mine[..., 3, :], dc_mine, *others
+        parts = mine.flatten(-2), mine[..., :3, :], mine[..., 3, :], dc_mine, *others
         parts += () if relative is None else relative.parts(group, mine)
         steps = zip(*(group.by_step(part, last_first=True) for part in parts), strict=True)
-        for s, (da, flat, da_ifg, da_o, dc_dh_s, dy_s, f_s, kept_h, kept_c, *more) in zip(range(rows.T - 1, -1, -1), steps):
+        for s, (da, da_ifg, da_o, dc_dh_s, dy_s, f_s, kept_h, kept_c, *more) in zip(range(rows.T - 1, -1, -1), steps):
             n, valid, keep = da.shape[0], group.valid(s), group.kept(s)
-            dh = dy_s + dh_next[:n]  # h_s is seen by the loss and by step s+1
+            dh, dc = (dh_next, dc_next) if n == rows.B else (dh_next[:n], dc_next[:n])
+            dh = dy_s + dh  # h_s is seen by the loss and by step s+1
             da_o.mul_(dh)
+            products = da
             if relative is None:
-                dc = torch.addcmul(dc_next[:n], dh, dc_dh_s)  # c_s by step s+1 and by h_s
-                da_ifg.mul_(dc[..., None, :])  # i, f and g act through c
+                dc = torch.addcmul(dc, dh, dc_dh_s)  # c_s by step s+1 and by h_s
+                da_ifg.mul_(dc.unsqueeze(-2))  # i, f and g act through c
                 dc.mul_(f_s)
             else:
-                flat, dc = relative.step(group.r, dh, dc_next[:n], da, dc_dh_s, f_s, valid, kept_c, da_ifg, da_o, *more)
-            from_products = recurrent(flat)
+                products, dc = relative.step(group.r, dh, dc, da, da_ifg, da_o, dc_dh_s, f_s, valid, kept_c, *more)
+            from_products = recurrent(products)
             dh = from_products if kept_h is None else from_products.addcmul_(kept_h, dh)
             if keep is not None:  # gradients stay within the episode
                 dh, dc = torch.where(keep, dh, 0), torch.where(keep, dc, 0)
             if valid is not None:  # a row without this step hands its gradients through
                 dh, dc = torch.where(valid, dh, dh_next), torch.where(valid, dc, dc_next)
-                da.masked_fill_(~valid[..., None], 0)
+                da.masked_fill_(~valid, 0)
             dh_next = dh if n == rows.B else torch.cat((dh, dh_next[n:]))
             dc_next = dc if n == rows.B else torch.cat((dc, dc_next[n:]))
         group.state(dh_n).copy_(dh_next)

@@ -145,9 +145,9 @@ class Backward:
         i, f, g, _ = gates.to(dtype).unbind(2)
         self.c = self.shown = f * self.c_prev + i * g  # before a norm and zoneout
         if self.relative.norm:
-            products = products_of(call, h_prev, dtype)
-            self.recurrent, self.c_norm = Normalized(products, 2), Normalized(self.c.clone(), 1)
-            self.gain_c = norm_c[0]
+            products = products_of(call, h_prev, dtype).flatten(2)
+            self.recurrent, self.c_norm = Normalized(products), Normalized(self.c.clone())
+            self.gain_c, self.gains = norm_c[0], self.gains.flatten(-2)
             self.shown = torch.addcmul(norm_c[1], self.c_norm.value, norm_c[0])
 
     @cached_property
@@ -157,50 +157,52 @@ class Backward:
 
     def parts(self, group: Group, da: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`step` gets of each step."""
-        peephole = (da[..., 0, :], da[..., 1, :]) if self.relative.peephole else (None, None)
-        norm = ()
-        if self.relative.norm:
-            norm = *self.c_norm.parts(group), *self.recurrent.parts(group)
-        return *peephole, *norm
+        norms = (self.c_norm, self.recurrent) if self.relative.norm else ()
+        given = [group.of(t) for norm in norms for t in (norm.centered, norm.rstd)]
+        return *((da[..., 0, :], da[..., 1, :]) if self.relative.peephole else ()), *given
 
     def step(
-        self, r: int | slice, dh: Tensor, dc: Tensor, da: Tensor, dshown_dh: Tensor, f: Tensor, valid: Tensor | None,
-        kept_c: Tensor | None, da_ifg: Tensor, da_o: Tensor, da_i: Tensor | None, da_f: Tensor | None, *norms: Tensor,
+        self, r: int | slice, dh: Tensor, dc: Tensor, da: Tensor, da_ifg: Tensor, da_o: Tensor, dshown_dh: Tensor, f: Tensor,
+        valid: Tensor | None, kept_c: Tensor | None, *more: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """From the gradients by h and c after the step: those by the recurrent product and by c before. ``da`` holds the
-        derivatives of the cell state by the pre-activations of i, f, g, and the gradient by that of o, and is given the
-        gradients by all four."""
-        norm, dc_next = self.relative.norm, dc
+        """From the gradients by h and c after the step: those by the recurrent product and by c before. ``da`` (..., 4H)
+        holds the derivatives of the cell state by the pre-activations of i, f, g, and the gradient by that of o, and is given
+        the gradients by all four; ``dshown_dh``, if there is a norm, those by what it normalizes."""
+        peephole, norm, _, _ = self.relative
+        dc_next = dc
         if kept_c is not None:
             dc = torch.addcmul(dc, dc, kept_c, value=-1)
-        if self.relative.peephole:
+        if peephole:
+            da_i, da_f, *more = more
             dc = torch.addcmul(dc, da_o, self.peepholes[2][r])
         if norm:
             dshown = dshown_dh.mul_(dh) if norm == "output" else torch.addcmul(dc, dh, dshown_dh, out=dshown_dh)
             if valid is not None:
                 dshown.masked_fill_(~valid, 0)
-            through = self.c_norm.backward(dshown * self.gain_c[r], *norms[:3])
+            through = self.c_norm.backward(dshown, *more[:2], self.gain_c[r])
             dc = through.add_(dc) if norm == "output" else through
         else:
             dc = torch.addcmul(dc, dh, dshown_dh)
-        da_ifg.mul_(dc[..., None, :])
+        da_ifg.mul_(dc.unsqueeze(-2))
         dc.mul_(f)
-        if self.relative.peephole:
+        if peephole:
             dc.addcmul_(da_i, self.peepholes[0][r]).addcmul_(da_f, self.peepholes[1][r])
         if kept_c is not None:
             dc.addcmul_(dc_next, kept_c)
-        products = self.recurrent.backward(da * self.gains[r], *norms[3:]) if norm else da
-        return products.flatten(-2), dc
+        return self.recurrent.backward(da, *more[2:], self.gains[r]) if norm else da, dc
 
     def by_products(self, dgates: Tensor) -> list[Tensor]:
         """Of each recurrence (N, 4H), gradients by the recurrent products of all steps; and those by their gains."""
+        dgates = dgates.flatten(2)
         if not self.relative.norm:
-            return list(dgates.flatten(2).unbind(1))
-        norm, found = self.recurrent, []
-        for r, grad in enumerate(self._wide(dgates).unbind(1)):
-            found.append(norm.backward(grad, *(t[:, r] for t in (norm.centered, norm.mean, norm.rstd)), self.gains[r]))
-        self.dgains = [by_gain for _, by_gain in found]
-        return [by_product.flatten(1).to(dgates.dtype) for by_product, _ in found]
+            return list(dgates.unbind(1))
+        x, rstd = self.recurrent.centered, self.recurrent.rstd
+        found = [
+            self.recurrent.backward(da, x[:, r], rstd[:, r], self.gains[r], True)
+            for r, da in enumerate(self._wide(dgates).unbind(1))
+        ]
+        self.dgains = [by_gain.view(4, -1) for _, by_gain in found]
+        return [by_product.to(dgates.dtype) for by_product, _ in found]
 
     def by_units(self, dgates: Tensor) -> Tensor | None:
         """(R, n, H): gradients by the cell's own parameters, from those by all pre-activations (N, R, 4, H)."""
@@ -220,29 +222,28 @@ class Backward:
 
 
 class Normalized:
-    """A norm over the last ``dims`` dimensions of a tensor, whose memory it takes, and the gradients through it."""
+    """A norm over the last dimension of a tensor, whose memory it takes, and the gradients through it."""
 
-    def __init__(self, given: Tensor, dims: int) -> None:
-        self.shape = given.shape[-dims:]
-        over = tuple(range(-dims, 0))
-        mean = given.mean(over, keepdim=True)
+    def __init__(self, given: Tensor) -> None:
         # torch's formula of the gradient cancels where the mean is large.
-        self.centered, self.mean = given.sub_(mean), torch.zeros_like(mean)
-        size = torch.linalg.vector_norm(self.centered, dim=over, keepdim=True)
-        self.rstd = size.square_().div_(self.shape.numel()).add_(EPS).rsqrt_()
+        self.centered = given.sub_(given.mean(-1, keepdim=True))
+        size = torch.linalg.vector_norm(self.centered, dim=-1, keepdim=True)
+        self.rstd = size.square_().div_(given.shape[-1]).add_(EPS).rsqrt_()
+        self.zero = torch.zeros_like(self.rstd)
 
     @property
     def value(self) -> Tensor:
         return self.centered * self.rstd
 
-    def parts(self, group: Group) -> tuple[Tensor, ...]:
-        """What :meth:`backward` needs, of the group's steps."""
-        return group.of(self.centered), group.of(self.mean), group.of(self.rstd)
+    def backward(self, grad: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, by_gain: bool = False) -> Any:
+        """The gradient by what was given, and if asked for the one by the gain that its normalized values were multiplied
+        by; ``x`` and ``rstd`` are the rows of ``centered`` and ``rstd`` that ``grad`` is of."""
+        if gain.dim() > 1:  # of several recurrences
+            grad, gain = grad * gain, None
+        mean = self.zero.view(-1)[: rstd.numel()]
+        needs = (True, by_gain, False)
+        found = layer_norm_backward(grad, x, grad.shape[-1:], mean, rstd.contiguous(), gain, None, needs)
+        return found[:2] if by_gain else found[0]
 
-    def backward(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor | None = None) -> Any:
-        """The gradient by what was given; and, if there is one, by the gain that its normalized values were multiplied by."""
-        needs = [True, gain is not None, False]
-        by_given, by_gain, _ = torch.ops.aten.native_layer_norm_backward.default(
-            grad, x, self.shape, mean.contiguous(), rstd.contiguous(), gain, None, needs
-        )
-        return by_given if gain is None else (by_given, by_gain)
+
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
