@@ -21,7 +21,7 @@ from torch import Tensor
 from . import relatives
 from .call import LayerCall, Rows
 from .cell import EPS, Relative
-from .gemm import linear
+from .gemm import linear, uses_onednn
 
 
 def cell(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,7 +245,10 @@ def recurrence_forward(
 def products_with(w: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """The function of x (B, K) that gives x w^T + bias (B, N), for w (N, K); if w is (R, N, K), for each of x (B, R, K)."""
     if w.dim() == 2:
-        return lambda x: linear(x, w, bias)
+        wt = w.t()
+        if bias is not None:
+            return lambda x: linear(x, w, bias)
+        return lambda x: linear(x, w) if uses_onednn(x, w) else torch.mm(x, wt)
     if bias is None:
         return lambda x: torch.bmm(x.transpose(0, 1), w.mT).transpose(0, 1)
     return lambda x: torch.baddbmm(bias[:, None], x.transpose(0, 1), w.mT).transpose(0, 1)

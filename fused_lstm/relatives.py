@@ -6,6 +6,7 @@ recurrent product for i, f, g, o, and gain and bias of the cell state's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -158,7 +159,7 @@ class Backward:
     def parts(self, group: Group, da: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`step` gets of each step."""
         norms = (self.c_norm, self.recurrent) if self.relative.norm else ()
-        given = [group.of(t) for norm in norms for t in (norm.centered, norm.rstd)]
+        given = [group.of(t) for norm in norms for t in norm.parts]
         return *((da[..., 0, :], da[..., 1, :]) if self.relative.peephole else ()), *given
 
     def step(
@@ -179,7 +180,7 @@ class Backward:
             dshown = dshown_dh.mul_(dh) if norm == "output" else torch.addcmul(dc, dh, dshown_dh, out=dshown_dh)
             if valid is not None:
                 dshown.masked_fill_(~valid, 0)
-            through = self.c_norm.backward(dshown, *more[:2], self.gain_c[r])
+            through = self.c_norm.backward(dshown, *more[:3], self.gain_c[r], BY_GIVEN)[0]
             dc = through.add_(dc) if norm == "output" else through
         else:
             dc = torch.addcmul(dc, dh, dshown_dh)
@@ -189,20 +190,18 @@ class Backward:
             dc.addcmul_(da_i, self.peepholes[0][r]).addcmul_(da_f, self.peepholes[1][r])
         if kept_c is not None:
             dc.addcmul_(dc_next, kept_c)
-        return self.recurrent.backward(da, *more[2:], self.gains[r]) if norm else da, dc
+        return self.recurrent.backward(da, *more[3:], self.gains[r], BY_GIVEN)[0] if norm else da, dc
 
     def by_products(self, dgates: Tensor) -> list[Tensor]:
         """Of each recurrence (N, 4H), gradients by the recurrent products of all steps; and those by their gains."""
         dgates = dgates.flatten(2)
         if not self.relative.norm:
             return list(dgates.unbind(1))
-        x, rstd = self.recurrent.centered, self.recurrent.rstd
-        found = [
-            self.recurrent.backward(da, x[:, r], rstd[:, r], self.gains[r], True)
-            for r, da in enumerate(self._wide(dgates).unbind(1))
-        ]
-        self.dgains = [by_gain.view(4, -1) for _, by_gain in found]
-        return [by_product.to(dgates.dtype) for by_product, _ in found]
+        norm, found = self.recurrent, []
+        for r, grad in enumerate(self._wide(dgates).unbind(1)):
+            found.append(norm.backward(grad, *(t[:, r] for t in norm.parts), self.gains[r], (True, True, False)))
+        self.dgains = [by_gain.view(4, -1) for _, by_gain, _ in found]
+        return [by_product.to(dgates.dtype) for by_product, _, _ in found]
 
     def by_units(self, dgates: Tensor) -> Tensor | None:
         """(R, n, H): gradients by the cell's own parameters, from those by all pre-activations (N, R, 4, H)."""
@@ -229,21 +228,23 @@ class Normalized:
         self.centered = given.sub_(given.mean(-1, keepdim=True))
         size = torch.linalg.vector_norm(self.centered, dim=-1, keepdim=True)
         self.rstd = size.square_().div_(given.shape[-1]).add_(EPS).rsqrt_()
-        self.zero = torch.zeros_like(self.rstd)
+        self.zero, self.shape = torch.zeros_like(self.rstd), given.shape[-1:]
 
     @property
     def value(self) -> Tensor:
         return self.centered * self.rstd
 
-    def backward(self, grad: Tensor, x: Tensor, rstd: Tensor, gain: Tensor, by_gain: bool = False) -> Any:
-        """The gradient by what was given, and if asked for the one by the gain that its normalized values were multiplied
-        by; ``x`` and ``rstd`` are the rows of ``centered`` and ``rstd`` that ``grad`` is of."""
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`backward` is to be given, the rows that the gradient is of."""
+        return self.centered, self.zero, self.rstd
+
+    def backward(self, grad: Tensor, x: Tensor, zero: Tensor, rstd: Tensor, gain: Tensor, needs: Sequence[bool]) -> Any:
+        """The gradients, as far as needed, by what was given and by the gain that its normalized values were multiplied by."""
         if gain.dim() > 1:  # of several recurrences
             grad, gain = grad * gain, None
-        mean = self.zero.view(-1)[: rstd.numel()]
-        needs = (True, by_gain, False)
-        found = layer_norm_backward(grad, x, grad.shape[-1:], mean, rstd.contiguous(), gain, None, needs)
-        return found[:2] if by_gain else found[0]
+        return layer_norm_backward(grad, x, self.shape, zero.contiguous(), rstd.contiguous(), gain, None, needs)
 
 
+BY_GIVEN = (True, False, False)
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
