@@ -253,6 +253,10 @@ class Rows(NamedTuple):
         ``first`` (B, H), or zero if None, before step 0; zero where a reset lies between, and past a row's length.
         """
         N, back = states.shape[0], self.backwards(r)
+        if self.lengths is None and not self.batch_first and not back:  # one step later, without an index
+            start = states.new_zeros(self.B, states.shape[2]) if first is None else first
+            result = torch.cat((start, states[: N - self.B, r]))
+            return result if self.resets is None else result.masked_fill_(self.resets[:, None], 0)
         t, b = self.times_and_batch_rows(N, states.device)
         end = self.T if self.lengths is None else self.lengths[b]
         starts = self.starts()
