@@ -106,19 +106,19 @@ def backward(
     if call.cell and call.engine == "reference":
         zone = relatives.zoneout(call, relatives.Relative.of(call.cell), rows, c_all)
         steps = max(BLOCK // max(rows.B * call.w_hh.shape[0], 1), 1)
-        if call.directions == 1 and call.lengths is call.batch_sizes is None and not call.batch_first and rows.T > steps:
+        if call.directions == 1 and call.lengths is call.batch_sizes is None and not call.batch_first and steps < rows.T:
             return _in_blocks(steps, zone, dy, dh_n, dc_n, call, y, gates, c_all, needs)
     return _backward(zone, dy, dh_n, dc_n, call, y, gates, c_all, needs)
 
 
-BLOCK = 2**19
+BLOCK = 2**19  # gates of a block of time, for which the backward pass has a dozen buffers of up to that size
 
 
 def _in_blocks(
     steps: int, zone: relatives.Zoneout | None, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, call: LayerCall,
     y: Tensor, gates: Tensor | None, c_all: Tensor, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """:func:`backward` of a sequence as of short ones that hand on their states: block after block of time, the last first."""
+    """:func:`backward` of a sequence as of short ones that hand on their states: blocks of time, the last first."""
     x, (T, B), (R, H) = call.x, call.x.shape[:2], call.sizes
     states = y.view(T, B, R, H), c_all.view(T, B, R, H)
     total: list[Tensor | None] = [torch.empty_like(x) if needs[0] else None, *[None] * 8]

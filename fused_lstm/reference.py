@@ -119,19 +119,21 @@ VIEWS = 16  # of steps that are made together
 
 
 class Group:
-    """Recurrences that run in the same direction of time, and what data (N, R, ...) has of them. ``r`` is an index if it is one."""
+    """Recurrences ``r``, an index if it is one, that run in the same direction of time; their part of data (N, R, ...)."""
 
     def __init__(self, rows: Rows, r: int | slice) -> None:
         self.rows, self.r, self.first = rows, r, r if isinstance(r, int) else r.start
         back = rows.backwards(self.first)
         # Where rows of different lengths run backwards, those of a step lie apart: then a copy is in the order of steps.
-        self.order = torch.cat([rows.at(s, self.first) for s in range(rows.T)]) if back and rows.lengths is not None else None
+        self.order = (
+            torch.cat([rows.at(s, self.first) for s in range(rows.T)]) if back and rows.lengths is not None else None
+        )
         self.reverse, self.batch_first = back and self.order is None, rows.batch_first and self.order is None
         self.written: list[tuple[Tensor, Tensor]] = []
 
     @staticmethod
     def all(rows: Rows, R: int) -> list[Group]:
-        if R <= abs(rows.directions):
+        if abs(rows.directions) >= R:
             return [Group(rows, r) for r in range(R)]
         return [Group(rows, slice(d, None, 2)) for d in range(2)] if rows.directions == 2 else [Group(rows, slice(0, None))]
 
@@ -158,7 +160,9 @@ class Group:
             starts = list(accumulate(sizes, initial=0))[: rows.T]
             order = reversed(range(rows.T)) if last_first else range(rows.T)
             return (mine.narrow(0, starts[s], sizes[s]) for s in order)
-        steps = mine.unflatten(0, (rows.B, rows.T)).transpose(0, 1) if self.batch_first else mine.unflatten(0, (rows.T, rows.B))
+        steps = (
+            mine.unflatten(0, (rows.B, rows.T)).transpose(0, 1) if self.batch_first else mine.unflatten(0, (rows.T, rows.B))
+        )
         back = slice(None, None, -1 if self.reverse != last_first else 1)
         return (view for block in steps.split(VIEWS)[back] for view in block.unbind()[back])
 
@@ -308,8 +312,8 @@ def recurrence_backward(
         parts = mine.flatten(-2), mine[..., :3, :], mine[..., 3, :], dc_mine, *others
         parts += () if relative is None else relative.parts(group, mine)
         steps = zip(*(group.by_step(part, last_first=True) for part in parts), strict=True)
-        for s, (da, da_ifg, da_o, dc_dh_s, dy_s, f_s, kept_h, kept_c, *more) in zip(range(rows.T - 1, -1, -1), steps):
-            n, valid, keep = da.shape[0], group.valid(s), group.kept(s)
+        for s, (da, da_ifg, da_o, dc_dh_s, dy_s, f_s, kept_h, kept_c, *more) in enumerate(steps, 1 - rows.T):
+            n, valid, keep = da.shape[0], group.valid(-s), group.kept(-s)
             dh, dc = (dh_next, dc_next) if n == rows.B else (dh_next[:n], dc_next[:n])
             dh = dy_s + dh  # h_s is seen by the loss and by step s+1
             da_o.mul_(dh)

@@ -167,8 +167,8 @@ class Backward:
         valid: Tensor | None, kept_c: Tensor | None, *more: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """From the gradients by h and c after the step: those by the recurrent product and by c before. ``da`` (..., 4H)
-        holds the derivatives of the cell state by the pre-activations of i, f, g, and the gradient by that of o, and is given
-        the gradients by all four; ``dshown_dh``, if there is a norm, those by what it normalizes."""
+        holds the derivatives of the cell state by the pre-activations of i, f, g, and the gradient by that of o; it is given
+        the gradients by all four, and ``dshown_dh`` those by the normalized cell state, if it is normalized."""
         peephole, norm, _, _ = self.relative
         dc_next = dc
         if kept_c is not None:
@@ -240,7 +240,7 @@ class Normalized:
         return self.centered, self.zero, self.rstd
 
     def backward(self, grad: Tensor, x: Tensor, zero: Tensor, rstd: Tensor, gain: Tensor, needs: Sequence[bool]) -> Any:
-        """The gradients, as far as needed, by what was given and by the gain that its normalized values were multiplied by."""
+        """The gradients, as far as needed, by what was given and by the gain that its normalized values meet."""
         if gain.dim() > 1:  # of several recurrences
             grad, gain = grad * gain, None
         return layer_norm_backward(grad, x, self.shape, zero.contiguous(), rstd.contiguous(), gain, None, needs)
