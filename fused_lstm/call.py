@@ -210,10 +210,6 @@ class Rows(NamedTuple):
     def backwards(self, r: int) -> bool:
         return self.directions == -1 or (self.directions == 2 and r % 2 == 1)
 
-    def in_step(self, R: int) -> list[slice]:
-        """The recurrences, in groups that run in the same direction of time."""
-        return [slice(d, None, 2) for d in range(min(R, 2))] if self.directions == 2 else [slice(0, None)]
-
     def active(self, s: int) -> int:
         """How many batch rows, counted from the first, may have a step s."""
         return self.B if self.batch_sizes is None else int(self.batch_sizes[s])
@@ -257,6 +253,10 @@ class Rows(NamedTuple):
         ``first`` (B, H), or zero if None, before step 0; zero where a reset lies between, and past a row's length.
         """
         N, back = states.shape[0], self.backwards(r)
+        if self.lengths is None and not self.batch_first and not back:  # one step later, without an index
+            start = states.new_zeros(self.B, states.shape[2]) if first is None else first
+            result = torch.cat((start, states[: N - self.B, r]))
+            return result if self.resets is None else result.masked_fill_(self.resets[:, None], 0)
         t, b = self.times_and_batch_rows(N, states.device)
         end = self.T if self.lengths is None else self.lengths[b]
         starts = self.starts()

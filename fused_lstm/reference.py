@@ -11,7 +11,8 @@ Three levels, each checked against the one before it:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import accumulate, repeat
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor
 from . import relatives
 from .call import LayerCall, Rows
 from .cell import EPS, Relative
-from .gemm import linear
+from .gemm import linear, uses_onednn
 
 
 def cell(a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +115,71 @@ def layer(call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     return output, torch.stack(h_n), torch.stack(c_n)
 
 
+VIEWS = 16  # of steps that are made together
+
+
+class Group:
+    """Recurrences ``r``, an index if it is one, that run in the same direction of time; their part of data (N, R, ...)."""
+
+    def __init__(self, rows: Rows, r: int | slice) -> None:
+        self.rows, self.r, self.first = rows, r, r if isinstance(r, int) else r.start
+        back = rows.backwards(self.first)
+        # Where rows of different lengths run backwards, those of a step lie apart: then a copy is in the order of steps.
+        self.order = (
+            torch.cat([rows.at(s, self.first) for s in range(rows.T)]) if back and rows.lengths is not None else None
+        )
+        self.reverse, self.batch_first = back and self.order is None, rows.batch_first and self.order is None
+        self.written: list[tuple[Tensor, Tensor]] = []
+
+    @staticmethod
+    def all(rows: Rows, R: int) -> list[Group]:
+        if abs(rows.directions) >= R:
+            return [Group(rows, r) for r in range(R)]
+        return [Group(rows, slice(d, None, 2)) for d in range(2)] if rows.directions == 2 else [Group(rows, slice(0, None))]
+
+    def of(self, data: Tensor | None, written: bool = False) -> Tensor | None:
+        """The group's part of data, all steps; if ``written``, :meth:`put_back` is to be called at the end."""
+        if data is None or self.order is None:
+            return None if data is None else data[:, self.r]
+        mine = data[self.order, self.r]
+        if written:
+            self.written.append((data, mine))
+        return mine
+
+    def put_back(self) -> None:
+        for data, mine in self.written:
+            data[self.order, self.r] = mine
+
+    def by_step(self, mine: Tensor | None, last_first: bool = False) -> Iterator[Tensor | None]:
+        """Views of what the group has in each step. A few at a time: Python's garbage collector would look at many."""
+        rows = self.rows
+        if mine is None:
+            return repeat(None, rows.T)
+        if rows.batch_sizes is not None:
+            sizes = rows.batch_sizes.tolist()
+            starts = list(accumulate(sizes, initial=0))[: rows.T]
+            order = reversed(range(rows.T)) if last_first else range(rows.T)
+            return (mine.narrow(0, starts[s], sizes[s]) for s in order)
+        steps = (
+            mine.unflatten(0, (rows.B, rows.T)).transpose(0, 1) if self.batch_first else mine.unflatten(0, (rows.T, rows.B))
+        )
+        back = slice(None, None, -1 if self.reverse != last_first else 1)
+        return (view for block in steps.split(VIEWS)[back] for view in block.unbind()[back])
+
+    def state(self, states: Tensor) -> Tensor:
+        """Of states (R, B, H): (B, H), or (B, recurrences, H)."""
+        return states[self.r] if isinstance(self.r, int) else states[self.r].transpose(0, 1)
+
+    def valid(self, s: int) -> Tensor | None:
+        return self._column(self.rows.valid(s))
+
+    def kept(self, s: int) -> Tensor | None:
+        return self._column(self.rows.kept(s, self.first))
+
+    def _column(self, mask: Tensor | None) -> Tensor | None:
+        return mask if mask is None or isinstance(self.r, int) else mask[..., None]
+
+
 def recurrence_forward(
     gates: Tensor,  # (N, R, 4, H) in: x @ W_ih^T + b_ih; out: activated gates
     w_hh: Tensor,  # (R*4H, H)
@@ -134,59 +200,59 @@ def recurrence_forward(
         gates, b_hh = gates.view(-1, R * 4 * H).add_(b_hh), None
     gates, y, w_hh = gates.view(-1, R, 4, H), y.view(-1, R, H), w_hh.view(R, 4 * H, H)
     h_n, c_n = (y.new_zeros(R, rows.B, H) if state is None else state.clone() for state in (h0, c0))
-    for r in rows.in_step(R):
-        h, c = h_n[r].transpose(0, 1), c_n[r].transpose(0, 1)  # (B, recurrences, H)
+    for group in Group.all(rows, R):
+        r = group.r
+        h, c = group.state(h_n), group.state(c_n)
         recurrent = products_with(w_hh[r], None if b_hh is None else b_hh.view(R, 4 * H)[r])
         peepholes, gains, norm_c = relatives.parts(relative, None if call is None or call.units is None else call.units[r])
-        for s in range(rows.T):
-            at, n, valid, keep = rows.at(s, r.start), rows.active(s), rows.valid(s), rows.kept(s, r.start)
-            h_prev, c_prev = h[:n], c[:n]
+        gains = None if gains is None else gains.flatten(-2)
+        mine, y_all, c_mine = (group.of(t, written=True) for t in (gates, y, c_all))
+        kept = map(group.of, zone or (None, None))
+        parts = mine.flatten(-2), y_all, c_mine, mine[..., :2, :], *mine.unbind(-2), *kept
+        steps = zip(*map(group.by_step, parts), strict=True)
+        for s, (flat, y_s, c_s, i_f, i, f, g, o, kept_h, kept_c) in enumerate(steps):
+            n, valid, keep = flat.shape[0], group.valid(s), group.kept(s)
+            h_prev, c_prev = (h, c) if n == rows.B else (h[:n], c[:n])
             if keep is not None:  # a new episode begins with no memory
-                h_prev, c_prev = torch.where(keep[..., None], h_prev, 0), torch.where(keep[..., None], c_prev, 0)
-            a = gates[at, r]
-            products = recurrent(h_prev).view(a.shape)
+                h_prev, c_prev = torch.where(keep, h_prev, 0), torch.where(keep, c_prev, 0)
+            products = recurrent(h_prev)
             if relative.norm:
-                a.addcmul_(F.layer_norm(products, a.shape[2:], eps=EPS), gains)
+                flat.addcmul_(torch.layer_norm(products, (4 * H,), None, None, EPS), gains)
             else:
-                a += products
-            i, f, g, o = a.unbind(2)
+                flat += products
             if relative.peephole:
                 i.addcmul_(peepholes[0], c_prev)
                 f.addcmul_(peepholes[1], c_prev)
-            torch.sigmoid_(a[:, :, :2])  # i and f
+            torch.sigmoid_(i_f)
             torch.tanh_(g)
-            c_new = shown = (f * c_prev).addcmul_(i, g)
+            c_new = shown = torch.mul(f, c_prev, out=c_s).addcmul_(i, g)
             if relative.norm:
-                shown = torch.addcmul(norm_c[1], F.layer_norm(c_new, (H,), eps=EPS), norm_c[0])
-                c_new = shown if relative.norm == "state" else c_new
+                shown = torch.addcmul(norm_c[1], torch.layer_norm(c_new, (H,), None, None, EPS), norm_c[0])
+                c_new = c_new.copy_(shown) if relative.norm == "state" else c_new
             if relative.peephole:
                 o.addcmul_(peepholes[2], c_new)
             torch.sigmoid_(o)
-            h_new = torch.tanh(shown).mul_(o)
+            h_new = torch.mul(torch.tanh(shown), o, out=y_s)
             if zone is not None:
-                kept_h, kept_c = zone.at(at, r)
-                h_new, c_new = torch.lerp(h_new, h_prev, kept_h), torch.lerp(c_new, c_prev, kept_c)
+                h_new, c_new = torch.lerp(h_new, h_prev, kept_h, out=y_s), torch.lerp(c_new, c_prev, kept_c, out=c_s)
             if valid is not None:  # a row without this step keeps its state and shows nothing
-                valid = valid[..., None]
-                y[at, r] = torch.where(valid, h_new, 0)
-                h_new, c_new = torch.where(valid, h_new, h), torch.where(valid, c_new, c)
-            else:
-                y[at, r] = h_new
-            if c_all is not None:
-                c_all[at, r] = c_new
-                if isinstance(at, Tensor):  # then a is a copy of the buffer's rows
-                    gates[at, r] = a
+                h_new, c_new = torch.where(valid, h_new, h), torch.where(valid, c_new, c, out=c_s)
+                y_s.masked_fill_(~valid, 0)
             h = h_new if n == rows.B else torch.cat((h_new, h[n:]))
             c = c_new if n == rows.B else torch.cat((c_new, c[n:]))
-        h_n[r], c_n[r] = h.transpose(0, 1), c.transpose(0, 1)
+        group.state(h_n).copy_(h)
+        group.state(c_n).copy_(c)
+        group.put_back()
     return h_n, c_n
 
 
 def products_with(w: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """For w (R, N, K), bias (R, N) the function of x (B, R, K) that gives (B, R, N): x w^T + bias for each of the R."""
-    if w.shape[0] == 1:
-        single, b = w[0], None if bias is None else bias[0]
-        return lambda x: linear(x.flatten(1), single, b)[:, None]
+    """The function of x (B, K) that gives x w^T + bias (B, N), for w (N, K); if w is (R, N, K), for each of x (B, R, K)."""
+    if w.dim() == 2:
+        wt = w.t()
+        if bias is not None:
+            return lambda x: linear(x, w, bias)
+        return lambda x: linear(x, w) if uses_onednn(x, w) else torch.mm(x, wt)
     if bias is None:
         return lambda x: torch.bmm(x.transpose(0, 1), w.mT).transpose(0, 1)
     return lambda x: torch.baddbmm(bias[:, None], x.transpose(0, 1), w.mT).transpose(0, 1)
@@ -212,7 +278,7 @@ def recurrence_backward(
     w_hh, dgates, h_prev = w_hh.view(R, 4 * H, H), dgates.view(-1, R, 4, H), h_prev.view(-1, R, H)
     dy = torch.zeros_like(c_all) if dy is None else dy.view(-1, R, H)
     i, f, g, o = gates.unbind(2)
-    zone = kept = None
+    zone = None
     if relative is None:
         tanh_c = torch.tanh(c_all)
         y = y.view(-1, R, H) if y.numel() else o * tanh_c
@@ -221,59 +287,67 @@ def recurrence_backward(
             h_prev[:, r] = rows.previous(y, None if h0 is None else h0[r], r)
             c_prev[:, r] = rows.previous(c_all, None if c0 is None else c0[r], r)
     else:
-        tanh_c, c_prev = torch.tanh(relative.shown), relative.c_prev
-        zone = relatives.zoneout(relative.call, relative.relative, rows, c_prev)
+        tanh_c, c_prev, zone = torch.tanh(relative.shown), relative.c_prev, relative.zone
     # Before the loop, for all steps: the derivative of c_s by the pre-activations of i, f and g, and of h_s by that of o.
     # They are written to dgates, which may be the memory of gates. So each line reads its gates before it overwrites them,
     # and f, which the loop reads again, is copied.
-    f = f.clone()
+    f = f.clone() if dgates.data_ptr() == gates.data_ptr() else f
+    di, df, dg, do = dgates.unbind(2)
     dc_dh = d_tanh(o, tanh_c)  # h_s = o * tanh(c_s)
-    dgates[:, :, 0], dgates[:, :, 2] = d_sigmoid(g, i), d_tanh(i, g)
-    dgates[:, :, 1], dgates[:, :, 3] = d_sigmoid(c_prev, f), d_sigmoid(tanh_c, o)
+    by_i = d_sigmoid(g, i)
+    d_tanh(i, g, dg), di.copy_(by_i)
+    d_sigmoid(c_prev, f, df), d_sigmoid(tanh_c, o, do)
     if zone is not None:
         changed = 1 - zone.h
         dc_dh.mul_(changed)
         dgates[:, :, 3].mul_(changed)
-    del tanh_c, c_prev, y
+    del tanh_c, c_prev, y, by_i
     dh_n, dc_0 = (c_all.new_zeros(R, rows.B, H) if grad is None else grad.clone() for grad in (dh_n, dc_n))
-    for r in rows.in_step(R):
-        dh_next = dh_n[r].transpose(0, 1)  # gradient by h_s that comes from the steps after s, or from h_n
-        dc_next = dc_0[r].transpose(0, 1)  # and by c_s
-        recurrent = products_with(w_hh[r].mT)
-        for s in range(rows.T - 1, -1, -1):
-            at, n, valid, keep = rows.at(s, r.start), rows.active(s), rows.valid(s), rows.kept(s, r.start)
-            dh = dy[at, r] + dh_next[:n]  # h_s is seen by the loss and by step s+1
-            da = products = dgates[at, r]
-            valid = None if valid is None else valid[..., None]
-            if relative is not None:
-                kept = zone and zone.at(at, r)
-                products, dc = relative.step(at, r, dh, dc_next[:n], da, dc_dh[at, r], f[at, r], valid, kept)
+    for group in Group.all(rows, R):
+        dh_next = group.state(dh_n)  # gradient by h_s that comes from the steps after s, or from h_n
+        dc_next = group.state(dc_0)  # and by c_s
+        recurrent = products_with(w_hh[group.r].mT)
+        mine, dc_mine = group.of(dgates, written=True), group.of(dc_dh, written=True)
+        others = map(group.of, (dy, f, *(zone or (None, None))))
+        parts = mine.flatten(-2), mine[..., :3, :], mine[..., 3, :], dc_mine, *others
+        parts += () if relative is None else relative.parts(group, mine)
+        steps = zip(*(group.by_step(part, last_first=True) for part in parts), strict=True)
+        for s, (da, da_ifg, da_o, dc_dh_s, dy_s, f_s, kept_h, kept_c, *more) in enumerate(steps, 1 - rows.T):
+            n, valid, keep = da.shape[0], group.valid(-s), group.kept(-s)
+            dh, dc = (dh_next, dc_next) if n == rows.B else (dh_next[:n], dc_next[:n])
+            dh = dy_s + dh  # h_s is seen by the loss and by step s+1
+            da_o.mul_(dh)
+            products = da
+            if relative is None:
+                dc = torch.addcmul(dc, dh, dc_dh_s)  # c_s by step s+1 and by h_s
+                da_ifg.mul_(dc.unsqueeze(-2))  # i, f and g act through c
+                dc.mul_(f_s)
             else:
-                dc = torch.addcmul(dc_next[:n], dh, dc_dh[at, r])  # c_s by step s+1 and by h_s
-                da[:, :, :3].mul_(dc[:, :, None])  # i, f and g act through c
-                da[:, :, 3].mul_(dh)
-                dc = dc * f[at, r]
-            if valid is not None:
-                da = torch.where(valid[..., None], da, 0)
-            if valid is not None or isinstance(at, Tensor):  # then da is a copy of the buffer's rows
-                dgates[at, r] = da
-            from_products = recurrent(products.flatten(2)).view(dc.shape)
-            dh = from_products if kept is None else from_products.addcmul_(kept.h, dh)
+                products, dc = relative.step(group.r, dh, dc, da, da_ifg, da_o, dc_dh_s, f_s, valid, kept_c, *more)
+            from_products = recurrent(products)
+            dh = from_products if kept_h is None else from_products.addcmul_(kept_h, dh)
             if keep is not None:  # gradients stay within the episode
-                dh, dc = torch.where(keep[..., None], dh, 0), torch.where(keep[..., None], dc, 0)
+                dh, dc = torch.where(keep, dh, 0), torch.where(keep, dc, 0)
             if valid is not None:  # a row without this step hands its gradients through
                 dh, dc = torch.where(valid, dh, dh_next), torch.where(valid, dc, dc_next)
+                da.masked_fill_(~valid, 0)
             dh_next = dh if n == rows.B else torch.cat((dh, dh_next[n:]))
             dc_next = dc if n == rows.B else torch.cat((dc, dc_next[n:]))
-        dh_n[r], dc_0[r] = dh_next.transpose(0, 1), dc_next.transpose(0, 1)
+        group.state(dh_n).copy_(dh_next)
+        group.state(dc_0).copy_(dc_next)
+        group.put_back()
+    if relative is not None:
+        relative.dshown = dc_dh  # which the steps of a norm wrote over
     return dh_n, dc_0
 
 
-def d_sigmoid(grad: Tensor, y: Tensor) -> Tensor:
+def d_sigmoid(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient by x of y = sigmoid(x): grad * y * (1 - y)."""
-    return torch.ops.aten.sigmoid_backward(grad, y)
+    out = torch.empty_like(grad) if out is None else out
+    return torch.ops.aten.sigmoid_backward.grad_input(grad, y, grad_input=out)
 
 
-def d_tanh(grad: Tensor, y: Tensor) -> Tensor:
+def d_tanh(grad: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient by x of y = tanh(x): grad * (1 - y^2)."""
-    return torch.ops.aten.tanh_backward(grad, y)
+    out = torch.empty_like(grad) if out is None else out
+    return torch.ops.aten.tanh_backward.grad_input(grad, y, grad_input=out)

@@ -6,7 +6,9 @@ recurrent product for i, f, g, o, and gain and bias of the cell state's.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,10 @@ from torch import Tensor
 
 from .call import LayerCall, Rows, accumulator_dtype, forward_mode
 from .cell import EPS, Relative
-from .gemm import batched
+from .gemm import batched, linear
+
+if TYPE_CHECKING:
+    from .reference import Group
 
 ROUNDS = 7  # of Philox; Salmon et al. 2011 find no fault from 7 on
 WORD = 0xFFFFFFFF
@@ -135,12 +140,25 @@ def parts(relative: Relative, units: Tensor | None) -> tuple[tuple[Tensor, ...],
     return rows[:n], units[..., n : n + 4, :], rows[n + 4 :]
 
 
+def products_of(call: LayerCall, h_prev: Tensor, dtype: torch.dtype) -> Tensor:
+    """The recurrent products (N, R, 4, H) of all steps at once, from the states before them."""
+    R, H = call.sizes
+    w = call.w_hh.view(R, 4 * H, H)
+    if h_prev.is_cpu:
+        each = [linear(h.to(dtype).contiguous(), v.to(dtype)) for h, v in zip(h_prev.unbind(1), w, strict=True)]
+        products = each[0][:, None] if R == 1 else torch.stack(each, 1)
+    else:
+        products = batched(h_prev.transpose(0, 1), w.mT, h_prev.new_empty(R, h_prev.shape[0], 4 * H, dtype=dtype))
+        products = products.transpose(0, 1).contiguous()
+    return products.unflatten(2, (4, H))
+
+
 def gates_of(call: LayerCall, rows: Rows, given: Tensor, h_prev: Tensor, c_prev: Tensor) -> Tensor:
     """The activated gates (N, R, 4, H) of all steps at once, from the states before them."""
     relative = Relative.of(call.cell)
-    recurrent = torch.bmm(h_prev.transpose(0, 1), call.w_hh.view(call.R, 4 * call.H, call.H).mT).transpose(0, 1)
     given = given if call.b_hh is None else given + call.b_hh.view(given.shape[1:])
-    return torch.stack(step(given, recurrent.view(given.shape), h_prev, c_prev, relative, call.units, None)[0], 2)
+    recurrent = products_of(call, h_prev, given.dtype)
+    return torch.stack(step(given, recurrent, h_prev, c_prev, relative, call.units, None)[0], 2)
 
 
 class Backward:
@@ -150,63 +168,73 @@ class Backward:
     def __init__(
         self,
         call: LayerCall,
-        rows: Rows,
+        zone: Zoneout | None,
         gates: Tensor,  # (N, R, 4, H) activated
         h_prev: Tensor,  # (N, R, H) before each step, and the next
         c_prev: Tensor,
     ) -> None:
-        R, H, dtype = call.R, call.H, accumulator_dtype(gates.dtype)
-        self.call, self.relative, self.c_prev = call, Relative.of(call.cell), c_prev.to(dtype)
+        dtype = accumulator_dtype(gates.dtype)
+        self.call, self.zone, self.relative, self.c_prev = call, zone, Relative.of(call.cell), c_prev.to(dtype)
         self.peepholes, self.gains, norm_c = parts(self.relative, None if call.units is None else call.units.to(dtype))
         i, f, g, _ = gates.to(dtype).unbind(2)
         self.c = self.shown = f * self.c_prev + i * g  # before a norm and zoneout
         if self.relative.norm:
-            w = call.w_hh.view(R, 4 * H, H)
-            products = batched(h_prev.transpose(0, 1), w.mT, self.c.new_empty(R, h_prev.shape[0], 4 * H))
-            products = products.transpose(0, 1).unflatten(2, (4, H)).contiguous()
-            self.recurrent, self.c_norm = Normalized(products, 2), Normalized(self.c, 1)
-            self.gain_c = norm_c[0]
-            self.shown = self.c_norm.value * norm_c[0] + norm_c[1]
-            self.dshown = torch.zeros_like(self.c_prev)
+            products = products_of(call, h_prev, dtype).flatten(2)
+            self.recurrent, self.c_norm = Normalized(products), Normalized(self.c.clone())
+            self.gain_c, self.gains = norm_c[0], self.gains.flatten(-2)
+            self.shown = torch.addcmul(norm_c[1], self.c_norm.value, norm_c[0])
+
+    @cached_property
+    def dshown(self) -> Tensor:
+        """Gradients by the normalized cell state of all steps, for the recurrence to fill in."""
+        return torch.zeros_like(self.c_prev)
+
+    def parts(self, group: Group, da: Tensor) -> tuple[Tensor, ...]:
+        """What :meth:`step` gets of each step."""
+        norms = (self.c_norm, self.recurrent) if self.relative.norm else ()
+        given = [group.of(t) for norm in norms for t in norm.parts]
+        return *((da[..., 0, :], da[..., 1, :]) if self.relative.peephole else ()), *given
 
     def step(
-        self, at: slice | Tensor, r: slice, dh: Tensor, dc: Tensor, da: Tensor, dshown_dh: Tensor, f: Tensor,
-        valid: Tensor | None, zone: Zoneout | None,
+        self, r: int | slice, dh: Tensor, dc: Tensor, da: Tensor, da_ifg: Tensor, da_o: Tensor, dshown_dh: Tensor, f: Tensor,
+        valid: Tensor | None, kept_c: Tensor | None, *more: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """From the gradients by h and c after the step: those by the recurrent product and by c before. ``da`` holds the
-        derivatives of the cell state by the pre-activations of i, f, g, and of h by that of o, and is given the gradients by
-        all four."""
-        norm, dc_next = self.relative.norm, dc
-        if zone is not None:
-            dc = torch.addcmul(dc, dc, zone.c, value=-1)
-        da[:, :, 3].mul_(dh)
-        if self.relative.peephole:
-            dc = torch.addcmul(dc, da[:, :, 3], self.peepholes[2][r])
-        if norm == "output":
-            dshown = dh * dshown_dh
-        else:
-            dc = dshown = torch.addcmul(dc, dh, dshown_dh)
+        """From the gradients by h and c after the step: those by the recurrent product and by c before. ``da`` (..., 4H)
+        holds the derivatives of the cell state by the pre-activations of i, f, g, and the gradient by that of o; it is given
+        the gradients by all four, and ``dshown_dh`` those by the normalized cell state, if it is normalized."""
+        peephole, norm, _, _ = self.relative
+        dc_next = dc
+        if kept_c is not None:
+            dc = torch.addcmul(dc, dc, kept_c, value=-1)
+        if peephole:
+            da_i, da_f, *more = more
+            dc = torch.addcmul(dc, da_o, self.peepholes[2][r])
         if norm:
-            self.dshown[at, r] = dshown if valid is None else torch.where(valid, dshown, 0)
-            through = self.c_norm.backward(dshown * self.gain_c[r], at, r)[0]
+            dshown = dshown_dh.mul_(dh) if norm == "output" else torch.addcmul(dc, dh, dshown_dh, out=dshown_dh)
+            if valid is not None:
+                dshown.masked_fill_(~valid, 0)
+            through = self.c_norm.backward(dshown, *more[:3], self.gain_c[r], BY_GIVEN)[0]
             dc = through.add_(dc) if norm == "output" else through
-        da[:, :, :3].mul_(dc[:, :, None])
-        dc = dc * f
-        if self.relative.peephole:
-            dc.addcmul_(da[:, :, 0], self.peepholes[0][r]).addcmul_(da[:, :, 1], self.peepholes[1][r])
-        if zone is not None:
-            dc.addcmul_(dc_next, zone.c)
-        return self.recurrent.backward(da * self.gains[r], at, r)[0] if norm else da, dc
+        else:
+            dc = torch.addcmul(dc, dh, dshown_dh)
+        da_ifg.mul_(dc.unsqueeze(-2))
+        dc.mul_(f)
+        if peephole:
+            dc.addcmul_(da_i, self.peepholes[0][r]).addcmul_(da_f, self.peepholes[1][r])
+        if kept_c is not None:
+            dc.addcmul_(dc_next, kept_c)
+        return self.recurrent.backward(da, *more[3:], self.gains[r], BY_GIVEN)[0] if norm else da, dc
 
     def by_products(self, dgates: Tensor) -> list[Tensor]:
         """Of each recurrence (N, 4H), gradients by the recurrent products of all steps; and those by their gains."""
+        dgates = dgates.flatten(2)
         if not self.relative.norm:
-            return list(dgates.flatten(2).unbind(1))
-        found = [
-            self.recurrent.backward(d, slice(None), r, self.gains[r]) for r, d in enumerate(self._wide(dgates).unbind(1))
-        ]
-        self.dgains = [by_gains for _, by_gains, _ in found]
-        return [by_product.flatten(1).to(dgates.dtype) for by_product, _, _ in found]
+            return list(dgates.unbind(1))
+        norm, found = self.recurrent, []
+        for r, grad in enumerate(self._wide(dgates).unbind(1)):
+            found.append(norm.backward(grad, *(t[:, r] for t in norm.parts), self.gains[r], (True, True, False)))
+        self.dgains = [by_gain.view(4, -1) for _, by_gain, _ in found]
+        return [by_product.to(dgates.dtype) for by_product, _, _ in found]
 
     def by_units(self, dgates: Tensor) -> Tensor | None:
         """(R, n, H): gradients by the cell's own parameters, from those by all pre-activations (N, R, 4, H)."""
@@ -226,20 +254,30 @@ class Backward:
 
 
 class Normalized:
-    """A norm over the last ``dims`` dimensions of a tensor, and the gradients through it."""
+    """A norm over the last dimension of a tensor, whose memory it takes, and the gradients through it."""
 
-    def __init__(self, given: Tensor, dims: int) -> None:
-        self.shape = given.shape[-dims:]
-        value, mean, self.rstd = torch.native_layer_norm(given, self.shape, None, None, EPS)
+    def __init__(self, given: Tensor) -> None:
         # torch's formula of the gradient cancels where the mean is large.
-        self.centered, self.mean = torch.sub(given, mean, out=value), torch.zeros_like(mean)
+        self.centered = given.sub_(given.mean(-1, keepdim=True))
+        size = torch.linalg.vector_norm(self.centered, dim=-1, keepdim=True)
+        self.rstd = size.square_().div_(given.shape[-1]).add_(EPS).rsqrt_()
+        self.zero, self.shape = torch.zeros_like(self.rstd), given.shape[-1:]
 
     @property
     def value(self) -> Tensor:
         return self.centered * self.rstd
 
-    def backward(self, grad: Tensor, at: slice | Tensor, r: slice | int, gain: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Gradients by what was given and, if there is one, by the gain that its normalized values were multiplied by."""
-        x, mean, rstd = (t[at, r].contiguous() for t in (self.centered, self.mean, self.rstd))
-        needs = [True, gain is not None, False]
-        return torch.ops.aten.native_layer_norm_backward(grad.contiguous(), x, self.shape, mean, rstd, gain, None, needs)
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What :meth:`backward` is to be given, the rows that the gradient is of."""
+        return self.centered, self.zero, self.rstd
+
+    def backward(self, grad: Tensor, x: Tensor, zero: Tensor, rstd: Tensor, gain: Tensor, needs: Sequence[bool]) -> Any:
+        """The gradients, as far as needed, by what was given and by the gain that its normalized values meet."""
+        if gain.dim() > 1:  # of several recurrences
+            grad, gain = grad * gain, None
+        return layer_norm_backward(grad, x, self.shape, zero.contiguous(), rstd.contiguous(), gain, None, needs)
+
+
+BY_GIVEN = (True, False, False)
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default

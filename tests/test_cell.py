@@ -22,7 +22,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fused_lstm
-from fused_lstm import LSTM, Cell, relatives
+from fused_lstm import LSTM, Cell, recurrence, relatives
 from fused_lstm.call import LayerCall
 from fused_lstm.call import Problem as Asked
 from fused_lstm.cell import Relative
@@ -288,6 +288,22 @@ def test_recompute(cell: str) -> None:
         found.append([*results, *torch.autograd.grad(sum(r.sin().sum() for r in results), inputs)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_blocks_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass of a long sequence goes by blocks: here of two steps, the last of one."""
+    resets = torch.rand(5, 2) < 0.3
+    for cell, recompute in (("norm of the state", False), ("norm and zoneout", True), ("zoneout", False)):
+        lstm, found = layer(cell, recompute=recompute), []
+        x = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True)
+        hx = [torch.randn(1, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        for block in (recurrence.BLOCK, 2 * 2 * 4 * 6):
+            monkeypatch.setattr(recurrence, "BLOCK", block)
+            torch.manual_seed(0)
+            output, states = lstm(x, hx, resets=resets)
+            found.append(torch.autograd.grad(sum(t.sin().sum() for t in (output, *states)), [x, *hx, *lstm.parameters()]))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("cell", CELLS)
