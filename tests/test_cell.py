@@ -111,7 +111,8 @@ def by_row(
                         if lstm.training:
                             for u in range(H):
                                 head, unit = divmod(u, H // n)
-                                index = ((t // 2 * B + b) * n * D + head * D + d) * (H // n) + unit
+                                padded = -(-(H // n) // 16) * 16
+                                index = ((t // 2 * B + b) * n * D + head * D + d) * padded + unit
                                 words = philox(seeds[layer], index, relatives.ROUNDS)[t % 2 * 2 :]
                                 for which in range(2):
                                     kept[which][u] = float(words[which] < round(cell.zoneout[which] * 2**32))

@@ -70,8 +70,18 @@ def test_other_gpus(name: str, target: str) -> None:
         check(name, problem, STEPWISE.candidates(problem, None)[0], target, stepwise_build.TRAINING)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_peepholes_and_zoneout(name: str) -> None:
+    import stepwise_build
+
+    skip_unless_it_compiles(stepwise_build.ARITHMETIC[name][0])
+    flags = stepwise_build.TRAINING | {"cell": Cell(peephole=True, zoneout=(0.1, 0.1))}
+    for kernel, target in (("forward", "sm_90"), ("backward", "sm_90"), ("backward", "gfx942")):
+        problem = Recurrence(kernel, stepwise_build.kind_of(name), 100, 512, 64, 1)
+        check(name, problem, STEPWISE.candidates(problem, None)[0], target, flags)
+
+
 CELLS = {
-    "peephole and zoneout": Cell(peephole=True, zoneout=(0.1, 0.1)),
     "norm": Cell(peephole=True, layer_norm="state", zoneout=(0.1, 0.1)),
     "norm of the output": Cell(layer_norm="output"),
 }
@@ -79,7 +89,7 @@ CELLS = {
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_relatives_of_the_cell(cell: str, target: str) -> None:
+def test_cells_with_norms(cell: str, target: str) -> None:
     import stepwise_build
 
     for kernel, dtype, H in (("forward", torch.bfloat16, 1024), ("backward", torch.float32, 768)):
