@@ -115,10 +115,11 @@ def masks_at(seed, place, s, tile, n, u, CONFIG: gl.constexpr):
     """The masks of zoneout for step s of units u. They wait for nothing: a turn draws them before it waits."""
     kept = ()
     if CONFIG.zoneout is not None:
+        ZONEOUT: gl.constexpr = CONFIG.zoneout  # Triton 3.6 takes it by a name only
         step = step_of(place, s, tile, n)
         t = gl.expand_dims(time_of(place.backwards, step.lengths, s), 0)
         b = gl.expand_dims(step.b, 0)
-        kept = masks(seed, t, b, place.r, u, place.B, CONFIG.R, CONFIG.H, CONFIG.zoneout)
+        kept = masks(seed, t, b, place.r, u, place.B, CONFIG.R, CONFIG.H, ZONEOUT)
     return kept
 
 

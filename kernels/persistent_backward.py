@@ -215,8 +215,9 @@ def step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL: gl.const
     if CONFIG.zoneout is None:
         da, dc_prev = CELL(activated, saved.c.to(gl.float32), c_prev, dh, dc, own.peepholes)
     else:
+        ZONEOUT: gl.constexpr = CONFIG.zoneout
         dh += own.passed[0]
-        da, dc_prev, dh_prev = zoned_backward(activated, c_prev, dh, dc, own.peepholes, own.kept, CELL, CONFIG.zoneout)
+        da, dc_prev, dh_prev = zoned_backward(activated, c_prev, dh, dc, own.peepholes, own.kept, CELL, ZONEOUT)
         passed = (until_start(place, step, u, dh_prev, own.passed[0], CONFIG),)
     row = step.row
     if PAST:  # zeros past a row's end, for the products that follow

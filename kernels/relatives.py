@@ -111,11 +111,12 @@ def unit_row(units_ptr, at, n: tl.constexpr, CELL: tl.constexpr, config: tl.cons
 @triton.jit
 def zoneout(seed_ptr, at, s, B, CELL: tl.constexpr, config: tl.constexpr):
     """The masks of step s."""
+    ZONEOUT: tl.constexpr = CELL.zoneout
     batch, seed = at.batch, ()
     if seed_ptr is not None:
         seed = (tl.load(seed_ptr),)
     t = time_of(batch.backwards, batch.lengths, s)[:, None]
-    return masks(seed, t, batch.offs_b[:, None], at.r, at.unit, B, config.R, config.H, CELL.zoneout)
+    return masks(seed, t, batch.offs_b[:, None], at.r, at.unit, B, config.R, config.H, ZONEOUT)
 
 
 @triton.jit

@@ -188,8 +188,9 @@ def lstm_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     if config.zoneout is None:
         dgates, dc = CELL(gates, c, c_prev, dh, dc, own)
     else:
+        ZONEOUT: tl.constexpr = config.zoneout
         kept = zoneout(buffers.seed_ptr, at, s, B, config)
-        dgates, dc, passed = zoned_backward(gates, c_prev, dh, dc, own, kept, CELL, config.zoneout)
+        dgates, dc, passed = zoned_backward(gates, c_prev, dh, dc, own, kept, CELL, ZONEOUT)
         tl.store(buffers.passed_ptr + at.state, tl.where(mask_keep, passed, 0.0), mask=mask)
     dc = tl.where(mask_keep, dc, 0.0)
 
@@ -248,11 +249,12 @@ def peepholes(units_ptr, at, ACC: tl.constexpr, config: tl.constexpr):
 @triton.jit
 def zoneout(seed_ptr, at, s, B, config: tl.constexpr):
     """The masks of step s."""
+    ZONEOUT: tl.constexpr = config.zoneout  # Triton 3.6 takes it by a name only
     batch, seed = at.batch, ()
     if seed_ptr is not None:
         seed = (tl.load(seed_ptr),)
     t = time_of(batch.backwards, batch.lengths, s)[:, None]
-    return masks(seed, t, batch.offs_b[:, None], at.r, at.offs_h[None, :], B, config.R, config.H, config.zoneout)
+    return masks(seed, t, batch.offs_b[:, None], at.r, at.offs_h[None, :], B, config.R, config.H, ZONEOUT)
 
 
 @triton.jit
