@@ -181,9 +181,13 @@ class Relative(NamedTuple):
     zoneout_h: float
     zoneout_c: float
 
+    @property
+    def zoned(self) -> bool:
+        return self.zoneout_h > 0 or self.zoneout_c > 0
+
     def __str__(self) -> str:
         """As ``LayerCall.cell``, which :meth:`of` reads."""
-        zoneout = f"zoneout={self.zoneout_h!r},{self.zoneout_c!r}" if self.zoneout_h or self.zoneout_c else ""
+        zoneout = f"zoneout={self.zoneout_h!r},{self.zoneout_c!r}" if self.zoned else ""
         return " ".join(filter(None, ("peephole" * self.peephole, self.norm and f"layer_norm={self.norm}", zoneout)))
 
     @staticmethod

@@ -316,12 +316,13 @@ def _layer(
         # With h = W_hr m, W_hh h = (W_hh W_hr) m: a plain recurrence over m, which h0 enters through the first step.
         w_h0, w_hh = None if h0 is None else w_hh, torch.cat([group[1] @ group[-1] for group in groups])
     R, H = len(groups), w_hh.shape[1]
-    pad = -H % ALIGNMENT if engine == "triton" and not relative else 0
+    pad = -H % ALIGNMENT if engine == "triton" and not (cell and cell.layer_norm) else 0
     if pad:  # units of zero weight stay at zero: the results are the same, and every row is aligned
         w_ih, w_hh, b_ih, b_hh, w_h0 = (None if w is None else _pad_gates(w, H, pad) for w in (w_ih, w_hh, b_ih, b_hh, w_h0))
         w_hh = F.pad(w_hh, (0, pad))
         c0 = None if c0 is None else F.pad(c0, (0, pad))
         h0 = F.pad(h0, (0, pad)) if h0 is not None and w_h0 is None else h0
+        units = None if units is None else F.pad(units, (0, pad))
     if relative and gains is not None:  # the norm of the input's products, for all steps
         biases = [None] * R if b_ih is None else b_ih.chunk(R)
         given = zip(F.linear(x, w_ih).chunk(R, -1), gains.chunk(R), biases, strict=True)

@@ -180,16 +180,18 @@ def _backward(
             db_ih = flat.sum(0)
         if needs[6]:
             db_hh = flat.sum(0) if db_ih is None else db_ih.clone()  # not one tensor twice: a .grad may be changed
-        if call.cell:
+        if call.cell and by_h0 is not None:
             dh0 = by_h0 if needs[1] and call.h0 is not None else None
         elif (needs[1] or needs[7]) and call.h0 is not None:
             first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(_by_recurrence(flat, R))]
             if needs[1]:
                 ws = (w_hh if call.w_h0 is None else call.w_h0).chunk(R)
                 dh0 = torch.stack([product(da, w) for da, w in zip(first, ws, strict=True)])
+                if call.cell and relative.passed is not None:
+                    dh0 += relative.passed
             if needs[7]:
                 dw_h0 = torch.cat([outer(da, h) for da, h in zip(first, call.h0, strict=True)])
-    if dh0 is not None and not call.cell and call.w_h0 is None and call.lengths is not None:
+    if dh0 is not None and call.w_h0 is None and call.lengths is not None:
         dh0 = torch.where((call.lengths == 0)[:, None], 0 if dh_n is None else dh_n, dh0)  # by rows without steps
     return [dx, dh0, dc0 if needs[2] and call.c0 is not None else None, dw_ih, dw_hh, db_ih, db_hh, dw_h0, dunits]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import LayerCall, Rows, accumulator_dtype, forward_mode
+from .call import ALIGNMENT, LayerCall, Rows, accumulator_dtype, forward_mode
 from .cell import EPS, Relative
 from .gemm import batched, linear
 
@@ -38,12 +38,14 @@ class Zoneout(NamedTuple):
 def zoneout(call: LayerCall, relative: Relative, rows: Rows, like: Tensor) -> Zoneout | None:
     """Of all steps, in ``like``'s dtype: masks if there is a seed, else what they are on average."""
     p, (R, H, T, B) = (relative.zoneout_h, relative.zoneout_c), (call.R, call.H, rows.T, rows.B)
-    if not any(p):
+    if not relative.zoned:
         return None
     if call.seed is None:
         return Zoneout(*(like.new_full((), q).expand(like.shape[0], R, H) for q in p))
-    # One draw gives four words: of h and of c, at two times. In blocks that a CPU's caches hold.
-    index, limits = torch.arange((T + 1) // 2 * B * R * H, device=like.device), [round(q * 2**32) for q in p] * 2
+    # One draw gives four words: of h and of c, at two times. It is counted by units as if H were a multiple of 16, to which
+    # the kernels' H is padded. In blocks that a CPU's caches hold.
+    count, limits = torch.arange((T + 1) // 2 * B * R, device=like.device), [round(q * 2**32) for q in p] * 2
+    index = (count[:, None] * (H + -H % ALIGNMENT) + torch.arange(H, device=like.device)).flatten()
     words = (philox(call.seed, block) for block in index.split(2**16))
     masks = torch.cat([torch.stack([w < limit for w, limit in zip(four, limits, strict=True)]) for four in words], 1)
     t, b = rows.times_and_batch_rows(like.shape[0], like.device)
@@ -178,6 +180,7 @@ class Backward:
         self.peepholes, self.gains, norm_c = parts(self.relative, None if call.units is None else call.units.to(dtype))
         i, f, g, _ = gates.to(dtype).unbind(2)
         self.c = self.shown = f * self.c_prev + i * g  # before a norm and zoneout
+        self.passed: Tensor | None = None  # (R, B, H): by h0 of zoneout, where the kernels did not add it to dh_0
         if self.relative.norm:
             products = products_of(call, h_prev, dtype).flatten(2)
             self.recurrent, self.c_norm = Normalized(products), Normalized(self.c.clone())

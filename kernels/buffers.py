@@ -18,6 +18,8 @@ class Forward(NamedTuple):
     # Stepwise: (R, B, H), the cell state between launches, in the accumulator's dtype; may be cn_ptr; None for one step.
     running_ptr: Any = None
     zeros_ptr: Any = None  # Persistent: (max(4*H, 512),) zeros
+    units_ptr: Any = None  # (R, 3, H) peepholes p_i, p_f, p_o; None: torch's cell
+    seed_ptr: Any = None  # (1,) int64 of zoneout's masks; None: zoneout by its expected value
 
 
 class Backward(NamedTuple):
@@ -39,3 +41,8 @@ class Backward(NamedTuple):
     running_ptr: Any = None
     zeros_ptr: Any = None  # Persistent: as above
     box_ptr: Any = None  # Persistent, split over four programs: (R, 2, owners(H), 3, B, 16) int64, zeros before
+    units_ptr: Any = None  # as above, and the next
+    seed_ptr: Any = None
+    # Of zoneout, (R, B, H) in the accumulator's dtype, out: the gradient by h0 beside the one through the products.
+    # Stepwise: what of the gradient by h passes on from launch to launch.
+    passed_ptr: Any = None

@@ -1,7 +1,10 @@
 """The LSTM cell as a pair of pure functions of registers: no loads, no stores. Kernels are handed the pair they run.
 
-Gate order i, f, g, o, as in torch.nn.LSTM. Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000.
+Gate order i, f, g, o, as in torch.nn.LSTM. Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; their
+peepholes, and zoneout around the cell (Krueger et al. 2017), for those who ask for them.
 """
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -40,31 +43,106 @@ def tanh(x):
 
 
 @triton.jit
-def lstm_forward(recurrent, given, c):
+def lstm_forward(recurrent, given, c, peepholes):
     """One step from the two parts of the pre-activations, of h and of x, four each, and the cell state before.
 
-    Returns the gates (i, f, g, o), and c and h after the step.
+    peepholes are (p_i, p_f, p_o), or () of torch's cell. Returns the gates (i, f, g, o), and c and h after the step.
     """
-    f = tl.sigmoid(recurrent[1] + given[1])
+    a_f = recurrent[1] + given[1]
+    if len(peepholes) > 0:
+        a_f += peepholes[1] * c
+    f = tl.sigmoid(a_f)
     g = tanh(recurrent[2] + given[2])
-    i = tl.sigmoid(recurrent[0] + given[0])
+    a_i = recurrent[0] + given[0]
+    if len(peepholes) > 0:
+        a_i += peepholes[0] * c
+    i = tl.sigmoid(a_i)
     c = f * c + i * g
-    o = tl.sigmoid(recurrent[3] + given[3])
+    a_o = recurrent[3] + given[3]
+    if len(peepholes) > 0:
+        a_o += peepholes[2] * c
+    o = tl.sigmoid(a_o)
     h = o * tanh(c)
     return (i, f, g, o), c, h
 
 
 @triton.jit
-def lstm_backward(gates, c, c_prev, dh, dc):
+def lstm_backward(gates, c, c_prev, dh, dc, peepholes):
     """Gradients by the four pre-activations and by c_prev, from those by h and c (docs/math.md derives them)."""
     i, f, g, o = gates
     tanh_c = tanh(c)
     dc += dh * o * (1.0 - tanh_c * tanh_c)
     da_o = dh * tanh_c * o * (1.0 - o)
+    if len(peepholes) > 0:
+        dc += peepholes[2] * da_o
     da_i = dc * g * i * (1.0 - i)
     da_f = dc * c_prev * f * (1.0 - f)
     da_g = dc * i * (1.0 - g * g)
-    return (da_i, da_f, da_g, da_o), dc * f
+    dc = dc * f
+    if len(peepholes) > 0:
+        dc += peepholes[0] * da_i + peepholes[1] * da_f
+    return (da_i, da_f, da_g, da_o), dc
+
+
+@dataclass(frozen=True)
+class Zoneout:
+    """Probabilities that a unit keeps its h, or its c, of the step before."""
+
+    h: float
+    c: float
+    rounds: int  # of Philox
+
+
+@triton.constexpr_function
+def threshold(probability):
+    return round(probability * 2**32)
+
+
+@triton.jit
+def masks(seed, t, b, r, unit, B, R: tl.constexpr, H: tl.constexpr, ZONEOUT: tl.constexpr):
+    """Which units keep their h, and which their c, at time t of batch row b; (), all of them in part, if seed is ().
+
+    A draw gives four words: of h and of c, at two times. It is counted by units as if H were a multiple of 16.
+    """
+    kept = ()
+    if len(seed) > 0:
+        index = ((t // 2 * B + b) * R + r) * ((H + 15) // 16 * 16) + unit
+        low = (index & 0xFFFFFFFF).to(tl.uint32)
+        words = tl.philox(seed[0], low, (index >> 32).to(tl.uint32), low * 0, low * 0, ZONEOUT.rounds)
+        odd = t % 2 == 1
+        kept_h = tl.where(odd, words[2], words[0]).to(tl.int64) < threshold(ZONEOUT.h)
+        kept_c = tl.where(odd, words[3], words[1]).to(tl.int64) < threshold(ZONEOUT.c)
+        kept = (kept_h, kept_c)
+    return kept
+
+
+@triton.jit
+def zoned(before, after, kept, n: tl.constexpr, PROBABILITY: tl.constexpr):
+    """What zoneout makes of a state before and after a step, of h (n = 0) or of c (1), given its masks."""
+    if len(kept) > 0:
+        state = tl.where(kept[n], before, after)
+    else:
+        state = PROBABILITY * before + (1.0 - PROBABILITY) * after
+    return state
+
+
+@triton.jit
+def passed(gradient, kept, n: tl.constexpr, PROBABILITY: tl.constexpr):
+    """The part of the gradient by a state after a step that goes straight to the one before."""
+    if len(kept) > 0:
+        part = tl.where(kept[n], gradient, 0.0)
+    else:
+        part = PROBABILITY * gradient
+    return part
+
+
+@triton.jit
+def zoned_backward(gates, c_prev, dh, dc, peepholes, kept, CELL: tl.constexpr, ZONEOUT: tl.constexpr):
+    """As the cell's backward half, with zoneout around the cell. Also returns what of dh goes straight to the h before."""
+    passed_h, passed_c = passed(dh, kept, 0, ZONEOUT.h), passed(dc, kept, 1, ZONEOUT.c)
+    c = gates[1] * c_prev + gates[0] * gates[2]  # as the cell made it
+    da, dc = CELL(gates, c, c_prev, dh - passed_h, dc - passed_c, peepholes)
+    return da, dc + passed_c, passed_h
 
 
 @triton.jit

@@ -23,8 +23,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .cell import operand
-from .rows import BatchRows, carried, data_rows, row_lengths
+from .cell import Zoneout, masks, operand
+from .rows import BatchRows, carried, data_rows, row_lengths, time_of
 
 ROWS = 8  # batch rows of a tile
 
@@ -42,6 +42,7 @@ class Fragments:
     room: int = 1  # tiles of a program, at most
     ahead: bool = False  # a turn's states are asked for while the turn before is computed; with two tiles or more
     max16: bool = True  # the GPU has max.u16x2 (sm_90 and newer)
+    zoneout: Zoneout | None = None
 
 
 @gluon.constexpr_function
@@ -93,6 +94,33 @@ def step_of(place, s, tile, n):
     has = (s >= 0) & (s < lengths)
     keep = carried(place, batch, s, row, before) & has
     return Step(b, lengths, row, before, has, keep)
+
+
+@gluon.jit
+def own_values(buffers, r, u, CONFIG: gl.constexpr):
+    """What a program has of the cell for its units u: peepholes, or () of torch's cell; and the seed of masks, or ()."""
+    peepholes = ()
+    seed = ()
+    if buffers.units_ptr is not None:
+        for n in gl.static_range(3):
+            p = gl.load(buffers.units_ptr + (r * 3 + n) * CONFIG.H + u, mask=u < CONFIG.H, other=0.0)
+            peepholes = peepholes + (p.to(gl.float32),)
+    if buffers.seed_ptr is not None:
+        seed = (gl.load(buffers.seed_ptr),)
+    return peepholes, seed
+
+
+@gluon.jit
+def masks_at(seed, place, s, tile, n, u, CONFIG: gl.constexpr):
+    """The masks of zoneout for step s of units u. They wait for nothing: a turn draws them before it waits."""
+    kept = ()
+    if CONFIG.zoneout is not None:
+        ZONEOUT: gl.constexpr = CONFIG.zoneout  # Triton 3.6 takes it by a name only
+        step = step_of(place, s, tile, n)
+        t = gl.expand_dims(time_of(place.backwards, step.lengths, s), 0)
+        b = gl.expand_dims(step.b, 0)
+        kept = masks(seed, t, b, place.r, u, place.B, CONFIG.R, CONFIG.H, ZONEOUT)
+    return kept
 
 
 @gluon.constexpr_function

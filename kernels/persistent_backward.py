@@ -12,6 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from .cell import zoned_backward
 from .fragments import (
     Place,
     along,
@@ -24,8 +25,10 @@ from .fragments import (
     exchangeable,
     k_of,
     load_weights,
+    masks_at,
     mma_layout,
     operand_layout,
+    own_values,
     parts_layout,
     row_layout,
     row_or_past_end,
@@ -64,6 +67,11 @@ def lstm_backward_fragments(
     held, rest = backward_weights(buffers.w_hh_ptr + place.r * (4 * H * H), u0, CONFIG)
     for tile in range(tiles):
         state.index(tile).store(initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG))
+    peepholes, seed = own_values(buffers, r, u, CONFIG)
+    if CONFIG.zoneout is not None:
+        beside = gl.allocate_shared_memory(gl.float32, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        for tile in range(tiles):
+            beside.index(tile).store(gl.zeros([UNITS, 8], gl.float32, CELLS))
 
     s = gl.to_tensor(0) + T - 1
     tile = gl.to_tensor(0)
@@ -74,6 +82,10 @@ def lstm_backward_fragments(
     barrier()
     for _ in range(T * tiles):
         dc = state.index(tile).load(CELLS)  # so early, the barrier that it needs serves the parts as well
+        passed = ()
+        if CONFIG.zoneout is not None:
+            passed = (beside.index(tile).load(CELLS),)
+        own = Own(peepholes, masks_at(seed, place, s, tile, n, u, CONFIG), passed)
         da = settle(begun, gradients_after(buffers, place, s, tile, k_rows, CONFIG), dtype, 4 * H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, -1)
         if CONFIG.ahead:
@@ -89,8 +101,11 @@ def lstm_backward_fragments(
             acc = acc + of_j
         parts.store(acc)
         dh = gl.sum(parts.load(parts_layout(WARPS, UNITS)), axis=0)
-        _, dc = step_backward(buffers, place, step_of(place, s, tile, n), s, u, dh, dc, saved, CELL, CONFIG)
+        step = step_of(place, s, tile, n)
+        _, dc, passed = step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL, CONFIG)
         state.index(tile).store(dc)
+        if CONFIG.zoneout is not None:
+            beside.index(tile).store(passed[0])
         saved = saved_at(buffers, place, s1, tile1, n, u, CELLS, CONFIG)
         s = s1
         tile = tile1
@@ -173,9 +188,18 @@ def before(all_ptr, start_ptr, place, step, s, u, CONFIG: gl.constexpr):
     return gl.load(gl.expand_dims(row, 0) + u, mask=keep, other=0.0)
 
 
+class Own(NamedTuple):
+    """What cells other than torch's add to a step."""
+
+    peepholes: Any  # three, or ()
+    kept: Any  # masks of zoneout: of h and c, or ()
+    passed: Any  # of zoneout, what of dh comes from the step after beside its products; else ()
+
+
 @gluon.jit
-def step_backward(buffers, place, step, s, u, dh, dc, saved, CELL: gl.constexpr, CONFIG: gl.constexpr):
-    """Store the gradients of a turn, dgates first, which others wait for. Returns dgates, and dc for the step before.
+def step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL: gl.constexpr, CONFIG: gl.constexpr):
+    """Store the gradients of a turn, dgates first, which others wait for. Returns dgates; dc and what ``own`` passes for the
+    step before.
 
     dh and dc are those that come from the step after.
     """
@@ -186,7 +210,15 @@ def step_backward(buffers, place, step, s, u, dh, dc, saved, CELL: gl.constexpr,
     i, f, g, o = saved.activated
     activated = (i.to(gl.float32), f.to(gl.float32), g.to(gl.float32), o.to(gl.float32))
     dh = dh + saved.dy.to(gl.float32) + saved.dhn.to(gl.float32)
-    da, dc_prev = CELL(activated, saved.c.to(gl.float32), saved.c_prev.to(gl.float32), dh, dc)
+    c_prev = saved.c_prev.to(gl.float32)
+    passed = ()
+    if CONFIG.zoneout is None:
+        da, dc_prev = CELL(activated, saved.c.to(gl.float32), c_prev, dh, dc, own.peepholes)
+    else:
+        ZONEOUT: gl.constexpr = CONFIG.zoneout
+        dh += own.passed[0]
+        da, dc_prev, dh_prev = zoned_backward(activated, c_prev, dh, dc, own.peepholes, own.kept, CELL, ZONEOUT)
+        passed = (until_start(place, step, u, dh_prev, own.passed[0], CONFIG),)
     row = step.row
     if PAST:  # zeros past a row's end, for the products that follow
         row = row_or_past_end(place, step, s)
@@ -198,10 +230,7 @@ def step_backward(buffers, place, step, s, u, dh, dc, saved, CELL: gl.constexpr,
             gl.store(gate + j * CONFIG.H, gl.where(has, gradients[j], 0.0).to(dtype), mask=in_batch)
         else:
             gl.store(gate + j * CONFIG.H, gradients[j], mask=has)
-    if place.resets_ptr is not None:
-        dc_prev = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), dc_prev, 0.0)
-    if place.lengths_ptr is not None:
-        dc_prev = gl.where(has, dc_prev, dc)
+    dc_prev = until_start(place, step, u, dc_prev, dc, CONFIG)
     at = gl.expand_dims((row * CONFIG.R + place.r) * CONFIG.H, 0) + u
     if PAST:
         gl.store(buffers.h_prev_ptr + at, saved.h_prev, mask=in_batch)  # loaded as zero there
@@ -209,4 +238,16 @@ def step_backward(buffers, place, step, s, u, dh, dc, saved, CELL: gl.constexpr,
         gl.store(buffers.h_prev_ptr + at, saved.h_prev, mask=has)
     end = gl.expand_dims((place.r * place.B + step.b) * CONFIG.H, 0) + u
     gl.store(buffers.dc0_ptr + end, dc_prev.to(dtype), mask=in_batch & (s == 0))
-    return gradients, dc_prev
+    if CONFIG.zoneout is not None:
+        gl.store(buffers.passed_ptr + end, passed[0], mask=in_batch & (s == 0))
+    return gradients, dc_prev, passed
+
+
+@gluon.jit
+def until_start(place, step, u, before, after, CONFIG: gl.constexpr):
+    """A gradient by the state before a step: none where the state is not carried over, that of after past a row's end."""
+    if place.resets_ptr is not None:
+        before = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), before, 0.0)
+    if place.lengths_ptr is not None:
+        before = gl.where(gl.expand_dims(step.has, 0) & (u < CONFIG.H), before, after)
+    return before

@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from .cell import zoned
 from .fragments import (
     Place,
     along,
@@ -22,8 +23,10 @@ from .fragments import (
     exchangeable,
     k_of,
     load_weights,
+    masks_at,
     mma_layout,
     operand_layout,
+    own_values,
     parts_layout,
     row_layout,
     row_or_past_end,
@@ -61,6 +64,11 @@ def lstm_forward_fragments(
     state = gl.allocate_shared_memory(gl.float32, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for tile in range(tiles):
         state.index(tile).store(initial(buffers, place, gl.to_tensor(tile), n, u, CELLS, CONFIG))
+    peepholes, seed = own_values(buffers, r, u, CONFIG)
+    if CONFIG.zoneout is not None:
+        shown = gl.allocate_shared_memory(dtype, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        for tile in range(tiles):
+            shown.index(tile).store(initial_h(buffers, place, gl.to_tensor(tile), n, u, CELLS, CONFIG))
 
     bias = ()
     if buffers.b_hh_ptr is not None:
@@ -76,6 +84,7 @@ def lstm_forward_fragments(
         begun = begin(state_before(buffers, place, s, tile, k_rows, CONFIG), dtype, H, CONFIG)
     barrier()
     for _ in range(T * tiles):
+        kept = masks_at(seed, place, s, tile, n, u, CONFIG)
         h = settle(begun, state_before(buffers, place, s, tile, k_rows, CONFIG), dtype, H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, 1)
         s2, tile2 = turn_after(s1, tile1, tiles, 1)
@@ -102,9 +111,18 @@ def lstm_forward_fragments(
         c = own.load(CELLS)
         if sequences.resets_ptr is not None:
             c = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), c, 0.0)
-        activated, c, h_new = CELL(recurrent, given, c)
+        c_prev = c
+        activated, c, h_new = CELL(recurrent, given, c, peepholes)
+        if CONFIG.zoneout is not None:
+            h_prev = shown.index(tile).load(CELLS).to(gl.float32)
+            if sequences.resets_ptr is not None:
+                h_prev = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), h_prev, 0.0)
+            h_new = zoned(h_prev, h_new, kept, 0, CONFIG.zoneout.h)
+            c = zoned(c_prev, c, kept, 1, CONFIG.zoneout.c)
         save(buffers, place, step, s, u, activated, c, h_new, CONFIG)
         own.store(c)  # last, since a barrier comes before it
+        if CONFIG.zoneout is not None:
+            shown.index(tile).store(h_new.to(dtype))
         x = x1
         x1 = input_at(buffers.gates_ptr, place, s2, tile2, n, u, CONFIG)
         s = s1
@@ -135,11 +153,20 @@ def initial(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.constexp
     if place.lengths_ptr is not None:
         without = mask & gl.expand_dims(gl.load(place.lengths_ptr + b, mask=b < place.B, other=1) == 0, 0)
         gl.store(buffers.cn_ptr + at, c.to(buffers.cn_ptr.dtype.element_ty), mask=without)
-        h = gl.zeros([UNITS, 8], gl.float32, CELLS)
-        if buffers.h0_ptr is not None:
-            h = gl.load(buffers.h0_ptr + at, mask=without, other=0.0).to(gl.float32)
-        gl.store(buffers.hn_ptr + at, h.to(buffers.hn_ptr.dtype.element_ty), mask=without)
+        gl.store(buffers.hn_ptr + at, initial_h(buffers, place, tile, n, u, CELLS, CONFIG), mask=without)
     return c
+
+
+@gluon.jit
+def initial_h(buffers, place, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.constexpr):
+    """The hidden states of a tile before its first step."""
+    UNITS: gl.constexpr = CONFIG.units
+    b = place.first + tile * 8 + n
+    h = gl.zeros([UNITS, 8], buffers.h_ptr.dtype.element_ty, CELLS)
+    if buffers.h0_ptr is not None:
+        at = gl.expand_dims((place.r * place.B + b) * CONFIG.H, 0) + u
+        h = gl.load(buffers.h0_ptr + at, mask=gl.expand_dims(b < place.B, 0) & (u < CONFIG.H), other=0.0)
+    return h
 
 
 @gluon.jit

@@ -10,8 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .fragments import Place, barrier, step_of
-from .persistent_backward import initial_gradient, saved_at, step_backward
+from .cell import zoned
+from .fragments import Place, barrier, masks_at, own_values, step_of
+from .persistent_backward import Own, initial_gradient, saved_at, step_backward
 from .persistent_forward import initial, input_at, save
 from .rows import runs_backwards
 
@@ -81,11 +82,13 @@ def lstm_forward_local(
         for g in gl.static_range(4):
             at = buffers.b_hh_ptr + (place.r * 4 + g) * CONFIG.H + u
             bias = bias + (gl.load(at, mask=u < CONFIG.H, other=0.0).to(gl.float32),)
+    peepholes, seed = own_values(buffers, r, u, CONFIG)
     x = input_at(buffers.gates_ptr, place, tile, tile, n, u, CONFIG)
     x1 = input_at(buffers.gates_ptr, place, tile + 1, tile, n, u, CONFIG)
     barrier()
     for turn in range(T):
         s = gl.to_tensor(turn)
+        kept = masks_at(seed, place, s, tile, n, u, CONFIG)
         before = states.index(s % 2).permute([1, 0]).load(local_operand(1, CONFIG.warps))
         recurrent = ()
         given = ()
@@ -98,10 +101,16 @@ def lstm_forward_local(
         step = step_of(place, s, tile, n)
         if sequences.resets_ptr is not None:
             c = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), c, 0.0)
-        activated, c, h_new = CELL(recurrent, given, c)
+        c_prev = c
+        activated, c, h_new = CELL(recurrent, given, c, peepholes)
+        if CONFIG.zoneout is not None:
+            h_new = zoned(h.to(gl.float32), h_new, kept, 0, CONFIG.zoneout.h)
+            c = zoned(c_prev, c, kept, 1, CONFIG.zoneout.c)
         keep = step_of(place, s + 1, tile, n).keep
         after = gl.where(gl.expand_dims(keep, 0) & (u < CONFIG.H), h_new.to(dtype), 0.0).to(dtype)
         states.index((s + 1) % 2).permute([1, 0]).store(after)
+        if CONFIG.zoneout is not None:
+            h = after
         save(buffers, place, step, s, u, activated, c, h_new, CONFIG)
         x = x1
         x1 = input_at(buffers.gates_ptr, place, s + 2, tile, n, u, CONFIG)
@@ -129,6 +138,10 @@ def lstm_backward_local(
     for g in gl.static_range(4):
         gradients[g].index(0).permute([1, 0]).store(gl.zeros([UNITS, 8], dtype, CELLS))
     saved = saved_at(buffers, place, tile + T - 1, tile, n, u, CELLS, CONFIG)
+    peepholes, seed = own_values(buffers, r, u, CONFIG)
+    passed = ()
+    if CONFIG.zoneout is not None:
+        passed = (gl.zeros([UNITS, 8], gl.float32, CELLS),)
     barrier()
     for turn in range(T):
         s = tile + T - 1 - turn
@@ -138,7 +151,8 @@ def lstm_backward_local(
             dh = mma_v2(weights[g], after, dh)
         step = step_of(place, s, tile, n)
         keep = gl.expand_dims(step.keep, 0) & (u < CONFIG.H)
-        da, dc = step_backward(buffers, place, step, s, u, dh, dc, saved, CELL, CONFIG)
+        own = Own(peepholes, masks_at(seed, place, s, tile, n, u, CONFIG), passed)
+        da, dc, passed = step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL, CONFIG)
         for g in gl.static_range(4):
             at = gradients[g].index((turn + 1) % 2).permute([1, 0])
             at.store(gl.where(keep, da[g], 0.0).to(dtype))

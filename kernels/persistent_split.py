@@ -26,8 +26,10 @@ from .fragments import (
     cube,
     k_of,
     load_weights,
+    masks_at,
     mma_layout,
     operand_layout,
+    own_values,
     parts_layout,
     row_layout,
     settle,
@@ -36,7 +38,7 @@ from .fragments import (
     turn_after,
     unit_layout,
 )
-from .persistent_backward import initial_gradient, saved_at, step_backward
+from .persistent_backward import Own, initial_gradient, saved_at, step_backward
 from .rows import runs_backwards
 
 
@@ -77,12 +79,17 @@ def lstm_backward_split(
     held, rest = gate_weights(buffers.w_hh_ptr + (place.r * 4 + gate) * (H * H), me // 4 * 64, gate, CONFIG)
     for tile in range(tiles):
         state.index(tile).store(initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG))
+    peepholes, seed = own_values(buffers, r, u, CONFIG)
+    if CONFIG.zoneout is not None:
+        beside = gl.allocate_shared_memory(gl.float32, [ROOM, 16, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        for tile in range(tiles):
+            beside.index(tile).store(gl.zeros([16, 8], gl.float32, CELLS))
 
     s = gl.to_tensor(0) + T - 1
     tile = gl.to_tensor(0)
     s0 = s  # the turn whose cell comes next
     tile0 = tile
-    own = gl.zeros([16, 8], gl.float32, CELLS)
+    mine0 = gl.zeros([16, 8], gl.float32, CELLS)
     saved = saved_at(buffers, place, s, tile, n, u, CELLS, CONFIG)
     begun = ()
     if CONFIG.ahead:
@@ -90,6 +97,10 @@ def lstm_backward_split(
     barrier()
     for turn in range(T * tiles):
         dc = state.index(tile0).load(CELLS)  # so early, the barrier that it needs serves the parts as well
+        passed = ()
+        if CONFIG.zoneout is not None:
+            passed = (beside.index(tile0).load(CELLS),)
+        own = Own(peepholes, masks_at(seed, place, s0, tile0, n, u, CONFIG), passed)
         da = settle(begun, gate_gradients_after(buffers, place, s, tile, gate, k_rows, CONFIG), dtype, H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, -1)
         if CONFIG.ahead:
@@ -107,25 +118,36 @@ def lstm_backward_split(
         mine = gl.sum(parts.slice(0, 16, dim=1).load(parts_layout(WARPS, 16)), axis=0)
         if TURNS:
             if turn > 0:
-                dh = received(box, place, s0, tile0, n, me, own, CONFIG)
-                _, dc = step_backward(buffers, place, step_of(place, s0, tile0, n), s0, u, dh, dc, saved, CELL, CONFIG)
+                dh = received(box, place, s0, tile0, n, me, mine0, CONFIG)
+                step = step_of(place, s0, tile0, n)
+                _, dc, passed = step_backward(buffers, place, step, s0, u, dh, dc, saved, own, CELL, CONFIG)
                 state.index(tile0).store(dc)
+                if CONFIG.zoneout is not None:
+                    beside.index(tile0).store(passed[0])
                 saved = saved_at(buffers, place, s, tile, n, u, CELLS, CONFIG)
-            own = mine
+            mine0 = mine
             s0 = s
             tile0 = tile
         else:
             dh = received(box, place, s, tile, n, me, mine, CONFIG)
-            _, dc = step_backward(buffers, place, step_of(place, s, tile, n), s, u, dh, dc, saved, CELL, CONFIG)
+            step = step_of(place, s, tile, n)
+            _, dc, passed = step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL, CONFIG)
             state.index(tile0).store(dc)
+            if CONFIG.zoneout is not None:
+                beside.index(tile0).store(passed[0])
             saved = saved_at(buffers, place, s1, tile1, n, u, CELLS, CONFIG)
+            s0 = s1
             tile0 = tile1
         s = s1
         tile = tile1
     if TURNS:
         dc = state.index(tile0).load(CELLS)
-        dh = received(box, place, s0, tile0, n, me, own, CONFIG)
-        _, dc = step_backward(buffers, place, step_of(place, s0, tile0, n), s0, u, dh, dc, saved, CELL, CONFIG)
+        passed = ()
+        if CONFIG.zoneout is not None:
+            passed = (beside.index(tile0).load(CELLS),)
+        own = Own(peepholes, masks_at(seed, place, s0, tile0, n, u, CONFIG), passed)
+        dh = received(box, place, s0, tile0, n, me, mine0, CONFIG)
+        step_backward(buffers, place, step_of(place, s0, tile0, n), s0, u, dh, dc, saved, own, CELL, CONFIG)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""The steps of the LSTM's relatives: peepholes, norms, zoneout. A launch for each time step, after a GEMM with the state.
+"""Steps of cells with layer norm, also with peepholes or zoneout: a launch for each time step, after a GEMM of the state.
 
 A norm is over all units of a batch row, so a program owns one batch row of a recurrence with all its units, and takes the
 products h W_hh^T from that GEMM. States lie in (R, B, H), where the next GEMM reads them.
@@ -10,21 +10,19 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .cell import accumulator, narrow, tanh
-from .rows import batch_rows, carried, data_rows
+from .cell import Zoneout, accumulator, masks, narrow, passed, tanh, zoned
+from .rows import batch_rows, carried, data_rows, time_of
 from .stepwise import load_gates, store_gates
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Which relative. Rows of ``units_ptr``: of peepholes p_i, p_f, p_o; then of a norm the gains of the products for i, f,
-    g, o, and gain and bias of the cell state's."""
+    """Which relative. Rows of ``units_ptr``: of peepholes p_i, p_f, p_o; then the gains of the products for i, f, g, o, and
+    gain and bias of the cell state's norm."""
 
     PEEPHOLE: bool
-    NORM: str  # "", "output" or "state"
-    ZONEOUT_H: float  # probabilities; with a seed, of masks
-    ZONEOUT_C: float
-    ROUNDS: int  # of Philox
+    NORM: str  # "output" or "state"
+    zoneout: Zoneout | None
     EPS: float
 
 
@@ -54,7 +52,7 @@ class Backward(NamedTuple):
     dy_ptr: Any  # (N, R, H); None: zero
     gates_ptr: Any  # (N, R, 4, H) activated
     c_prev_f32_ptr: Any  # (N, R, H) cell state before each step
-    products_f32_ptr: Any  # (N, R, 4, H) normalized; this and the next three of a norm
+    products_f32_ptr: Any  # (N, R, 4, H) normalized
     products_rstd_f32_ptr: Any  # (N, R)
     c_f32_ptr: Any  # (N, R, H) f * c_prev + i * g, normalized
     c_rstd_f32_ptr: Any  # (N, R)
@@ -65,7 +63,7 @@ class Backward(NamedTuple):
     dc_f32_ptr: Any  # (R, B, H) in and out: by the cell state
     dgates_ptr: Any  # (N, R, 4, H) out
     dproducts_ptr: Any  # (R, B, 4, H) out: by the products of this step
-    dshown_f32_ptr: Any  # (N, R, H) out: by what tanh sees, of a norm
+    dshown_f32_ptr: Any  # (N, R, H) out: by what tanh sees
 
 
 class Place(NamedTuple):
@@ -105,32 +103,20 @@ def place_of(sequences, s, T, B, row_stride_t, row_stride_b, config: tl.constexp
 @triton.jit
 def unit_row(units_ptr, at, n: tl.constexpr, CELL: tl.constexpr, config: tl.constexpr):
     """(1, BLOCK_H): row n of the cell's parameters."""
-    rows: tl.constexpr = 3 * CELL.PEEPHOLE + (6 if CELL.NORM != "" else 0)
+    rows: tl.constexpr = 3 * CELL.PEEPHOLE + 6
     offs = (at.r * rows + n) * config.H + at.unit
     return tl.load(units_ptr + offs, mask=at.inside, other=0.0)
 
 
 @triton.jit
-def zoneout(seed_ptr, at, s, B, CELL: tl.constexpr, config: tl.constexpr, ACC: tl.constexpr):
-    """How much of h and of c before the step is there after it. A draw gives four words: of h and c, at two times."""
-    if seed_ptr is None:
-        kept_h, kept_c = tl.full(at.mask.shape, CELL.ZONEOUT_H, ACC), tl.full(at.mask.shape, CELL.ZONEOUT_C, ACC)
-    else:
-        t = tl.where(at.batch.backwards, at.batch.lengths - 1 - s, s)
-        t = tl.where(t >= 0, t, 0)[:, None].to(tl.int64)
-        index = ((t // 2 * B + at.batch.offs_b[:, None]) * config.R + at.r) * config.H + at.unit
-        low, zero = (index & 0xFFFFFFFF).to(tl.uint32), tl.zeros(at.mask.shape, tl.uint32)
-        words = tl.philox(tl.load(seed_ptr), low, (index >> 32).to(tl.uint32), zero, zero, CELL.ROUNDS)
-        odd = t % 2 == 1
-        drawn_h, drawn_c = tl.where(odd, words[2], words[0]), tl.where(odd, words[3], words[1])
-        kept_h = (drawn_h.to(tl.int64) < threshold(CELL.ZONEOUT_H)).to(ACC)
-        kept_c = (drawn_c.to(tl.int64) < threshold(CELL.ZONEOUT_C)).to(ACC)
-    return kept_h, kept_c
-
-
-@triton.constexpr_function
-def threshold(probability):
-    return round(probability * 2**32)
+def zoneout(seed_ptr, at, s, B, CELL: tl.constexpr, config: tl.constexpr):
+    """The masks of step s."""
+    ZONEOUT: tl.constexpr = CELL.zoneout
+    batch, seed = at.batch, ()
+    if seed_ptr is not None:
+        seed = (tl.load(seed_ptr),)
+    t = time_of(batch.backwards, batch.lengths, s)[:, None]
+    return masks(seed, t, batch.offs_b[:, None], at.r, at.unit, B, config.R, config.H, ZONEOUT)
 
 
 @triton.jit
@@ -162,12 +148,11 @@ def cell_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     mask, units_ptr = at.mask, buffers.units_ptr
     c = tl.load(buffers.state_c_f32_ptr + at.state, mask=at.carry, other=0.0)
     a_i, a_f, a_g, a_o = load_gates(buffers.products_f32_ptr + at.products, at.carry, H, ACC)
-    if CELL.NORM != "":
-        a_i, a_f, a_g, a_o = normalized_gates((a_i, a_f, a_g, a_o), at.inside, 4 * H, CELL.EPS)
-        a_i *= unit_row(units_ptr, at, P, CELL, config)
-        a_f *= unit_row(units_ptr, at, P + 1, CELL, config)
-        a_g *= unit_row(units_ptr, at, P + 2, CELL, config)
-        a_o *= unit_row(units_ptr, at, P + 3, CELL, config)
+    a_i, a_f, a_g, a_o = normalized_gates((a_i, a_f, a_g, a_o), at.inside, 4 * H, CELL.EPS)
+    a_i *= unit_row(units_ptr, at, P, CELL, config)
+    a_f *= unit_row(units_ptr, at, P + 1, CELL, config)
+    a_g *= unit_row(units_ptr, at, P + 2, CELL, config)
+    a_o *= unit_row(units_ptr, at, P + 3, CELL, config)
     given = load_gates(buffers.gates_ptr + at.gates, mask, H, ACC)
     a_i, a_f, a_g, a_o = a_i + given[0], a_f + given[1], a_g + given[2], a_o + given[3]
     if CELL.PEEPHOLE:
@@ -177,20 +162,18 @@ def cell_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     g = tanh(a_g)
     i = tl.sigmoid(a_i)
     new_c = f * c + i * g
-    shown = new_c
-    if CELL.NORM != "":
-        shown = normalized(tl.where(at.inside, new_c, 0.0), at.inside, H, CELL.EPS)
-        shown = shown * unit_row(units_ptr, at, P + 4, CELL, config) + unit_row(units_ptr, at, P + 5, CELL, config)
+    shown = normalized(tl.where(at.inside, new_c, 0.0), at.inside, H, CELL.EPS)
+    shown = shown * unit_row(units_ptr, at, P + 4, CELL, config) + unit_row(units_ptr, at, P + 5, CELL, config)
     if CELL.NORM == "state":
         new_c = shown
     if CELL.PEEPHOLE:
         a_o += unit_row(units_ptr, at, 2, CELL, config) * new_c
     o = tl.sigmoid(a_o)
     h = o * tanh(shown)
-    if CELL.ZONEOUT_H > 0 or CELL.ZONEOUT_C > 0:
-        kept_h, kept_c = zoneout(buffers.seed_ptr, at, s, B, CELL, config, ACC)
+    if CELL.zoneout is not None:
+        kept = zoneout(buffers.seed_ptr, at, s, B, CELL, config)
         h_prev = tl.load(buffers.state_h_ptr + at.state, mask=at.carry, other=0.0).to(ACC)
-        h, new_c = kept_h * h_prev + (1.0 - kept_h) * h, kept_c * c + (1.0 - kept_c) * new_c
+        h, new_c = zoned(h_prev, h, kept, 0, CELL.zoneout.h), zoned(c, new_c, kept, 1, CELL.zoneout.c)
     h = narrow(h, dtype, BF16)
     tl.store(buffers.state_h_ptr + at.state, h, mask=mask)
     tl.store(buffers.state_c_f32_ptr + at.state, new_c, mask=mask)
@@ -217,30 +200,25 @@ def cell_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     dc = tl.load(buffers.dc_f32_ptr + at.state, mask=mask, other=0.0)
     c_prev = tl.load(buffers.c_prev_f32_ptr + at.cells, mask=mask, other=0.0)
     i, f, g, o = load_gates(buffers.gates_ptr + at.gates, mask, H, ACC)
-    if CELL.NORM != "":
-        c = tl.load(buffers.c_f32_ptr + at.cells, mask=mask, other=0.0)
-        gain = unit_row(units_ptr, at, P + 4, CELL, config).to(ACC)
-        tanh_c = tanh(c * gain + unit_row(units_ptr, at, P + 5, CELL, config))
-    else:
-        tanh_c = tanh(f * c_prev + i * g)
+    c = tl.load(buffers.c_f32_ptr + at.cells, mask=mask, other=0.0)
+    gain = unit_row(units_ptr, at, P + 4, CELL, config).to(ACC)
+    tanh_c = tanh(c * gain + unit_row(units_ptr, at, P + 5, CELL, config))
     passed_h, passed_c = tl.zeros_like(dh), tl.zeros_like(dc)
-    if CELL.ZONEOUT_H > 0 or CELL.ZONEOUT_C > 0:
-        kept_h, kept_c = zoneout(buffers.seed_ptr, at, s, B, CELL, config, ACC)
-        passed_h, passed_c = kept_h * dh, kept_c * dc
+    if CELL.zoneout is not None:
+        kept = zoneout(buffers.seed_ptr, at, s, B, CELL, config)
+        passed_h, passed_c = passed(dh, kept, 0, CELL.zoneout.h), passed(dc, kept, 1, CELL.zoneout.c)
         dh, dc = dh - passed_h, dc - passed_c
     da_o = dh * tanh_c * o * (1.0 - o)
     dshown = dh * o * (1.0 - tanh_c * tanh_c)
     if CELL.PEEPHOLE:
         dc += unit_row(units_ptr, at, 2, CELL, config) * da_o
-    if CELL.NORM != "":
-        if CELL.NORM == "state":
-            dshown += dc
-            dc = tl.zeros_like(dc)
-        tl.store(buffers.dshown_f32_ptr + at.cells, dshown, mask=mask)
-        d = dshown * gain
-        rstd = tl.load(buffers.c_rstd_f32_ptr + at.row, mask=(s < at.batch.lengths)[:, None], other=0.0)
-        dshown = rstd * (d - tl.sum(d, 1)[:, None] / H - c * (tl.sum(d * c, 1)[:, None] / H))
-    dc += dshown
+    if CELL.NORM == "state":
+        dshown += dc
+        dc = tl.zeros_like(dc)
+    tl.store(buffers.dshown_f32_ptr + at.cells, dshown, mask=mask)
+    d = dshown * gain
+    rstd = tl.load(buffers.c_rstd_f32_ptr + at.row, mask=(s < at.batch.lengths)[:, None], other=0.0)
+    dc += rstd * (d - tl.sum(d, 1)[:, None] / H - c * (tl.sum(d * c, 1)[:, None] / H))
     da_i = dc * g * i * (1.0 - i)
     da_f = dc * c_prev * f * (1.0 - f)
     da_g = dc * i * (1.0 - g * g)
@@ -248,15 +226,14 @@ def cell_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     if CELL.PEEPHOLE:
         dc += unit_row(units_ptr, at, 0, CELL, config) * da_i + unit_row(units_ptr, at, 1, CELL, config) * da_f
     store_gates(buffers.dgates_ptr + at.gates, (da_i, da_f, da_g, da_o), mask, H, dtype, BF16)
-    if CELL.NORM != "":
-        p_i, p_f, p_g, p_o = load_gates(buffers.products_f32_ptr + at.gates, mask, H, ACC)
-        d_i, d_f = da_i * unit_row(units_ptr, at, P, CELL, config), da_f * unit_row(units_ptr, at, P + 1, CELL, config)
-        d_g, d_o = da_g * unit_row(units_ptr, at, P + 2, CELL, config), da_o * unit_row(units_ptr, at, P + 3, CELL, config)
-        mean = tl.sum(d_i + d_f + d_g + d_o, 1)[:, None] / (4 * H)
-        along = tl.sum(d_i * p_i + d_f * p_f + d_g * p_g + d_o * p_o, 1)[:, None] / (4 * H)
-        rstd = tl.load(buffers.products_rstd_f32_ptr + at.row, mask=(s < at.batch.lengths)[:, None], other=0.0)
-        da_i, da_f = rstd * (d_i - mean - p_i * along), rstd * (d_f - mean - p_f * along)
-        da_g, da_o = rstd * (d_g - mean - p_g * along), rstd * (d_o - mean - p_o * along)
+    p_i, p_f, p_g, p_o = load_gates(buffers.products_f32_ptr + at.gates, mask, H, ACC)
+    d_i, d_f = da_i * unit_row(units_ptr, at, P, CELL, config), da_f * unit_row(units_ptr, at, P + 1, CELL, config)
+    d_g, d_o = da_g * unit_row(units_ptr, at, P + 2, CELL, config), da_o * unit_row(units_ptr, at, P + 3, CELL, config)
+    mean = tl.sum(d_i + d_f + d_g + d_o, 1)[:, None] / (4 * H)
+    along = tl.sum(d_i * p_i + d_f * p_f + d_g * p_g + d_o * p_o, 1)[:, None] / (4 * H)
+    rstd = tl.load(buffers.products_rstd_f32_ptr + at.row, mask=(s < at.batch.lengths)[:, None], other=0.0)
+    da_i, da_f = rstd * (d_i - mean - p_i * along), rstd * (d_f - mean - p_f * along)
+    da_g, da_o = rstd * (d_g - mean - p_g * along), rstd * (d_o - mean - p_o * along)
     # Nothing passes to a step that is not carried over from.
     keep = at.carry
     da_i, da_f = tl.where(keep, da_i, 0.0), tl.where(keep, da_f, 0.0)

@@ -53,9 +53,15 @@ def batch_rows(sequences, offs_b, mask, r, T, row_stride_t, row_stride_b, DIRECT
 
 
 @triton.jit
+def time_of(backwards, lengths, s):
+    """At which time a row of so many steps has step s; some number where it has not, int64."""
+    return tl.where(backwards, lengths - 1 - s, s)
+
+
+@triton.jit
 def data_rows(sequences, batch, s):
     """Data row of step s of each batch row, int64. For a batch row without a step s it is some number, to be masked."""
-    t = tl.where(batch.backwards, batch.lengths - 1 - s, s)
+    t = time_of(batch.backwards, batch.lengths, s)
     if sequences.starts_ptr is None:
         rows = t * batch.row_stride_t + batch.offs_b.to(tl.int64) * batch.row_stride_b
     else:

@@ -4,14 +4,16 @@ The buffers and their shapes are in buffers.py. A program owns BLOCK_H hidden un
 rows of one recurrence. It reads the state before the step and writes the one after it; the next launch finds it there.
 """
 
+# ruff: noqa: RUF005 - Triton knows no starred elements of a tuple
+
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .cell import accumulator, narrow, operand
-from .rows import batch_rows, carried, data_rows, padding_rows
+from .cell import Zoneout, accumulator, masks, narrow, operand, zoned, zoned_backward
+from .rows import batch_rows, carried, data_rows, padding_rows, time_of
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Constants:
     BLOCK_B: int
     BLOCK_H: int
     BLOCK_K: int
+    zoneout: Zoneout | None = None
 
 
 class Place(NamedTuple):
     """Where a program works in a step."""
 
     batch: Any  # its batch rows
+    offs_h: Any  # (BLOCK_H,) its units
     mask: Any  # (BLOCK_B, BLOCK_H) cells of the batch
     state: Any  # offsets in (R, B, H)
     columns: Any  # offsets within a data row of (N, R, H)
@@ -48,6 +52,7 @@ def place_of(sequences, T, B, row_stride_t, row_stride_b, config: tl.constexpr):
     batch = batch_rows(sequences, offs_b, offs_b < B, r, T, row_stride_t, row_stride_b, config.DIRECTIONS)
     return Place(
         batch,
+        offs_h,
         batch.mask[:, None] & (offs_h < config.H)[None, :],
         (r * B + offs_b)[:, None] * config.H + offs_h[None, :],
         r * config.H + offs_h[None, :],
@@ -101,7 +106,13 @@ def lstm_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     a_f, a_o = tl.split(odd)
     offs = (rows * R)[:, None] * H + at.columns
     gates_ptr = buffers.gates_ptr + (rows * R)[:, None] * (4 * H) + at.gates
-    gates, c, h = CELL((a_i, a_f, a_g, a_o), load_gates(gates_ptr, mask, H, ACC), c)
+    given = load_gates(gates_ptr, mask, H, ACC)
+    c_prev = c
+    gates, c, h = CELL((a_i, a_f, a_g, a_o), given, c, peepholes(buffers.units_ptr, at, ACC, config))
+    if config.zoneout is not None:
+        kept, h_ptrs = zoneout(buffers.seed_ptr, at, s, B, config), h_ptr + (h_rows * H)[:, None] + at.offs_h[None, :]
+        h_prev = tl.load(h_ptrs, mask=at.mask & keep[:, None], other=0.0).to(ACC)
+        h, c = zoned(h_prev, h, kept, 0, config.zoneout.h), zoned(c_prev, c, kept, 1, config.zoneout.c)
 
     h, c_out = narrow(h, dtype, BF16), narrow(c, dtype, BF16)
     tl.store(buffers.h_ptr + offs, h, mask=mask)
@@ -143,17 +154,18 @@ def lstm_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     mask_keep = at.mask & keep[:, None]
     last = mask & (s == batch.lengths - 1)[:, None]
 
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    w_rows = buffers.w_hh_ptr + at.r * (4 * H) * H + offs_h
+    w_rows = buffers.w_hh_ptr + at.r * (4 * H) * H + at.offs_h
     dh = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     for gate in tl.static_range(4):
         a_rows = buffers.dgates_ptr + (next_rows * R + at.r) * (4 * H) + gate * H
-        dh = product(dh, a_rows, keep_next, w_rows, offs_h < H, gate, H, config)
+        dh = product(dh, a_rows, keep_next, w_rows, at.offs_h < H, gate, H, config)
     offs = (rows * R)[:, None] * H + at.columns
     if buffers.dy_ptr is not None:
         dh += tl.load(buffers.dy_ptr + offs, mask=mask, other=0.0).to(ACC)
     if buffers.dhn_ptr is not None:
         dh += tl.load(buffers.dhn_ptr + at.state, mask=last, other=0.0).to(ACC)
+    if buffers.passed_ptr is not None:
+        dh += tl.load(buffers.passed_ptr + at.state, mask=mask & (s + 1 < batch.lengths)[:, None], other=0.0)
     dc = tl.zeros((BLOCK_B, BLOCK_H), ACC)
     if buffers.running_ptr is not None:
         dc = tl.load(buffers.running_ptr + at.state, mask=mask & (s + 1 < batch.lengths)[:, None], other=0.0)
@@ -172,7 +184,14 @@ def lstm_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
             h_prev = tl.load(buffers.h0_ptr + at.state, mask=mask_keep, other=0.0)
     c = tl.load(buffers.c_ptr + offs, mask=mask, other=0.0).to(ACC)
     gate_offs = (rows * R)[:, None] * (4 * H) + at.gates
-    dgates, dc = CELL(load_gates(buffers.gates_ptr + gate_offs, mask, H, ACC), c, c_prev, dh, dc)
+    gates, own = load_gates(buffers.gates_ptr + gate_offs, mask, H, ACC), peepholes(buffers.units_ptr, at, ACC, config)
+    if config.zoneout is None:
+        dgates, dc = CELL(gates, c, c_prev, dh, dc, own)
+    else:
+        ZONEOUT: tl.constexpr = config.zoneout
+        kept = zoneout(buffers.seed_ptr, at, s, B, config)
+        dgates, dc, passed = zoned_backward(gates, c_prev, dh, dc, own, kept, CELL, ZONEOUT)
+        tl.store(buffers.passed_ptr + at.state, tl.where(mask_keep, passed, 0.0), mask=mask)
     dc = tl.where(mask_keep, dc, 0.0)
 
     store_gates(buffers.dgates_ptr + gate_offs, dgates, mask, H, dtype, BF16)
@@ -214,6 +233,28 @@ def product(acc, a_rows, mask_rows, w_rows, mask_n, segment, stride_k: tl.conste
         a, w = operand(a, PRECISION), operand(w, PRECISION)
         acc = tl.dot(a, tl.trans(w), acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
+
+
+@triton.jit
+def peepholes(units_ptr, at, ACC: tl.constexpr, config: tl.constexpr):
+    """(1, BLOCK_H) each, or () of torch's cell."""
+    own = ()
+    if units_ptr is not None:
+        for n in tl.static_range(3):
+            p = tl.load(units_ptr + (at.r * 3 + n) * config.H + at.offs_h, mask=at.offs_h < config.H, other=0.0)
+            own = own + (p.to(ACC)[None, :],)
+    return own
+
+
+@triton.jit
+def zoneout(seed_ptr, at, s, B, config: tl.constexpr):
+    """The masks of step s."""
+    ZONEOUT: tl.constexpr = config.zoneout  # Triton 3.6 takes it by a name only
+    batch, seed = at.batch, ()
+    if seed_ptr is not None:
+        seed = (tl.load(seed_ptr),)
+    t = time_of(batch.backwards, batch.lengths, s)[:, None]
+    return masks(seed, t, batch.offs_b[:, None], at.r, at.offs_h[None, :], B, config.R, config.H, ZONEOUT)
 
 
 @triton.jit

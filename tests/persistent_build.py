@@ -24,9 +24,10 @@ from fused_lstm.kernels.rows import Sequences
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from fused_lstm.cell import Relative
 from fused_lstm.launch import persistent
 from fused_lstm.launch.persistent import PersistentConfig
-from fused_lstm.launch.schedule import CELLS, Device, Recurrence
+from fused_lstm.launch.schedule import CELLS, Device, Recurrence, zoneout
 
 GPUS = {
     "sm_80": Device("A100", 108, 163 * 1024, (8, 0)),
@@ -56,13 +57,16 @@ class Built:
 
 
 def build(
-    kernel: str, config: PersistentConfig, H: int, R: int, dtype: str, target: str, directions: int, absent: tuple
-) -> Built:
+    kernel: str, config: PersistentConfig, H: int, R: int, dtype: str, target: str, directions: int, absent: tuple,
+    cell: str = "",
+) -> Built:  # fmt: skip
     """Compile a kernel for tensors of all kinds but those that are absent."""
     function = persistent.KERNELS[kernel if config.form == "whole" else f"{kernel} {config.form}"]
     gpu = GPUS[target]
-    cut = persistent.fragments(config, H, R, directions, gpu.capability >= (9, 0))
-    types: dict[str, str] = {"lengths": "*i64", "starts": "*i64", "resets": "*u8", "box": "*i64"}
+    relative = Relative.of(cell)
+    cut = persistent.fragments(config, H, R, directions, gpu.capability >= (9, 0), zoneout(relative))
+    types = {"lengths": "*i64", "starts": "*i64", "resets": "*u8", "box": "*i64", "seed": "*i64", "passed": "*fp32"}
+    absent = (*absent, *["units"] * (not relative.peephole), *["seed", "passed"] * (not relative.zoned))
     if directions == 1:
         absent = (*absent, "lengths", "starts", "resets")
     if config.form != "split":
@@ -119,10 +123,10 @@ def total(loop: Counter[str], *parts: str) -> int:
     return sum(n for name, n in loop.items() if all(part in name.split(".") for part in parts))
 
 
-def chosen(H: int, B: int, R: int, dtype: str, target: str) -> Iterator[tuple[str, PersistentConfig]]:
+def chosen(H: int, B: int, R: int, dtype: str, target: str, cell: str = "") -> Iterator[tuple[str, PersistentConfig]]:
     """For each kernel, the configurations that a GPU can run, the quickest by estimate first."""
     for kernel in ("forward", "backward"):
-        problem = Recurrence(kernel, "tf32" if dtype == "fp32" else "half", 100, H, B, R)
+        problem = Recurrence(kernel, "tf32" if dtype == "fp32" else "half", 100, H, B, R, cell)
         gpu = GPUS[target]
         able = [c for c in persistent.candidates(problem, gpu) if persistent.refusal(c, problem, gpu) is None]
         for config in sorted(able, key=lambda c: persistent.estimate(c, problem, gpu)):

@@ -15,8 +15,12 @@ from fused_lstm.kernels.buffers import Backward, Forward
 from fused_lstm.kernels.rows import Sequences
 from torch import Tensor
 
+from fused_lstm.cell import Cell, Relative
 from fused_lstm.launch import persistent
-from fused_lstm.launch.schedule import CELLS
+from fused_lstm.launch.schedule import CELLS, zoneout
+from fused_lstm.relatives import philox
+
+TORCHS = Cell()
 
 
 def rounded(x: Tensor, tf32: bool) -> Tensor:
@@ -61,6 +65,8 @@ class Problem:
         states: bool = True,
         bias: bool = True,
         scale: float = 0.5,
+        cell: Cell = TORCHS,
+        masks: bool = True,
     ) -> None:
         g = torch.Generator().manual_seed(T * 1000 + B * 100 + H)
 
@@ -68,7 +74,9 @@ class Problem:
             return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype).double()
 
         R = members * (2 if directions == 2 else 1)
-        self.what = f"{dtype} T={T} B={B} H={H} {directions} {members} {mode} {resets} {states}"
+        self.what = f"{dtype} T={T} B={B} H={H} {directions} {members} {mode} {resets} {states} {cell} {masks}"
+        self.relative = Relative.of(cell.relative)
+        self.seed = torch.tensor([123456789012]) if self.relative.zoned and masks else None
         self.dtype, self.T, self.B, self.H, self.R, self.directions = dtype, T, B, H, R, directions
         self.lengths, starts = None, None
         self.strides = (1, T) if batch_first else (B, 1)
@@ -88,6 +96,7 @@ class Problem:
             "b_hh": numbers(R, 4, H) if bias else None,
             "h0": numbers(R, B, H) if states else None,
             "c0": numbers(R, B, H) if states else None,
+            "units": numbers(R, 3, H) if cell.peephole else None,
         }
         self.cotangents = {"dy": numbers(N, R, H), "dhn": numbers(R, B, H), "dcn": numbers(R, B, H)}
         # for each recurrence, data rows (T, B) of the steps, which rows have the step, and which keep the state before it
@@ -108,13 +117,33 @@ class Problem:
             keep &= ~self.resets[at]
         return at, has, keep
 
+    def _zoneout(self, r: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+        """How a state of recurrence r comes from those before and after step s without zoneout; of h (0) or of c (1)."""
+        p = self.relative.zoneout_h, self.relative.zoneout_c
+        lengths = torch.full((self.B,), self.T) if self.lengths is None else self.lengths
+        backwards = self.directions == -1 or (self.directions == 2 and r % 2 == 1)
+
+        def kept(s: int, which: int) -> Tensor | float:
+            if self.seed is None:
+                return p[which]
+            t = torch.clamp(lengths - 1 - s if backwards else lengths * 0 + s, min=0)[:, None]
+            index = ((t // 2 * self.B + torch.arange(self.B)[:, None]) * self.R + r) * self.H + torch.arange(self.H)
+            words = philox(self.seed, index)
+            return (torch.where(t % 2 == 1, words[2 + which], words[which]) < round(p[which] * 2**32)).to(dtype)
+
+        def zoned(s: int, which: int, before: Tensor, after: Tensor) -> Tensor:
+            k = kept(s, which)
+            return k * before + (1 - k) * after
+
+        return zoned
+
     def reference(self, dtype: torch.dtype, tf32: bool = False) -> dict[str, Tensor]:
         """Results and gradients by autograd, computed in ``dtype``; with ``tf32``, products of operands rounded to TF32."""
         given = {k: None if v is None else v.to(dtype).requires_grad_() for k, v in self.inputs.items()}
         y = torch.zeros(self.N, self.R, self.H, dtype=dtype)
         c_all, ends = torch.zeros_like(y), []
         for r, (rows, has, keep) in enumerate(self.maps):
-            zero = torch.zeros(self.B, self.H, dtype=dtype)
+            zero, zoned = torch.zeros(self.B, self.H, dtype=dtype), self._zoneout(r, dtype)
             h, c = (zero if given[k] is None else given[k][r] for k in ("h0", "c0"))
             for s in range(self.T):
                 h_before, c_before = (torch.where(keep[s, :, None], t, 0) for t in (h, c))
@@ -123,8 +152,15 @@ class Problem:
                 if given["b_hh"] is not None:
                     a = a + given["b_hh"][r]
                 i, f, g, o = a.unbind(1)
+                if given["units"] is not None:
+                    p_i, p_f, p_o = given["units"][r]
+                    i, f = i + p_i * c_before, f + p_f * c_before
                 c_new = f.sigmoid() * c_before + i.sigmoid() * g.tanh()
+                if given["units"] is not None:
+                    o = o + p_o * c_new
                 h_new = o.sigmoid() * c_new.tanh()
+                if self.relative.zoned:
+                    h_new, c_new = zoned(s, 0, h_before, h_new), zoned(s, 1, c_before, c_new)
                 h, c = (torch.where(has[s, :, None], new, old) for new, old in ((h_new, h), (c_new, c)))
                 at = rows[s][has[s]]
                 y = y.index_put((at, torch.tensor(r)), h_new[has[s]])
@@ -145,7 +181,8 @@ class Problem:
         rule.add(self.what, list(ours), *([r[k] for k in ours] for r in (ours, torchs, exact)))
 
     def tensors(self) -> dict[str, Tensor | None]:
-        return {k: None if v is None else v.to(self.dtype) for k, v in (self.inputs | self.cotangents).items()}
+        given = {k: None if v is None else v.to(self.dtype) for k, v in (self.inputs | self.cotangents).items()}
+        return given | {"seed": self.seed}
 
     @property
     def sequences(self) -> Sequences:
@@ -169,6 +206,8 @@ class Problem:
         """The buffers after the backward kernel, from those of the forward one."""
         new = {"dgates": (self.N, self.R, 4, self.H), "h_prev": (self.N, self.R, self.H), "dc0": (self.R, self.B, self.H)}
         out = {k: torch.full(shape, torch.nan, dtype=self.dtype) for k, shape in new.items()}
+        if self.relative.zoned:
+            out["passed"] = torch.full(new["dc0"], torch.nan)
         saved = {k.removesuffix("_ptr"): t for k, t in forward._asdict().items()}
         return self._launch("backward", buffers(Backward, {**self.tensors(), **(given or {}), **saved, **out}), config)
 
@@ -176,7 +215,8 @@ class Problem:
         """Run a kernel on copies of the buffers, where there is a GPU there, and return them."""
         buffers = type(buffers)(*(None if t is None else t.to(DEVICE) for t in buffers))
         sequences = Sequences(*(None if t is None else t.to(DEVICE) for t in self.sequences))
-        persistent.run(kernel, buffers, sequences, (self.T, self.B, *self.strides), self.directions, config)
+        zone = zoneout(self.relative)
+        persistent.run(kernel, buffers, sequences, (self.T, self.B, *self.strides), self.directions, config, zone)
         return type(buffers)(*(None if t is None else t.cpu() for t in buffers))
 
     def run(self, config: persistent.PersistentConfig) -> dict[str, Tensor]:
@@ -191,6 +231,8 @@ class Problem:
             dh0 = []
             for r, (rows, _, keep) in enumerate(self.maps):
                 through = torch.where(keep[0, :, None], flat[rows[0], r] @ f.w_hh_ptr[r].flatten(0, 1).double(), 0)
+                if b.passed_ptr is not None:
+                    through += b.passed_ptr[r]
                 without = torch.zeros(self.B, dtype=torch.bool) if self.lengths is None else self.lengths == 0
                 dh0.append(torch.where(without[:, None], self.cotangents["dhn"][r], through))
             results["dh0"] = torch.stack(dh0).to(self.dtype)

@@ -36,6 +36,7 @@ TARGETS = {
 SHARED_LIMIT = {
     "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
+TORCHS = Cell()
 TENSOR_CORE = ("HMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA")
 
 
@@ -88,7 +89,7 @@ class Compiler:
 
 def compile_kernel(
     kind: str, config: StepwiseConfig, target: str, dtype: torch.dtype, tf32: bool, H: int, R: int = 1, directions: int = 1,
-    absent: Sequence[str] = (), rows: Sequence[str] = (),
+    absent: Sequence[str] = (), rows: Sequence[str] = (), cell: Cell = TORCHS,
 ) -> Built:  # fmt: skip
     """Compile ``kind`` ("forward" or "backward") for ``target``.
 
@@ -97,9 +98,13 @@ def compile_kernel(
     data = torch.zeros(16, dtype=dtype)
     fields = {"forward": Forward, "backward": Backward}[kind]
     buffers = fields(*(None if name in absent or name in fields._field_defaults else data for name in fields._fields))
-    buffers = buffers._replace(running_ptr=data.to(accumulator_dtype(dtype)))
+    running = data.to(accumulator_dtype(dtype))
+    buffers = buffers._replace(running_ptr=running, units_ptr=data if cell.peephole else None)
+    if any(cell.zoneout):
+        seed = None if "seed_ptr" in absent else torch.zeros(1, dtype=torch.int64)
+        buffers = buffers._replace(seed_ptr=seed, **{"passed_ptr": running} if kind == "backward" else {})
     sequences = _sequences(directions, rows)
-    problem = Recurrence(kind, arithmetic(dtype, tf32), 2, H, 1, R)
+    problem = Recurrence(kind, arithmetic(dtype, tf32), 2, H, 1, R, cell.relative)
     stepwise_kernel.cache_clear()  # of one for another kind of GPU
     launch = Launch(problem, config, STEPWISE, None, directions, dtype)
     return built(STEPWISE.kernels, kind, target, lambda: STEPWISE.launch(launch, buffers, sequences))
@@ -109,7 +114,7 @@ def compile_cell(
     kind: str, cell: Cell, target: str, dtype: torch.dtype, H: int, R: int = 1, directions: int = 1,
     absent: Sequence[str] = (), rows: Sequence[str] = (),
 ) -> Built:  # fmt: skip
-    """Likewise the step of a relative of the cell."""
+    """Likewise the step of a cell with norms."""
     data = torch.zeros(16, dtype=dtype)
     fields = {"forward": kernels.Forward, "backward": kernels.Backward}[kind]
     given = {name: data.to(accumulator_dtype(dtype)) if "f32" in name else data for name in fields._fields}

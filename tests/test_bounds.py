@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 import triton
 from triton import language as tl
 
+import fused_lstm
 from fused_lstm import launch
 from fused_lstm.launch.stepwise import StepwiseConfig
 
@@ -94,6 +95,14 @@ def test_in_both_directions(mode: str, memory: Memory) -> None:
         problem = Problem(torch.float32, B=5, H=48, directions=directions, mode=mode, resets=True)
         with launch.forced(CONFIGS["wide"]):
             problem.run("triton", torch.float32)
+
+
+def test_of_other_cells(memory: Memory) -> None:
+    cell = fused_lstm.Cell(peephole=True, zoneout=(0.3, 0.2))
+    lstm = fused_lstm.LSTM(3, 20, bidirectional=True, cell=cell, backend="triton")
+    with launch.forced(CONFIGS["wide"]):
+        lstm(torch.randn(3, 4, 3), lengths=torch.tensor([3, 0, 1, 2]))[0].sum().backward()
+    assert memory.checked > 1000
 
 
 def test_an_access_outside_is_seen(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:

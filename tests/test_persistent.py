@@ -13,11 +13,12 @@ import gluon_interpreter
 import numpy as np
 import pytest
 import torch
-from checks import Rule
+from checks import DEVICE, Rule
 from forked import late_store, random_delays
 from pairs import IN_INTERPRETER, all_equal
 from persistent_problems import Problem, interpret
 
+from fused_lstm import LSTM, Cell, launch
 from fused_lstm.launch import persistent
 from fused_lstm.launch.persistent import PersistentConfig
 
@@ -31,6 +32,8 @@ FOUR = PersistentConfig(warps=4)
 TURNS = PersistentConfig(warps=4, tiles=2, ahead=True)
 SPLIT = PersistentConfig("split", warps=4)
 SPLIT_TURNS = PersistentConfig("split", warps=4, tiles=2, ahead=True)
+PEEPHOLE = Cell(peephole=True)
+BOTH = Cell(peephole=True, zoneout=(0.3, 0.2))
 
 # A configuration and a problem.
 CASES: dict[str, tuple[PersistentConfig, dict[str, Any]]] = {
@@ -71,6 +74,17 @@ CASES: dict[str, tuple[PersistentConfig, dict[str, Any]]] = {
     "split over gates, units that are none": (SPLIT, {"H": 80, "B": 4, "T": 3}),
     "split over gates, packed": (SPLIT, {"H": 64, "B": 5, "T": 5, "mode": "packed", "resets": True, "directions": -1}),
     "members": (FOUR, {"H": 16, "B": 5, "members": 2, "directions": 2}),
+    "peepholes": (FOUR, {"H": 48, "states": False, "cell": PEEPHOLE}),
+    "peepholes and zoneout, lengths with resets": (
+        TURNS,
+        {"H": 32, "B": 12, "mode": "lengths", "resets": True, "directions": 2, "cell": BOTH},
+    ),
+    "zoneout on average, packed": (FOUR, {"H": 16, "B": 5, "mode": "packed", "directions": 2, "cell": BOTH, "masks": False}),
+    "split over gates, peepholes and zoneout": (SPLIT, {"H": 64, "B": 5, "T": 5, "mode": "packed", "cell": BOTH}),
+    "split over gates, in turns, peepholes and zoneout": (
+        SPLIT_TURNS,
+        {"H": 64, "B": 12, "mode": "lengths", "resets": True, "directions": 2, "cell": BOTH},
+    ),
 }
 
 
@@ -83,6 +97,8 @@ LOCAL: dict[str, dict[str, Any]] = {
     "packed": {"H": 48, "B": 5, "T": 5, "mode": "packed", "directions": -1},
     "lengths with resets": {"H": 32, "B": 12, "mode": "lengths", "resets": True, "directions": 2},
     "packed with resets": {"H": 16, "B": 5, "mode": "packed", "resets": True, "members": 2},
+    "peepholes and zoneout": {"H": 48, "B": 12, "mode": "lengths", "resets": True, "directions": 2, "cell": BOTH},
+    "zoneout on average": {"H": 16, "B": 5, "mode": "packed", "directions": -1, "cell": BOTH, "masks": False},
 }
 
 
@@ -103,6 +119,27 @@ def test_error_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rule, n = Rule(), list(CASES).index(name) % 3
     for dtype in DTYPES if name in ("plain", "two tiles in turn", "split over gates") else DTYPES[n : n + 1]:
         Problem(dtype, **options).add(rule, config)
+    rule.check()
+
+
+def test_a_layer_of_another_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels are told of its cell, and the gradients by its initial states and parameters."""
+    grids = interpret(monkeypatch)
+    torch.manual_seed(0)
+    lstm = LSTM(3, 20, bidirectional=True, cell=BOTH, backend="triton").to(DEVICE, torch.float16)
+    given = [torch.randn(s, device=DEVICE).half().requires_grad_() for s in ((3, 2, 3), (2, 2, 20), (2, 2, 20))]
+    found = []
+    for dtype, lstm.backend in ((torch.float16, "triton"), (torch.float16, "reference"), (torch.float64, "reference")):
+        lstm.to(dtype)
+        x, h0, c0 = (t.to(dtype) for t in given)
+        torch.manual_seed(1)
+        with launch.forced(FOUR):
+            y, states = lstm(x, (h0, c0), lengths=torch.tensor([3, 0], device=DEVICE))
+            loss = y.sum() + sum((s * s).sum() for s in states)
+            found.append([y, *states, *torch.autograd.grad(loss, [*given, *lstm.parameters()])])
+    assert grids == [(2, 1, 2)] * 2
+    rule = Rule()
+    rule.add("layer", [str(k) for k in range(len(found[0]))], *([t.detach().cpu() for t in f] for f in found))
     rule.check()
 
 

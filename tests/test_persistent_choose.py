@@ -19,8 +19,10 @@ from fused_lstm.launch.schedule import PASSES, Device, Recurrence
 H100 = GPUS["sm_90"]
 
 
-def recurrence(kernel: str = "forward", arithmetic: str = "half", H: int = 768, B: int = 16, R: int = 1) -> Recurrence:
-    return Recurrence(kernel, arithmetic, 100, H, B, R)
+def recurrence(
+    kernel: str = "forward", arithmetic: str = "half", H: int = 768, B: int = 16, R: int = 1, cell: str = ""
+) -> Recurrence:
+    return Recurrence(kernel, arithmetic, 100, H, B, R, cell)
 
 
 def best(problem: Recurrence, gpu: Device = H100) -> PersistentConfig:
@@ -58,6 +60,7 @@ def test_sizes_that_fit_nowhere_have_none(kernel: str) -> None:
         ("compute capability 8.0", PersistentConfig(held=3), {}, replace(H100, capability=(7, 5))),
         ("not in fp32", PersistentConfig(held=3), {"arithmetic": "fp32"}, H100),
         ("at most 128, in half precision", local(128), {"H": 128, "arithmetic": "tf32"}, H100),
+        ("at most 64, in half precision", local(128), {"H": 128, "cell": "zoneout=0.1,0.0"}, H100),
         ("needs 192 programs at once, H100 runs 132", PersistentConfig(held=3), {"B": 32}, H100),
         ("finds no room for the weights of H = 1024", PersistentConfig(held=4), {"H": 1024}, H100),
         ("bytes of shared memory for each program, H100 has 232448", PersistentConfig(held=0), {"H": 2048, "B": 8}, H100),

@@ -17,6 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from fused_lstm.cell import Cell
 from fused_lstm.launch import persistent
 from fused_lstm.launch.persistent import PersistentConfig
 from fused_lstm.launch.schedule import Recurrence
@@ -26,12 +27,14 @@ pytestmark = pytest.mark.compile
 SECONDS = 8.0  # of processors' time for a kernel, Triton and ptxas; about 1 on a quiet machine
 
 
-def check(kernel: str, config: PersistentConfig, H: int, B: int, R: int, dtype: str, target: str, flags: dict) -> None:
+def check(
+    kernel: str, config: PersistentConfig, H: int, B: int, R: int, dtype: str, target: str, flags: dict, cell: str = ""
+) -> None:
     built, what = (
-        build(kernel, config, H, R, dtype, target, **flags),
-        f"{kernel} {H} {B} {R} {dtype} {config} {flags} {target}",
+        build(kernel, config, H, R, dtype, target, **flags, cell=cell),
+        f"{kernel} {H} {B} {R} {dtype} {config} {flags} {target} {cell}",
     )
-    problem = Recurrence(kernel, "tf32" if dtype == "fp32" else "half", 100, H, B, R)
+    problem = Recurrence(kernel, "tf32" if dtype == "fp32" else "half", 100, H, B, R, cell)
     assert built.spills == 0, f"{what}: {built.spills} bytes spilled"
     assert built.seconds < SECONDS, f"{what}: {built.seconds} s"
     assert built.shared <= persistent.shared_memory(config, problem), f"{what}: {built.shared} bytes of shared memory"
@@ -69,6 +72,16 @@ def test_what_an_h100_runs(H: int, B: int, R: int, dtype: str) -> None:
 def test_other_targets(H: int, B: int, R: int, dtype: str, target: str) -> None:
     for kernel, config in chosen(H, B, R, dtype, target):
         check(kernel, config, H, B, R, dtype, target, RAGGED)
+
+
+# Those that need the most registers, and one of few units.
+@pytest.mark.parametrize(
+    ("H", "B", "R", "dtype"), [(528, 8, 1, "fp32"), (1024, 64, 1, "fp16"), (128, 2048, 1, "bf16"), (64, 16, 1, "bf16")]
+)
+def test_peepholes_and_zoneout(H: int, B: int, R: int, dtype: str) -> None:
+    cell = Cell(peephole=True, zoneout=(0.1, 0.1)).relative
+    for kernel, config in chosen(H, B, R, dtype, "sm_90", cell):
+        check(kernel, config, H, B, R, dtype, "sm_90", RAGGED, cell)
 
 
 def test_spills_are_seen() -> None:

@@ -11,7 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..call import ALIGNMENT, NOTHING, LayerCall, Problem, Rows
+from ..call import ALIGNMENT, NOTHING, LayerCall, Problem, Rows, accumulator_dtype
+from ..cell import Relative
 from ..gemm import tf32_allowed
 from ..kernels.buffers import Backward, Forward
 from . import relatives
@@ -57,10 +58,10 @@ def explain(call: Problem, where: torch.device) -> dict[str, str]:
     H, R = ceil_div(call.hidden_size, ALIGNMENT) * ALIGNMENT, call.heads * (2 if call.bidirectional else 1)
     words = {}
     for kernel in PASSES if call.needs_grad and call.B else ("forward",) * bool(call.B):
-        if call.cell:
+        if Relative.of(call.cell).norm:
             words[kernel] = f"for each of {call.T} steps a GEMM and a launch of {call.B * R} programs, one for each row"
             continue
-        problem = Recurrence(kernel, kind, call.T, H, call.B, R)
+        problem = Recurrence(kernel, kind, call.T, H, call.B, R, call.cell)
         words[kernel] = describe(choose(problem, gpu, tables(gpu.name) if gpu else ()), problem, gpu)
     return words
 
@@ -70,20 +71,20 @@ def timed(index: int) -> Table | None:
     return next((table for table in tables(device(index).name) if table.timings), None)
 
 
-def prepare(kernel: str, like: Tensor, rows: Rows, R: int, H: int) -> Launch:
+def prepare(kernel: str, like: Tensor, rows: Rows, R: int, H: int, cell: str = "") -> Launch:
     """What the launches of a recurrence of ``like``'s dtype on its device have in common."""
     index = like.device.index if like.is_cuda else None
     tf32 = like.dtype == torch.float32 and index is not None and tf32_allowed()
     single = rows.T == 1  # a choice is the same for all T > 1
-    return _prepare(kernel, like.dtype, tf32, single, H, rows.B, R, index, rows.directions, _forced.get(kernel))
+    return _prepare(kernel, like.dtype, tf32, single, H, rows.B, R, index, rows.directions, _forced.get(kernel), cell)
 
 
 @lru_cache(maxsize=4096)
 def _prepare(
     kernel: str, dtype: torch.dtype, tf32: bool, single: bool, H: int, B: int, R: int, index: int | None, directions: int,
-    config: Any,
+    config: Any, cell: str,
 ) -> Launch:  # fmt: skip
-    problem = Recurrence(kernel, arithmetic(dtype, tf32), 1 if single else 2, H, B, R)
+    problem = Recurrence(kernel, arithmetic(dtype, tf32), 1 if single else 2, H, B, R, cell)
     gpu = None if index is None else device(index)
     config = config or choose(problem, gpu, tables(gpu.name) if gpu else ()).config
     return Launch(problem, config, BY_NAME[config.schedule], gpu, directions, dtype)
@@ -120,15 +121,17 @@ def recurrence_forward(
     call: LayerCall | None = None,  # of a relative of torch's cell
 ) -> tuple[Tensor, Tensor]:
     """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
-    if call is not None:
+    cell, own = ("", ()) if call is None else (call.cell, _own(call))
+    if cell and Relative.of(cell).norm:
         with _on_device_of(w_hh):
             return relatives.forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all, call)
     n, H = w_hh.shape
     R = n // (4 * H)
     h_n, c_n = gates.new_empty(R, rows.B, H), gates.new_empty(R, rows.B, H)
     if rows.B:
-        launch = prepare("forward", gates, rows, R, H)
-        _run(launch, Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n, _running(launch, c_n)), rows)
+        launch = prepare("forward", gates, rows, R, H, cell)
+        running = _running(launch, c_n)
+        _run(launch, Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n, running, None, *own), rows)
     return h_n, c_n
 
 
@@ -147,15 +150,26 @@ def recurrence_backward(
     h_prev: Tensor,  # (N, R, H) out
     relative: relatives.Given | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """The backward recurrence. Returns, of a relative, dh_0; and dc_0, (R, B, H)."""
-    if relative is not None:
+    """The backward recurrence. Returns, of a cell with norms, dh_0; and dc_0, (R, B, H)."""
+    if relative is not None and relative.relative.norm:
         with _on_device_of(w_hh):
             return relatives.backward(dy, dh_n, dc_n, gates, w_hh, rows, dgates, relative)
     n, H = w_hh.shape
     R = n // (4 * H)
-    dc0 = gates.new_empty(R, rows.B, H)
+    dc0, cell, own = gates.new_empty(R, rows.B, H), "", ()
+    if relative is not None:
+        cell, own = relative.call.cell, _own(relative.call)
+        if relative.relative.zoned:
+            relative.passed = torch.zeros_like(dc0, dtype=accumulator_dtype(dc0.dtype))
+            own += (relative.passed,)
     if rows.B:
-        launch = prepare("backward", gates, rows, R, H)
+        launch = prepare("backward", gates, rows, R, H, cell)
         running = _running(launch, dc0)
-        _run(launch, Backward(dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0, running), rows)
+        buffers = dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0, running, None, None, *own
+        _run(launch, Backward(*buffers), rows)
     return None, dc0
+
+
+def _own(call: LayerCall) -> tuple[Tensor | None, Tensor | None]:
+    """What the kernels are told of a relative."""
+    return None if call.units is None else call.units.contiguous(), call.seed

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..call import Rows
+from ..kernels.cell import Zoneout
 from ..kernels.fragments import ROWS, Fragments
 from ..kernels.persistent_backward import lstm_backward_fragments
 from ..kernels.persistent_forward import lstm_forward_fragments
 from ..kernels.persistent_local import lstm_backward_local, lstm_forward_local
 from ..kernels.persistent_split import lstm_backward_split, owners
 from ..kernels.rows import Sequences
-from .schedule import CELLS, Device, Kernel, Launch, Recurrence, Schedule, ceil_div, check_integer, pointers
+from .schedule import CELLS, Device, Kernel, Launch, Recurrence, Schedule, ceil_div, check_integer, pointers, zoneout
 
 KERNELS: dict[str, Any] = {
     "forward": lstm_forward_fragments,
@@ -58,15 +59,25 @@ def local(H: int) -> PersistentConfig:
     return PersistentConfig("local", units, units // 16)
 
 
+def too_many(problem: Recurrence) -> str | None:
+    """Why one program cannot own all units. Forwards, zoneout's masks need registers that 128 units do not leave."""
+    most = 64 if problem.kernel == "forward" and problem.relative.zoned else 128
+    if problem.arithmetic == "half" and most >= problem.H:
+        return None
+    return f"programs that own all units have at most {most}, in half precision"
+
+
 def room(config: PersistentConfig) -> int:
     """Tiles for whose states there is memory: a power of two, so that one binary serves many batches."""
     return 1 << (config.tiles - 1).bit_length()
 
 
 @lru_cache(maxsize=1024)
-def fragments(config: PersistentConfig, H: int, R: int, directions: int, max16: bool = True) -> Fragments:
+def fragments(
+    config: PersistentConfig, H: int, R: int, directions: int, max16: bool = True, zone: Zoneout | None = None
+) -> Fragments:
     """The kernel's constexpr configuration. It knows the number of tiles only roughly: one binary for many batches."""
-    return Fragments(H, R, directions, config.units, config.warps, config.held, room(config), config.ahead, max16)
+    return Fragments(H, R, directions, config.units, config.warps, config.held, room(config), config.ahead, max16, zone)
 
 
 def grid(config: PersistentConfig, H: int, B: int, R: int) -> tuple[int, int, int]:
@@ -102,14 +113,15 @@ def _held(config: PersistentConfig, problem: Recurrence, gpu: Device) -> int | N
     chunk, states = _columns(config, problem.kernel) * words, 8 * words * chunks * (2 if config.ahead else 1)
     if chunks * chunk + states <= WHOLLY[problem.arithmetic][kind]:
         return chunks
-    if problem.kernel == "backward" and problem.arithmetic == "tf32" and config.ahead:
+    tight = config.ahead or (problem.cell and kind == "split")
+    if problem.kernel == "backward" and problem.arithmetic == "tf32" and tight:
         return None
     least = next((n for n in range(chunks) if shared_memory(replace(config, held=n), problem) <= gpu.shared_memory), chunks)
-    # sm_80's compiler needs some more for itself where both operands are fp32.
-    older = problem.arithmetic == "tf32" and kind == "split" and gpu.capability < (9, 0)
-    partly = PARTLY[problem.arithmetic][kind] - 10 * older
+    # sm_80's compiler needs some more for itself where both operands are fp32; peepholes and zoneout need some, too.
+    older, own = problem.arithmetic == "tf32" and kind == "split" and gpu.capability < (9, 0), 24 * bool(problem.cell)
+    partly = PARTLY[problem.arithmetic][kind] - 10 * older - own
     held = max(least, int((partly - states) // chunk))
-    return held if held * chunk + states <= max(partly, TIGHTLY[kind] if held == least else 0) else None
+    return held if held * chunk + states <= max(partly, TIGHTLY[kind] - own if held == least else 0) else None
 
 
 def shared_memory(config: PersistentConfig, problem: Recurrence) -> int:
@@ -119,6 +131,8 @@ def shared_memory(config: PersistentConfig, problem: Recurrence) -> int:
     columns = _columns(config, problem.kernel)
     chunk = config.warps * columns * 32 * problem.element_size
     parts, states = config.warps * columns * ROWS * 4, room(config) * config.units * ROWS * 4
+    if problem.relative.zoned:
+        states *= 2
     elsewhere = max(0, _chunks(config, problem) - config.held)
     on_the_way = chunk if problem.kernel == "backward" else 0
     return parts + states + elsewhere * chunk + on_the_way
@@ -140,8 +154,8 @@ def refusal(config: PersistentConfig, problem: Recurrence, gpu: Device) -> str |
     why = unsuitable(problem, gpu)
     if why is not None:
         return why
-    if config.form == "local" and (problem.arithmetic != "half" or problem.H > 128):
-        return "programs that own all units have at most 128, in half precision"
+    if config.form == "local" and (why := too_many(problem)):
+        return why
     x, y, z = grid(config, problem.H, problem.B, problem.R)
     if config.form != "local" and x * y * z > gpu.multiprocessors:
         return f"needs {x * y * z} programs at once, {gpu.name} runs {gpu.multiprocessors}"
@@ -158,7 +172,7 @@ def candidates(problem: Recurrence, gpu: Device) -> list[PersistentConfig]:
     """The few configurations that are worth a comparison; some may be refused."""
     if unsuitable(problem, gpu):
         return []
-    if problem.arithmetic == "half" and problem.H <= 128:
+    if too_many(problem) is None:
         return [local(problem.H)]
     found = []
     for form in ("whole", "split") if problem.kernel == "backward" else ("whole",):
@@ -237,6 +251,7 @@ def run(
     size: tuple[int, int, int, int],  # T, B, and from one time step's and one batch row's data row to the next's
     directions: int,
     config: PersistentConfig,
+    zone: Zoneout | None = None,
 ) -> None:
     """One pass. h, dgates and h_prev are zero past a row's length."""
     exchanged = buffers.h_ptr if kernel == "forward" else buffers.dgates_ptr
@@ -253,7 +268,7 @@ def run(
     if config.form != "local":
         unwritten(exchanged)
     buffers = buffers._replace(zeros_ptr=zeros(exchanged.device, exchanged.dtype, max(4 * H, 512)))
-    cut = fragments(config, H, R, directions, _max16(exchanged.device))
+    cut = fragments(config, H, R, directions, _max16(exchanged.device), zone)
     name = kernel if config.form == "whole" else f"{kernel} {config.form}"
     x, y, z = grid(config, H, B, R)
     # Programs that wait for one another must all run at once: the driver sees to it, or refuses.
@@ -286,7 +301,8 @@ def launch_once(
 
 
 def launch(given: Launch, buffers: Any, rows: Rows) -> None:
-    run(given.problem.kernel, buffers, pointers(rows), rows.size, given.directions, given.config)
+    p = given.problem
+    run(p.kernel, buffers, pointers(rows), rows.size, given.directions, given.config, zoneout(p.relative))
 
 
 def describe(config: PersistentConfig, problem: Recurrence) -> str:

@@ -1,4 +1,4 @@
-"""The LSTM's relatives on a GPU: for each time step a GEMM with the state, then a launch of the cell."""
+"""Cells with layer norm on a GPU: for each time step a GEMM with the state, then a launch of the cell."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from ..call import LayerCall, Rows, accumulator_dtype
 from ..cell import EPS, Relative
 from ..gemm import batched
 from ..kernels.relatives import Backward, Cell, Constants, Forward, cell_backward_step, cell_forward_step
-from ..relatives import ROUNDS
 from ..relatives import Backward as Given
-from .schedule import INTERPRETED, Kernel, pointers, power_of_two
+from .schedule import INTERPRETED, Kernel, pointers, power_of_two, zoneout
 
 KERNELS: dict[str, Any] = {"forward": cell_forward_step, "backward": cell_backward_step}
 
@@ -24,7 +23,8 @@ def _kernel(kernel: str, cell: str, dtype: torch.dtype, R: int, H: int, directio
     relative, bf16 = Relative.of(cell), INTERPRETED and dtype == torch.bfloat16
     constants = Constants(R, H, directions, bf16, power_of_two(H))
     warps = min(max(power_of_two(H) // 128, 1), 8)
-    return Kernel(KERNELS, kernel, (Cell(*relative, ROUNDS, EPS), constants), dict(num_warps=warps, enable_fp_fusion=True))
+    what = Cell(relative.peephole, relative.norm, zoneout(relative), EPS)
+    return Kernel(KERNELS, kernel, (what, constants), dict(num_warps=warps, enable_fp_fusion=True))
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -42,7 +42,7 @@ def forward(
     c_all: Tensor | None,  # (N, R, H) out
     call: LayerCall,
 ) -> tuple[Tensor, Tensor]:
-    """The forward recurrence of a relative. Returns h_n and c_n, (R, B, H)."""
+    """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
     R, H, T, B = call.R, call.H, rows.T, rows.B
     dtype, acc = y.dtype, accumulator_dtype(y.dtype)
     if b_hh is not None:  # which a norm of the products does not see
@@ -71,20 +71,18 @@ def backward(
     dgates: Tensor,  # (N, R, 4, H) out
     given: Given,  # what was computed for all steps; its ``dshown`` is filled in
 ) -> tuple[Tensor, Tensor]:
-    """The backward recurrence of a relative. Returns dh_0 and dc_0, (R, B, H)."""
-    call, relative = given.call, given.relative
+    """The backward recurrence. Returns dh_0 and dc_0, (R, B, H)."""
+    call = given.call
     R, H, T, B = call.R, call.H, rows.T, rows.B
     dtype, acc = gates.dtype, accumulator_dtype(gates.dtype)
     if rows.lengths is not None and rows.batch_sizes is None:
         dgates.zero_()
     passed, dc = (gates.new_zeros(R, B, H, dtype=acc) if grad is None else grad.to(acc, copy=True) for grad in (dh_n, dc_n))
     dh, dproducts, w = torch.zeros_like(passed), gates.new_zeros(R, B, 4 * H), w_hh.view(R, 4 * H, H)
-    norms = (None,) * 4
-    if relative.norm:
-        norms = given.recurrent.value, given.recurrent.rstd, given.c_norm.value, given.c_norm.rstd
+    norms = given.recurrent.value, given.recurrent.rstd, given.c_norm.value, given.c_norm.rstd
     buffers = Backward(
         dy, gates, given.c_prev, *norms, _contiguous(call.units), call.seed, dh, passed, dc, dgates, dproducts,
-        given.dshown if relative.norm else None,
+        given.dshown,
     )  # fmt: skip
     kernel = _kernel("backward", call.cell, dtype, R, H, rows.directions)
     size, told = rows.size, pointers(rows)

@@ -14,9 +14,11 @@ from triton import knobs
 from triton.runtime import driver
 
 from ..call import Rows, accumulator_dtype
-from ..kernels.cell import lstm_backward, lstm_forward
+from ..cell import Relative
+from ..kernels.cell import Zoneout, lstm_backward, lstm_forward
 from ..kernels.rows import Sequences
 from ..kernels.stepwise import lstm_forward_step
+from ..relatives import ROUNDS
 
 SMALLEST = 16  # what Triton's dot product takes in each dimension
 
@@ -66,6 +68,7 @@ class Recurrence:
     H: int  # as the kernels see it: a multiple of 16
     B: int
     R: int  # recurrences of one launch
+    cell: str = ""  # as LayerCall has it, without norms
 
     def __post_init__(self) -> None:
         if self.kernel not in PASSES or self.arithmetic not in ARITHMETICS:
@@ -77,8 +80,17 @@ class Recurrence:
             check_integer(name, getattr(self, name), 1)
 
     @property
+    def relative(self) -> Relative:
+        return Relative.of(self.cell)
+
+    @property
     def element_size(self) -> int:
         return {"half": 2, "fp64": 8}.get(self.arithmetic, 4)
+
+
+def zoneout(relative: Relative) -> Zoneout | None:
+    """What the kernels are told of it."""
+    return Zoneout(relative.zoneout_h, relative.zoneout_c, ROUNDS) if relative.zoned else None
 
 
 def arithmetic(dtype: torch.dtype, tf32: bool) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from ..call import Rows
+from ..kernels.cell import Zoneout
 from ..kernels.stepwise import Constants, lstm_backward_step, lstm_forward_step
 from .schedule import (
     CELLS,
@@ -23,6 +24,7 @@ from .schedule import (
     check_integer,
     pointers,
     power_of_two,
+    zoneout,
 )
 
 
@@ -124,12 +126,13 @@ def describe(config: StepwiseConfig, problem: Recurrence) -> str:
 
 @lru_cache(maxsize=1024)
 def stepwise_kernel(
-    kernel: str, arithmetic: str, dtype: torch.dtype, R: int, H: int, directions: int, config: StepwiseConfig
-) -> Kernel:
+    kernel: str, arithmetic: str, dtype: torch.dtype, R: int, H: int, directions: int, config: StepwiseConfig,
+    zone: Zoneout | None = None,
+) -> Kernel:  # fmt: skip
     """A kernel for problems of any T and B."""
     precision = "tf32" if arithmetic == "tf32" else "ieee"
     bf16 = INTERPRETED and dtype == torch.bfloat16
-    constants = Constants(R, H, directions, precision, bf16, config.block_b, config.block_h, config.block_k)
+    constants = Constants(R, H, directions, precision, bf16, config.block_b, config.block_h, config.block_k, zone)
     only_nvidia = {} if torch.version.hip else {"maxnreg": config.max_registers}
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **only_nvidia)
     return Kernel(STEPWISE.kernels, kernel, (CELLS[kernel], constants), options)
@@ -138,7 +141,7 @@ def stepwise_kernel(
 def launch(launch: Launch, buffers: Any, rows: Rows) -> None:
     p, T = launch.problem, rows.T
     if launch.kernel is None:
-        what = p.kernel, p.arithmetic, launch.dtype, p.R, p.H, launch.directions, launch.config
+        what = p.kernel, p.arithmetic, launch.dtype, p.R, p.H, launch.directions, launch.config, zoneout(p.relative)
         launch.kernel, launch.grid = stepwise_kernel(*what), launch.config.grid(p.H, rows.B, p.R)
     steps = range(T) if p.kernel == "forward" else range(T - 1, -1, -1)
     size = rows.size
