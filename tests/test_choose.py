@@ -174,7 +174,13 @@ def test_what_was_measured_is_taken(folder: Path) -> None:
     assert "not measured" not in words
     assert str(folder) in words
     assert choose(replace(p, B=33), H100, tables(H100.name)).measured  # the same power of two
-    for other in (replace(p, B=65), replace(p, H=528), replace(p, R=2), replace(p, kernel="backward")):
+    for other in (
+        replace(p, B=65),
+        replace(p, H=528),
+        replace(p, R=2),
+        replace(p, kernel="backward"),
+        replace(p, cell="peephole"),
+    ):
         assert not choose(other, H100, tables(H100.name)).measured
     assert not tables(A100.name)
 

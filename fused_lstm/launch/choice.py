@@ -48,7 +48,7 @@ def choose(problem: Recurrence, device: Device | None, tables: Sequence[Table] =
     """
     if device is None:
         return _interpreted(problem)
-    for table in tables:
+    for table in () if problem.cell else tables:  # which know torch's cell
         config = table.configs.get(key_of(problem))
         if config is not None and BY_NAME[config.schedule].refusal(config, problem, device) is None:
             return Choice(config, f"measured on {device.name}, {table.source}", measured=True)

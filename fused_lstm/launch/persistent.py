@@ -118,8 +118,9 @@ def _held(config: PersistentConfig, problem: Recurrence, gpu: Device) -> int | N
         return None
     least = next((n for n in range(chunks) if shared_memory(replace(config, held=n), problem) <= gpu.shared_memory), chunks)
     # sm_80's compiler needs some more for itself where both operands are fp32; peepholes and zoneout need some, too.
-    older, own = problem.arithmetic == "tf32" and kind == "split" and gpu.capability < (9, 0), 24 * bool(problem.cell)
-    partly = PARTLY[problem.arithmetic][kind] - 10 * older - own
+    tf32 = problem.arithmetic == "tf32"
+    own = (10 if tf32 else 24) * bool(problem.cell)
+    partly = PARTLY[problem.arithmetic][kind] - 10 * (tf32 and kind == "split" and gpu.capability < (9, 0)) - own
     held = max(least, int((partly - states) // chunk))
     return held if held * chunk + states <= max(partly, TIGHTLY[kind] - own if held == least else 0) else None
 
