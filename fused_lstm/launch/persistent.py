@@ -60,8 +60,8 @@ def local(H: int) -> PersistentConfig:
 
 
 def too_many(problem: Recurrence) -> str | None:
-    """Why one program cannot own all units. Forwards, zoneout's masks need registers that 128 units do not leave."""
-    most = 64 if problem.kernel == "forward" and problem.relative.zoned else 128
+    """Why one program cannot own all units. Zoneout's masks need registers that 128 units do not leave."""
+    most = 64 if problem.relative.zoned else 128
     if problem.arithmetic == "half" and most >= problem.H:
         return None
     return f"programs that own all units have at most {most}, in half precision"
