@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .call import PLAIN, Problem, Sequences, Stack, States, as_resets, numberless
 from .cell import Cell, checked_cell
+from .checks import cast_dtype, check_like, check_weights
 from .dropouts import NO_DROPOUTS
-from .functional import Earlier, cast_dtype, check_like, check_weights, run, settle, uncoupled
+from .functional import Earlier, run, settle, uncoupled
 from .plan import BACKENDS, Plan, choose, problem_of, switches
 
 L = TypeVar("L", bound=nn.RNNBase)

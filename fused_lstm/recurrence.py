@@ -102,47 +102,6 @@ def backward(
 
     Gates that were not kept are computed again. A gradient that is not in ``needs`` is None and costs nothing.
     """
-    rows, zone = call.rows, None
-    if call.cell and call.engine == "reference":
-        zone = relatives.zoneout(call, relatives.Relative.of(call.cell), rows, c_all)
-        steps = max(BLOCK // max(rows.B * call.w_hh.shape[0], 1), 1)
-        if call.directions == 1 and call.lengths is call.batch_sizes is None and not call.batch_first and steps < rows.T:
-            return _in_blocks(steps, zone, dy, dh_n, dc_n, call, y, gates, c_all, needs)
-    return _backward(zone, dy, dh_n, dc_n, call, y, gates, c_all, needs)
-
-
-BLOCK = 2**19  # gates of a block of time, for which the backward pass has a dozen buffers of up to that size
-
-
-def _in_blocks(
-    steps: int, zone: relatives.Zoneout | None, dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, call: LayerCall,
-    y: Tensor, gates: Tensor | None, c_all: Tensor, needs: Sequence[bool],
-) -> list[Tensor | None]:  # fmt: skip
-    """:func:`backward` of a sequence as of short ones that hand on their states: blocks of time, the last first."""
-    x, (T, B), (R, H) = call.x, call.x.shape[:2], call.sizes
-    states = y.view(T, B, R, H), c_all.view(T, B, R, H)
-    total: list[Tensor | None] = [torch.empty_like(x) if needs[0] else None, *[None] * 8]
-    for first in reversed(range(0, T, steps)):
-        t, n = slice(first, first + steps), slice(first * B, (first + steps) * B)
-        h0, c0 = (s[first - 1].transpose(0, 1) for s in states) if first else (call.h0, call.c0)
-        resets = None if call.resets is None else call.resets[t]
-        block = call._replace(x=x[t], h0=h0, c0=c0, resets=resets)
-        mine = None if zone is None else zone.at(n, slice(None)), None if dy is None else dy[t], dh, dc, block, y[t]
-        found = _backward(*mine, None if gates is None else gates[n], c_all[n], [*needs[:1], True, True, *needs[3:]])
-        dx, dh, dc, *by_weights = found
-        if dx is not None:
-            total[0][t] = dx
-        for k, grad in enumerate(by_weights, 3):
-            if grad is not None:
-                total[k] = grad if total[k] is None else total[k].add_(grad)
-    total[1], total[2] = dh if needs[1] else None, dc if needs[2] else None
-    return total
-
-
-def _backward(
-    zone: relatives.Zoneout | None, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, call: LayerCall, y: Tensor,
-    gates: Tensor | None, c_all: Tensor, needs: Sequence[bool],
-) -> list[Tensor | None]:  # fmt: skip
     rows = call.rows
     if call.engine == "onednn":
         return onednn.backward(dy, dh_n, dc_n, call, rows, y, gates, c_all, needs)
@@ -153,7 +112,7 @@ def _backward(
         y, gates, c_all = y.contiguous(), _contiguous(gates), c_all.contiguous()  # vmap may hand in views
         h_prev, more = x.new_empty(N, R * H), ()
         if call.cell:
-            relative, h_prev, gates = _relative(call, rows, y, c_all, gates, zone)
+            relative, h_prev, gates = _relative(call, rows, y, c_all, gates, h_prev)
             more = (relative,)
             flat = dgates = x.new_empty(N, R * 4 * H)
         elif gates is not None:
@@ -202,18 +161,18 @@ def _by_recurrence(t: Tensor, R: int) -> Sequence[Tensor]:
 
 
 def _relative(
-    call: LayerCall, rows: Rows, y: Tensor, c_all: Tensor, gates: Tensor | None, zone: relatives.Zoneout | None
+    call: LayerCall, rows: Rows, y: Tensor, c_all: Tensor, gates: Tensor | None, h_prev: Tensor
 ) -> tuple[relatives.Backward, Tensor, Tensor]:
-    """The backward pass of a relative, the states (N, R*H) before each step, and the gates, made again if not kept."""
-    h_prev, c_prev = torch.empty_like(c_all), torch.empty_like(c_all)
-    for before, after, first in ((h_prev, y.view(c_all.shape), call.h0), (c_prev, c_all, call.c0)):
-        for r in range(call.R):
-            before[:, r] = rows.previous(after, None if first is None else first[r], r)
+    """The backward pass of a relative, the states ``h_prev`` (N, R*H) before each step, which kernels without norms fill in
+    themselves, and the gates, made again if not kept."""
+    relative = relatives.Backward(call, rows, gates, y.view(c_all.shape), c_all)
     if gates is None:
         given = _pre_activations(call, rows, call.b_ih).view(-1, call.R, 4, call.H)
-        gates = relatives.gates_of(call, rows, given, h_prev, c_prev)
+        relative.gates = gates = relatives.gates_of(call, given, relative.h_prev, relative.c_prev.to(c_all.dtype))
         rows.clear_padding(gates)
-    return relatives.Backward(call, zone, gates, h_prev, c_prev), h_prev.flatten(1), gates
+    if call.engine == "reference" or relative.relative.norm:
+        h_prev = relative.h_prev.flatten(1)
+    return relative, h_prev, gates
 
 
 def _activated(call: LayerCall, rows: Rows, y: Tensor, h_prev: Tensor, start: Tensor | None) -> Tensor:

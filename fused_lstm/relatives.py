@@ -31,7 +31,7 @@ class Zoneout(NamedTuple):
     h: Tensor
     c: Tensor
 
-    def at(self, rows: slice | Tensor, r: int | slice) -> Zoneout:
+    def at(self, rows: slice | Tensor, r: int) -> Zoneout:
         return Zoneout(self.h[rows, r], self.c[rows, r])
 
 
@@ -155,7 +155,7 @@ def products_of(call: LayerCall, h_prev: Tensor, dtype: torch.dtype) -> Tensor:
     return products.unflatten(2, (4, H))
 
 
-def gates_of(call: LayerCall, rows: Rows, given: Tensor, h_prev: Tensor, c_prev: Tensor) -> Tensor:
+def gates_of(call: LayerCall, given: Tensor, h_prev: Tensor, c_prev: Tensor) -> Tensor:
     """The activated gates (N, R, 4, H) of all steps at once, from the states before them."""
     relative = Relative.of(call.cell)
     given = given if call.b_hh is None else given + call.b_hh.view(given.shape[1:])
@@ -170,27 +170,60 @@ class Backward:
     def __init__(
         self,
         call: LayerCall,
-        zone: Zoneout | None,
-        gates: Tensor,  # (N, R, 4, H) activated
-        h_prev: Tensor,  # (N, R, H) before each step, and the next
-        c_prev: Tensor,
+        rows: Rows,
+        gates: Tensor | None,  # (N, R, 4, H) activated; None: set before anything is asked of them
+        y: Tensor,  # (N, R, H)
+        c_all: Tensor,  # (N, R, H)
     ) -> None:
-        dtype = accumulator_dtype(gates.dtype)
-        self.call, self.zone, self.relative, self.c_prev = call, zone, Relative.of(call.cell), c_prev.to(dtype)
-        self.peepholes, self.gains, norm_c = parts(self.relative, None if call.units is None else call.units.to(dtype))
-        i, f, g, _ = gates.to(dtype).unbind(2)
-        self.c = self.shown = f * self.c_prev + i * g  # before a norm and zoneout
+        self.call, self.rows, self.gates, self.y, self.c_all = call, rows, gates, y, c_all
+        self.relative, self.dtype = Relative.of(call.cell), accumulator_dtype(c_all.dtype)
+        units = None if call.units is None else call.units.to(self.dtype)
+        self.peepholes, self.gains, self.norm_c = parts(self.relative, units)
+        self.gains = None if self.gains is None else self.gains.flatten(-2)
         self.passed: Tensor | None = None  # (R, B, H): by h0 of zoneout, where the kernels did not add it to dh_0
-        if self.relative.norm:
-            products = products_of(call, h_prev, dtype).flatten(2)
-            self.recurrent, self.c_norm = Normalized(products), Normalized(self.c.clone())
-            self.gain_c, self.gains = norm_c[0], self.gains.flatten(-2)
-            self.shown = torch.addcmul(norm_c[1], self.c_norm.value, norm_c[0])
+
+    # What follows is made when it is asked for: kernels without norms need none of it, but peepholes' gradients some.
+
+    @cached_property
+    def h_prev(self) -> Tensor:
+        return self._before(self.y, self.call.h0)
+
+    @cached_property
+    def c_prev(self) -> Tensor:
+        return self._before(self.c_all, self.call.c0).to(self.dtype)
+
+    def _before(self, after: Tensor, first: Tensor | None) -> Tensor:
+        """The states (N, R, H) before each step."""
+        each = [self.rows.previous(after, None if first is None else first[r], r) for r in range(self.call.R)]
+        return torch.stack(each, 1) if len(each) > 1 else each[0][:, None]
+
+    @cached_property
+    def zone(self) -> Zoneout | None:
+        return zoneout(self.call, self.relative, self.rows, self.c_all)
+
+    @cached_property
+    def c(self) -> Tensor:
+        """The cell state before a norm and zoneout."""
+        i, f, g, _ = self.gates.to(self.dtype).unbind(2)
+        return f * self.c_prev + i * g
+
+    @cached_property
+    def shown(self) -> Tensor:
+        """What tanh sees."""
+        return torch.addcmul(self.norm_c[1], self.c_norm.value, self.norm_c[0]) if self.relative.norm else self.c
+
+    @cached_property
+    def recurrent(self) -> Normalized:
+        return Normalized(products_of(self.call, self.h_prev, self.dtype).flatten(2))
+
+    @cached_property
+    def c_norm(self) -> Normalized:
+        return Normalized(self.c.clone())
 
     @cached_property
     def dshown(self) -> Tensor:
         """Gradients by the normalized cell state of all steps, for the recurrence to fill in."""
-        return torch.zeros_like(self.c_prev)
+        return torch.zeros_like(self.c)
 
     def parts(self, group: Group, da: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`step` gets of each step."""
@@ -216,7 +249,7 @@ class Backward:
             dshown = dshown_dh.mul_(dh) if norm == "output" else torch.addcmul(dc, dh, dshown_dh, out=dshown_dh)
             if valid is not None:
                 dshown.masked_fill_(~valid, 0)
-            through = self.c_norm.backward(dshown, *more[:3], self.gain_c[r], BY_GIVEN)[0]
+            through = self.c_norm.backward(dshown, *more[:3], self.norm_c[0][r], BY_GIVEN)[0]
             dc = through.add_(dc) if norm == "output" else through
         else:
             dc = torch.addcmul(dc, dh, dshown_dh)
@@ -253,7 +286,7 @@ class Backward:
         return torch.stack(found, 1).to(self.call.units.dtype)
 
     def _wide(self, dgates: Tensor) -> Tensor:
-        return dgates.to(self.c.dtype)
+        return dgates.to(self.dtype)
 
 
 class Normalized:

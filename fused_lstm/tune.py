@@ -31,7 +31,7 @@ from torch import Tensor
 from . import __version__, launch
 from .call import ALIGNMENT, Rows
 from .cell import Cell
-from .functional import cast_dtype
+from .checks import cast_dtype
 from .gemm import tf32_allowed
 from .launch.choice import (
     BY_NAME,

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .cell import Zoneout, accumulator, masks, narrow, passed, tanh, zoned
-from .rows import batch_rows, carried, data_rows, time_of
-from .stepwise import load_gates, store_gates
+from .cell import Zoneout, accumulator, narrow, passed, tanh, zoned
+from .rows import batch_rows, carried, data_rows
+from .stepwise import load_gates, store_gates, zoneout
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,6 @@ class Cell:
 
     PEEPHOLE: bool
     NORM: str  # "output" or "state"
-    zoneout: Zoneout | None
     EPS: float
 
 
@@ -33,6 +32,7 @@ class Constants:
     DIRECTIONS: int
     INTERPRET_BF16: bool
     BLOCK_H: int
+    zoneout: Zoneout | None
 
 
 class Forward(NamedTuple):
@@ -109,17 +109,6 @@ def unit_row(units_ptr, at, n: tl.constexpr, CELL: tl.constexpr, config: tl.cons
 
 
 @triton.jit
-def zoneout(seed_ptr, at, s, B, CELL: tl.constexpr, config: tl.constexpr):
-    """The masks of step s."""
-    ZONEOUT: tl.constexpr = CELL.zoneout
-    batch, seed = at.batch, ()
-    if seed_ptr is not None:
-        seed = (tl.load(seed_ptr),)
-    t = time_of(batch.backwards, batch.lengths, s)[:, None]
-    return masks(seed, t, batch.offs_b[:, None], at.r, at.unit, B, config.R, config.H, ZONEOUT)
-
-
-@triton.jit
 def normalized(x, inside, N: tl.constexpr, EPS: tl.constexpr):
     """N values of a row with mean 0 and variance 1; zero outside."""
     x = tl.where(inside, x - tl.sum(x, 1)[:, None] / N, 0.0)
@@ -170,10 +159,10 @@ def cell_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
         a_o += unit_row(units_ptr, at, 2, CELL, config) * new_c
     o = tl.sigmoid(a_o)
     h = o * tanh(shown)
-    if CELL.zoneout is not None:
-        kept = zoneout(buffers.seed_ptr, at, s, B, CELL, config)
+    if config.zoneout is not None:
+        kept = zoneout(buffers.seed_ptr, at.batch, at.unit, at.r, s, B, config)
         h_prev = tl.load(buffers.state_h_ptr + at.state, mask=at.carry, other=0.0).to(ACC)
-        h, new_c = zoned(h_prev, h, kept, 0, CELL.zoneout.h), zoned(c, new_c, kept, 1, CELL.zoneout.c)
+        h, new_c = zoned(h_prev, h, kept, 0, config.zoneout.h), zoned(c, new_c, kept, 1, config.zoneout.c)
     h = narrow(h, dtype, BF16)
     tl.store(buffers.state_h_ptr + at.state, h, mask=mask)
     tl.store(buffers.state_c_f32_ptr + at.state, new_c, mask=mask)
@@ -204,9 +193,9 @@ def cell_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     gain = unit_row(units_ptr, at, P + 4, CELL, config).to(ACC)
     tanh_c = tanh(c * gain + unit_row(units_ptr, at, P + 5, CELL, config))
     passed_h, passed_c = tl.zeros_like(dh), tl.zeros_like(dc)
-    if CELL.zoneout is not None:
-        kept = zoneout(buffers.seed_ptr, at, s, B, CELL, config)
-        passed_h, passed_c = passed(dh, kept, 0, CELL.zoneout.h), passed(dc, kept, 1, CELL.zoneout.c)
+    if config.zoneout is not None:
+        kept = zoneout(buffers.seed_ptr, at.batch, at.unit, at.r, s, B, config)
+        passed_h, passed_c = passed(dh, kept, 0, config.zoneout.h), passed(dc, kept, 1, config.zoneout.c)
         dh, dc = dh - passed_h, dc - passed_c
     da_o = dh * tanh_c * o * (1.0 - o)
     dshown = dh * o * (1.0 - tanh_c * tanh_c)

@@ -110,7 +110,8 @@ def lstm_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     c_prev = c
     gates, c, h = CELL((a_i, a_f, a_g, a_o), given, c, peepholes(buffers.units_ptr, at, ACC, config))
     if config.zoneout is not None:
-        kept, h_ptrs = zoneout(buffers.seed_ptr, at, s, B, config), h_ptr + (h_rows * H)[:, None] + at.offs_h[None, :]
+        kept = zoneout(buffers.seed_ptr, batch, at.offs_h[None, :], at.r, s, B, config)
+        h_ptrs = h_ptr + (h_rows * H)[:, None] + at.offs_h[None, :]
         h_prev = tl.load(h_ptrs, mask=at.mask & keep[:, None], other=0.0).to(ACC)
         h, c = zoned(h_prev, h, kept, 0, config.zoneout.h), zoned(c_prev, c, kept, 1, config.zoneout.c)
 
@@ -189,7 +190,7 @@ def lstm_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
         dgates, dc = CELL(gates, c, c_prev, dh, dc, own)
     else:
         ZONEOUT: tl.constexpr = config.zoneout
-        kept = zoneout(buffers.seed_ptr, at, s, B, config)
+        kept = zoneout(buffers.seed_ptr, batch, at.offs_h[None, :], at.r, s, B, config)
         dgates, dc, passed = zoned_backward(gates, c_prev, dh, dc, own, kept, CELL, ZONEOUT)
         tl.store(buffers.passed_ptr + at.state, tl.where(mask_keep, passed, 0.0), mask=mask)
     dc = tl.where(mask_keep, dc, 0.0)
@@ -247,14 +248,14 @@ def peepholes(units_ptr, at, ACC: tl.constexpr, config: tl.constexpr):
 
 
 @triton.jit
-def zoneout(seed_ptr, at, s, B, config: tl.constexpr):
-    """The masks of step s."""
+def zoneout(seed_ptr, batch, unit, r, s, B, config: tl.constexpr):
+    """The masks of step s for units (1, n)."""
     ZONEOUT: tl.constexpr = config.zoneout  # Triton 3.6 takes it by a name only
-    batch, seed = at.batch, ()
+    seed = ()
     if seed_ptr is not None:
         seed = (tl.load(seed_ptr),)
     t = time_of(batch.backwards, batch.lengths, s)[:, None]
-    return masks(seed, t, batch.offs_b[:, None], at.r, at.offs_h[None, :], B, config.R, config.H, ZONEOUT)
+    return masks(seed, t, batch.offs_b[:, None], r, unit, B, config.R, config.H, ZONEOUT)
 
 
 @triton.jit

@@ -21,9 +21,9 @@ KERNELS: dict[str, Any] = {"forward": cell_forward_step, "backward": cell_backwa
 @lru_cache(maxsize=1024)
 def _kernel(kernel: str, cell: str, dtype: torch.dtype, R: int, H: int, directions: int) -> Kernel:
     relative, bf16 = Relative.of(cell), INTERPRETED and dtype == torch.bfloat16
-    constants = Constants(R, H, directions, bf16, power_of_two(H))
+    constants = Constants(R, H, directions, bf16, power_of_two(H), zoneout(relative))
     warps = min(max(power_of_two(H) // 128, 1), 8)
-    what = Cell(relative.peephole, relative.norm, zoneout(relative), EPS)
+    what = Cell(relative.peephole, relative.norm, EPS)
     return Kernel(KERNELS, kernel, (what, constants), dict(num_warps=warps, enable_fp_fusion=True))
 
 
