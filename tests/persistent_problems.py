@@ -208,6 +208,8 @@ class Problem:
         out = {k: torch.full(shape, torch.nan, dtype=self.dtype) for k, shape in new.items()}
         if self.relative.zoned:
             out["passed"] = torch.full(new["dc0"], torch.nan)
+        if forward.c0_ptr is None:
+            del out["dc0"]
         saved = {k.removesuffix("_ptr"): t for k, t in forward._asdict().items()}
         return self._launch("backward", buffers(Backward, {**self.tensors(), **(given or {}), **saved, **out}), config)
 
