@@ -195,7 +195,7 @@ def recurrence_forward(
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
     relative = Relative.of("" if call is None else call.cell)
-    zone = None if call is None else relatives.zoneout(call, relative, rows, y.view(-1, R, H))
+    zone = None if call is None else relatives.zoneout(call, relative, rows, y.view(-1, R, H), once=True)
     if relative.norm and b_hh is not None:  # which a norm of the products does not see
         gates, b_hh = gates.view(-1, R * 4 * H).add_(b_hh), None
     gates, y, w_hh = gates.view(-1, R, 4, H), y.view(-1, R, H), w_hh.view(R, 4 * H, H)
@@ -227,7 +227,10 @@ def recurrence_forward(
             torch.tanh_(g)
             c_new = shown = torch.mul(f, c_prev, out=c_s).addcmul_(i, g)
             if relative.norm:
-                shown = torch.addcmul(norm_c[1], torch.layer_norm(c_new, (H,), None, None, EPS), norm_c[0])
+                if isinstance(r, int):
+                    shown = torch.layer_norm(c_new, (H,), *norm_c, EPS)
+                else:  # each has its own gain
+                    shown = torch.addcmul(norm_c[1], torch.layer_norm(c_new, (H,), None, None, EPS), norm_c[0])
                 c_new = c_new.copy_(shown) if relative.norm == "state" else c_new
             if relative.peephole:
                 o.addcmul_(peepholes[2], c_new)

@@ -35,22 +35,37 @@ class Zoneout(NamedTuple):
         return Zoneout(self.h[rows, r], self.c[rows, r])
 
 
-def zoneout(call: LayerCall, relative: Relative, rows: Rows, like: Tensor) -> Zoneout | None:
-    """Of all steps, in ``like``'s dtype: masks if there is a seed, else what they are on average."""
-    p, (R, H, T, B) = (relative.zoneout_h, relative.zoneout_c), (call.R, call.H, rows.T, rows.B)
+def zoneout(call: LayerCall, relative: Relative, rows: Rows, like: Tensor, once: bool = False) -> Zoneout | None:
+    """Of all steps, in ``like``'s dtype: masks if there is a seed, else what they are on average.
+
+    ``once``: masks are drawn by the forward pass and kept, as long as its seed, for the backward pass.
+    """
+    p, (R, H, N) = (relative.zoneout_h, relative.zoneout_c), (*call.sizes, like.shape[0])
     if not relative.zoned:
         return None
     if call.seed is None:
-        return Zoneout(*(like.new_full((), q).expand(like.shape[0], R, H) for q in p))
+        return Zoneout(*(like.new_full((), q).expand(N, R, H) for q in p))
+    key = (p, R, H, rows.size, call.seed._version) if once and rows.batch_sizes is None else None
+    known = getattr(call.seed, "fused_lstm_masks", None)
+    if key is None or known is None or known[0] != key:
+        known = key, masks(call, p, rows, N)
+    if key is not None:
+        call.seed.fused_lstm_masks = known
+    return Zoneout(*(mask.to(like.dtype) for mask in known[1]))
+
+
+def masks(call: LayerCall, p: tuple[float, float], rows: Rows, N: int) -> list[Tensor]:
+    """Which units keep their h, and which their c, by probabilities p: (N, R, H) bool each."""
+    (R, H), T, B, device = call.sizes, rows.T, rows.B, call.seed.device
     # One draw gives four words: of h and of c, at two times. It is counted by units as if H were a multiple of 16, to which
     # the kernels' H is padded. In blocks that a CPU's caches hold.
-    count, limits = torch.arange((T + 1) // 2 * B * R, device=like.device), [round(q * 2**32) for q in p] * 2
-    index = (count[:, None] * (H + -H % ALIGNMENT) + torch.arange(H, device=like.device)).flatten()
+    count, limits = torch.arange((T + 1) // 2 * B * R, device=device), [round(q * 2**32) for q in p] * 2
+    index = (count[:, None] * (H + -H % ALIGNMENT) + torch.arange(H, device=device)).flatten()
     words = (philox(call.seed, block) for block in index.split(2**16))
-    masks = torch.cat([torch.stack([w < limit for w, limit in zip(four, limits, strict=True)]) for four in words], 1)
-    t, b = rows.times_and_batch_rows(like.shape[0], like.device)
-    in_time = masks.view(2, 2, (T + 1) // 2, B, R, H).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
-    return Zoneout(*(mask.index_select(0, t * B + b).to(like.dtype) for mask in in_time))
+    drawn = torch.cat([torch.stack([w < limit for w, limit in zip(four, limits, strict=True)]) for four in words], 1)
+    t, b = rows.times_and_batch_rows(N, device)
+    in_time = drawn.view(2, 2, (T + 1) // 2, B, R, H).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
+    return [mask.index_select(0, t * B + b) for mask in in_time]
 
 
 def philox(seed: Tensor, index: Tensor) -> list[Tensor]:
@@ -199,7 +214,7 @@ class Backward:
 
     @cached_property
     def zone(self) -> Zoneout | None:
-        return zoneout(self.call, self.relative, self.rows, self.c_all)
+        return zoneout(self.call, self.relative, self.rows, self.c_all, once=True)
 
     @cached_property
     def c(self) -> Tensor:

@@ -217,6 +217,12 @@ def test_masks_of_zoneout() -> None:
     ends = relatives.zoneout(given, cell._replace(zoneout_h=1.0, zoneout_c=0.0), given.rows, torch.zeros(41 * 8, 1, 50))
     assert ends.h.all()
     assert not ends.c.any()
+    for k in range(2):  # those that a backward pass finds are its forward pass's, and another call's are drawn anew
+        given.seed.add_(k)
+        for call in (given, given._replace(batch_first=True), given):
+            once = [relatives.zoneout(call, cell, call.rows, torch.zeros(41 * 8, 1, 50), once=True) for _ in range(2)]
+            drawn = relatives.zoneout(call._replace(seed=given.seed.clone()), cell, call.rows, torch.zeros(41 * 8, 1, 50))
+            assert all(torch.equal(a, b) for found in once for a, b in zip(found, drawn, strict=True))
     lstm = layer("zoneout", bidirectional=True)
     lstm(torch.randn(5, 0, 4, dtype=torch.float64))[0].sum().backward()  # an empty batch
     assert not lstm.weight_hh_l0.grad.any()
