@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import relatives
-from .call import LayerCall, Rows
+from .call import LayerCall, Rows, accumulator_dtype
 from .cell import EPS, Relative
 from .gemm import linear, uses_onednn
 
@@ -199,6 +199,9 @@ def recurrence_forward(
     if relative.norm and b_hh is not None:  # which a norm of the products does not see
         gates, b_hh = gates.view(-1, R * 4 * H).add_(b_hh), None
     gates, y, w_hh = gates.view(-1, R, 4, H), y.view(-1, R, H), w_hh.view(R, 4 * H, H)
+    all_products = None
+    if relative.norm and c_all is not None and not call.recompute and gates.dtype == accumulator_dtype(gates.dtype):
+        all_products = gates.new_empty(gates.shape[0], R, 4 * H)
     h_n, c_n = (y.new_zeros(R, rows.B, H) if state is None else state.clone() for state in (h0, c0))
     for group in Group.all(rows, R):
         r = group.r
@@ -206,17 +209,22 @@ def recurrence_forward(
         recurrent = products_with(w_hh[r], None if b_hh is None else b_hh.view(R, 4 * H)[r])
         peepholes, gains, norm_c = relatives.parts(relative, None if call is None or call.units is None else call.units[r])
         gains = None if gains is None else gains.flatten(-2)
-        mine, y_all, c_mine = (group.of(t, written=True) for t in (gates, y, c_all))
+        zeros = None if gains is None else torch.zeros_like(gains)
+        mine, y_all, c_mine, products_mine = (group.of(t, written=True) for t in (gates, y, c_all, all_products))
         kept = map(group.of, zone or (None, None))
-        parts = mine.flatten(-2), y_all, c_mine, mine[..., :2, :], *mine.unbind(-2), *kept
+        parts = mine.flatten(-2), products_mine, y_all, c_mine, mine[..., :2, :], *mine.unbind(-2), *kept
         steps = zip(*map(group.by_step, parts), strict=True)
-        for s, (flat, y_s, c_s, i_f, i, f, g, o, kept_h, kept_c) in enumerate(steps):
+        for s, (flat, products_s, y_s, c_s, i_f, i, f, g, o, kept_h, kept_c) in enumerate(steps):
             n, valid, keep = flat.shape[0], group.valid(s), group.kept(s)
             h_prev, c_prev = (h, c) if n == rows.B else (h[:n], c[:n])
             if keep is not None:  # a new episode begins with no memory
                 h_prev, c_prev = torch.where(keep, h_prev, 0), torch.where(keep, c_prev, 0)
             products = recurrent(h_prev)
-            if relative.norm:
+            if products_s is not None:
+                products_s.copy_(products)
+            if relative.norm and isinstance(r, int):
+                flat += torch.layer_norm(products, (4 * H,), gains, zeros, EPS)
+            elif relative.norm:  # each has gains of its own
                 flat.addcmul_(torch.layer_norm(products, (4 * H,), None, None, EPS), gains)
             else:
                 flat += products
@@ -229,7 +237,7 @@ def recurrence_forward(
             if relative.norm:
                 if isinstance(r, int):
                     shown = torch.layer_norm(c_new, (H,), *norm_c, EPS)
-                else:  # each has its own gain
+                else:
                     shown = torch.addcmul(norm_c[1], torch.layer_norm(c_new, (H,), None, None, EPS), norm_c[0])
                 c_new = c_new.copy_(shown) if relative.norm == "state" else c_new
             if relative.peephole:
@@ -246,6 +254,8 @@ def recurrence_forward(
         group.state(h_n).copy_(h)
         group.state(c_n).copy_(c)
         group.put_back()
+    if all_products is not None:
+        c_all.products = relatives.Normalized(all_products)  # for the backward pass, which else multiplies again
     return h_n, c_n
 
 

@@ -229,7 +229,8 @@ class Backward:
 
     @cached_property
     def recurrent(self) -> Normalized:
-        return Normalized(products_of(self.call, self.h_prev, self.dtype).flatten(2))
+        known = getattr(self.c_all, "products", None)  # kept by the forward pass
+        return Normalized(products_of(self.call, self.h_prev, self.dtype).flatten(2)) if known is None else known
 
     @cached_property
     def c_norm(self) -> Normalized:
@@ -312,7 +313,7 @@ class Normalized:
         self.centered = given.sub_(given.mean(-1, keepdim=True))
         size = torch.linalg.vector_norm(self.centered, dim=-1, keepdim=True)
         self.rstd = size.square_().div_(given.shape[-1]).add_(EPS).rsqrt_()
-        self.zero, self.shape = torch.zeros_like(self.rstd), given.shape[-1:]
+        self.zero, self.shape = torch.zeros_like(self.rstd), list(given.shape[-1:])
 
     @property
     def value(self) -> Tensor:
