@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -80,6 +81,8 @@ class Problem:
 
     def call(self, engine: str = "reference", dtype: torch.dtype = torch.float64, **options: Any) -> LayerCall:
         """By an engine, with inputs that are leaves of their own in ``dtype``; for the kernels, on their device."""
+        if engine == "triton":
+            skip_unless_it_compiles(dtype)
         device = DEVICE if engine == "triton" else "cpu"
 
         def leaf(name: str, t: Any) -> Any:
@@ -91,7 +94,6 @@ class Problem:
 
     def ours(self) -> dict[str, Tensor]:
         """What the kernels make of it."""
-        skip_unless_it_compiles(self.dtype)
         return results(self.call("triton", self.dtype), self.cotangents)
 
     def loops(self, dtype: torch.dtype, tf32: bool = False) -> dict[str, Tensor]:
@@ -106,7 +108,6 @@ class Problem:
 
     def check_halves(self) -> None:
         """The kernels make of a sequence in two halves what they make of it as a whole."""
-        skip_unless_it_compiles(self.dtype)
         whole, n = self.call("triton", self.dtype), self.given.rows.T // 2
         y, h_n, c_n, _, _ = recurrence.forward(whole)
         y1, h1, c1, _, _ = recurrence.forward(whole._replace(x=whole.x[:n]))
@@ -115,6 +116,11 @@ class Problem:
         close = {"rtol": 0, "atol": 4 * torch.finfo(self.dtype).eps}
         for halves, expected in ((torch.cat((y1, y2)), y), (h2, h_n), (c2, c_n)):
             torch.testing.assert_close(halves, expected, **close)
+
+
+def small_call(engine: str = "reference", save: bool = True, recompute: bool = False, **options: Any) -> LayerCall:
+    """In fp64, with so few numbers that finite differences take little time."""
+    return Problem(**{"T": 3, "B": 2, "I": 2, "H": 3} | options).call(engine, save=save, recompute=recompute)
 
 
 def inputs(call: LayerCall) -> dict[str, Tensor]:
@@ -158,3 +164,14 @@ class AsTF32(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         h, w, *bias = args
         return sum(filter(torch.is_tensor, bias), Product.apply(h, w))
+
+
+def check_ops(call: LayerCall, *utils: Sequence[str]) -> None:
+    """torch's own checks of both ops: all, or those named for the one and for the other."""
+    forward, backward = ({"test_utils": names} for names in utils) if utils else ({}, {})
+    torch.library.opcheck(ops.layer_forward, (*call,), **forward)
+    with torch.no_grad():
+        y, h_n, c_n, gates, c_all = ops.layer_forward(*call)
+    assert (gates.numel() == 0) == call.recompute
+    needs = [t is not None for t in call[: ops.N_INPUTS]]
+    torch.library.opcheck(ops.layer_backward, (y, h_n, c_n, *call, y, gates, c_all, needs), **backward)
