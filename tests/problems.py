@@ -83,14 +83,7 @@ class Problem:
         """By an engine, with inputs that are leaves of their own in ``dtype``; for the kernels, on their device."""
         if engine == "triton":
             skip_unless_it_compiles(dtype)
-        device = DEVICE if engine == "triton" else "cpu"
-
-        def leaf(name: str, t: Any) -> Any:
-            if not isinstance(t, Tensor) or name == "batch_sizes":
-                return t
-            return t.to(device, dtype, copy=True).requires_grad_() if t.is_floating_point() else t.to(device)
-
-        return LayerCall(*map(leaf, LayerCall._fields, self.given._replace(engine=engine, **options)))
+        return moved(self.given._replace(engine=engine, **options), DEVICE if engine == "triton" else "cpu", dtype)
 
     def ours(self) -> dict[str, Tensor]:
         """What the kernels make of it."""
@@ -116,6 +109,17 @@ class Problem:
         close = {"rtol": 0, "atol": 4 * torch.finfo(self.dtype).eps}
         for halves, expected in ((torch.cat((y1, y2)), y), (h2, h_n), (c2, c_n)):
             torch.testing.assert_close(halves, expected, **close)
+
+
+def moved(call: LayerCall, device: str, dtype: torch.dtype) -> LayerCall:
+    """The call on a device, with inputs that are leaves of their own in ``dtype``."""
+
+    def leaf(name: str, t: Any) -> Any:
+        if not isinstance(t, Tensor) or name == "batch_sizes":
+            return t
+        return t.detach().to(device, dtype, copy=True).requires_grad_() if t.is_floating_point() else t.to(device)
+
+    return LayerCall(*map(leaf, LayerCall._fields, call))
 
 
 def small_call(engine: str = "reference", save: bool = True, recompute: bool = False, **options: Any) -> LayerCall:
