@@ -71,7 +71,7 @@ def run_tests(arguments: Sequence[str], tool: str = "") -> dict[str, Any]:
 def tuned(problem: Mapping[str, Any], dtype: str, timed: bool = True) -> dict[str, Any]:
     """The fastest launch configuration of a recurrence, as an entry of a table; untimed, only compiled and checked."""
     import torch
-    from fused_lstm.launch.config import Recurrence
+    from fused_lstm.launch.schedule import Recurrence
 
     from fused_lstm import launch, tune
 
