@@ -41,7 +41,7 @@ def by_row(
         columns = []
         for d in range(D):
 
-            def w(name: str, gates: int = 4, d: int = d, layer: int = layer) -> Tensor | float:
+            def w(name: str, d: int = d, layer: int = layer) -> Tensor | float:
                 found = weights.get(f"{name}_l{layer}" + "_reverse" * d)
                 return 0.0 if found is None else found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -54,20 +53,8 @@ def interpret(
     def launch(name: str, grid: Program, buffers: Any, sequences: Sequences, numbers: tuple, cut: Any, _: bool) -> None:
         grids.append(grid)
         kernel, cell = found[persistent.KERNELS[name].__name__], CELLS[name.split()[0]]
-        forked(kernel, grid, (buffers, sequences, *numbers, cell, cut), delays, timeout)
+        args = (buffers, sequences, *numbers, cell, cut)
+        run_forked(kernel, grid, args, gluon_interpreter.prepare, delays, timeout)
 
     monkeypatch.setattr(persistent, "launch_once", launch)
     return grids
-
-
-def forked(kernel: Any, grid: Program, args: tuple, delays: Delays | None = None, timeout: float = 60.0) -> None:
-    """Run an interpreted kernel in a process for each program."""
-
-    class Run:
-        __name__ = kernel.__name__
-
-        def __getitem__(self, _: Program) -> Callable[..., None]:
-            gluon_interpreter.prepare()
-            return lambda *args, **_: kernel[(1, 1, 1)](*args)
-
-    run_forked(Run(), grid, args, {}, delays=delays, timeout=timeout)
