@@ -228,8 +228,8 @@ def _way_of_aten(p: Problem) -> tuple[Way, str]:
     """How the aten backend serves a problem, and the reason."""
     if p.recompute and p.needs_grad and p.T > 1:
         n = segment_steps(p.T)
-        steps = f"segments of {n} step{'s' * (n > 1)}"
-        return Way.SEGMENTS, f"torch's own fused LSTM, gates recomputed in the backward pass, in {steps}"
+        why = f"torch's own fused LSTM, gates recomputed in the backward pass, in segments of {n} step{'s' * (n > 1)}"
+        return Way.SEGMENTS, why
     if p.packed and p.device == "cpu" and packed_steps(p) <= p.T and not (p.same_length and supports_onednn(p)):
         return Way.RAGGED, "packed rows in blocks of time, each by torch's own fused LSTM"
     if p.same_length and not p.packed:
@@ -237,10 +237,7 @@ def _way_of_aten(p: Problem) -> tuple[Way, str]:
     # A call for each stretch is worth more than control columns where the stretches have many rows (measured, H from 128 to
     # 512), in one direction, on a CPU.
     if p.stretches and not (p.lengths or p.bidirectional) and p.stretches * (128 + p.hidden_size // 2) <= p.T * p.B:
-        return (
-            Way.STRETCHES,
-            f"torch's own fused LSTM, a call for each of the {p.stretches} stretches of time without resets",
-        )
+        return Way.STRETCHES, f"torch's own fused LSTM, a call for each of {p.stretches} stretches of time without resets"
     if p.lengths or p.resets:
         return Way.RAGGED, "lengths and resets as control columns of torch's own fused LSTM"
     few = (16 if p.needs_grad else max(16, p.hidden_size // 8)) >= p.B  # rows, next to the weights' size
@@ -251,13 +248,8 @@ def _way_of_aten(p: Problem) -> tuple[Way, str]:
 
 def _by_aten(p: Problem, asked: str = "", **more: object) -> Plan:
     (way, why), fp32 = _way_of_aten(p), better_in_fp32(p)
-    return Plan(
-        "aten",
-        way,
-        asked + why + ", computed in fp32 and rounded at the end, which is many times faster" * fp32,
-        fp32,
-        **more,
-    )
+    why += ", computed in fp32 and rounded at the end, which is many times faster" * fp32
+    return Plan("aten", way, asked + why, fp32, **more)
 
 
 def _explicit(way: Way, p: Problem, reason: str, **more: object) -> Plan:
@@ -373,15 +365,9 @@ def _choose(p: Problem, backend: str) -> Plan:
 
 
 def choose_compiled(
-    device: str,
-    dtype: torch.dtype,
-    projected: bool,
-    transformed: bool,
-    differentiated: bool,
-    backend: str,
-    heads: int = 1,
-    cell: str = "",
-) -> tuple[str, bool, bool]:
+    device: str, dtype: torch.dtype, projected: bool, transformed: bool, differentiated: bool, backend: str,
+    heads: int = 1, cell: str = "",
+) -> tuple[str, bool, bool]:  # fmt: skip
     """The way of a call in a graph of torch.compile or torch.export, in a word, and a Plan's two flags: as one op per layer,
     whatever T and B will be.
 
