@@ -113,24 +113,6 @@ def layer(call: LayerCall) -> Kept:
 legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def _gradient(
-    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, call: LayerCall, *saved: Any
-) -> Sequence[Tensor | None]:
-    """:func:`fused_lstm.recurrence.backward`, likewise."""
-    grads = dy, dh_n, dc_n
-    # A compiler is to look no further; is_grads_batched maps without being a transform.
-    if plain(grads + call[:N_TENSORS]) and not any([g is not None and legacy_batched(g) for g in grads]):
-        if torch.is_grad_enabled():
-            return LayerGradient.apply(*grads, *call, *saved)
-        return recurrence.backward(*grads, call, *saved)
-    if active():
-        found = MappedLayerGradient.apply(*grads, *call, *saved)
-    else:
-        y, gates, c, needs = saved
-        found = layer_backward(*grads, *call, y, y.new_empty(0) if gates is None else gates, c, needs)
-    return [grad if need else None for grad, need in zip(found, saved[3], strict=True)]
-
-
 def _keep(ctx: Any, inputs: tuple, output: Kept) -> None:
     """Keep for the backward pass what a forward pass was given, and what it computed."""
     ctx.set_materialize_grads(False)
@@ -148,12 +130,20 @@ def _differentiate(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tenso
     if not ctx.options[2]:
         raise RuntimeError("fused_lstm: this layer was run with save=False, so it has nothing to differentiate by")
     *tensors, y, gates, c = ctx.saved_tensors
-    gates = None if gates is None else _unless_empty(gates)
-    needs = ctx.needs_input_grad
-    grads: Sequence[Tensor | None] = [None] * N_INPUTS
-    if dy is not None or dh_n is not None or dc_n is not None:
-        grads = _gradient(dy, dh_n, dc_n, LayerCall(*tensors, *ctx.options), y, gates, c, list(needs[:N_INPUTS]))
-    return *grads, *[None] * (len(needs) - N_INPUTS)  # torch has no entry for an argument that equals its default
+    grads, needs = (dy, dh_n, dc_n), ctx.needs_input_grad
+    rest = [None] * (len(needs) - N_INPUTS)  # torch has no entry for an argument that equals its default
+    if dy is None and dh_n is None and dc_n is None:
+        return *[None] * N_INPUTS, *rest
+    call, needs = (*tensors, *ctx.options), needs[:N_INPUTS]
+    # A compiler is to look no further; is_grads_batched maps without being a transform.
+    if plain((*grads, *tensors)) and not any([g is not None and legacy_batched(g) for g in grads]):
+        saved = y, None if gates is None else _unless_empty(gates), c, needs
+        if torch.is_grad_enabled():
+            return *LayerGradient.apply(*grads, *call, *saved), *rest
+        return *recurrence.backward(*grads, LayerCall(*call), *saved), *rest
+    op = MappedLayerGradient.apply if active() else layer_backward
+    found = op(*grads, *call, y, y.new_empty(0) if gates is None else gates, c, list(needs))
+    return *[grad if need else None for grad, need in zip(found, needs, strict=True)], *rest
 
 
 class LayerFunction(torch.autograd.Function):

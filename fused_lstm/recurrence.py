@@ -129,7 +129,7 @@ def backward(
         if needs[8] and call.cell:
             dunits = relative.by_units(flat.view(N, R, 4, H))
         if needs[0]:
-            dx = (flat if call.w_ih is None else product(flat, call.w_ih)).view(x.shape)
+            dx = (flat if call.w_ih is None else product(flat, call.w_ih)).view_as(x)  # view takes long to read a shape
         if needs[3] and call.w_ih is not None:
             dw_ih = outer(flat, x.reshape(N, x.shape[-1]))
         if needs[4]:

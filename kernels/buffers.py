@@ -36,7 +36,7 @@ class Backward(NamedTuple):
     w_hh_ptr: Any  # (R, 4, H, H)
     dgates_ptr: Any  # (N, R, 4, H) out; read at the next step's rows. Persistent: full of 0xFF before
     h_prev_ptr: Any  # (N, R, H) out
-    dc0_ptr: Any  # (R, B, H) out
+    dc0_ptr: Any  # (R, B, H) out; None where nobody asks for it
     # Stepwise: (R, B, H), the gradient by the cell state between launches, as above; may be dc0_ptr.
     running_ptr: Any = None
     zeros_ptr: Any = None  # Persistent: as above

@@ -237,7 +237,8 @@ def step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL: gl.const
     else:
         gl.store(buffers.h_prev_ptr + at, saved.h_prev, mask=has)
     end = gl.expand_dims((place.r * place.B + step.b) * CONFIG.H, 0) + u
-    gl.store(buffers.dc0_ptr + end, dc_prev.to(dtype), mask=in_batch & (s == 0))
+    if buffers.dc0_ptr is not None:
+        gl.store(buffers.dc0_ptr + end, dc_prev.to(dtype), mask=in_batch & (s == 0))
     if CONFIG.zoneout is not None:
         gl.store(buffers.passed_ptr + end, passed[0], mask=in_batch & (s == 0))
     return gradients, dc_prev, passed

@@ -199,19 +199,17 @@ def lstm_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     tl.store(buffers.h_prev_ptr + offs, h_prev, mask=mask)
     if buffers.running_ptr is not None:
         tl.store(buffers.running_ptr + at.state, dc, mask=mask)
-    if s == 0:
-        tl.store(buffers.dc0_ptr + at.state, narrow(dc, dtype, BF16), mask=mask)
-    if sequences.lengths_ptr is not None:
-        if sequences.starts_ptr is None:  # padding is zero
-            past = at.mask & (s >= batch.lengths)[:, None]
-            padding = (padding_rows(batch, s) * R)[:, None]
-            tl.store(buffers.h_prev_ptr + padding * H + at.columns, tl.zeros_like(h_prev), mask=past)
-            zeros = tl.zeros_like(dc)
-            store_gates(
-                buffers.dgates_ptr + padding * (4 * H) + at.gates, (zeros, zeros, zeros, zeros), past, H, dtype, BF16
-            )
-        if s == 0:  # a row without steps hands its gradient through
-            store_first(buffers.dc0_ptr + at.state, buffers.dcn_ptr, at)
+    if buffers.dc0_ptr is not None:  # noqa: SIM102 - which Triton knows as it compiles
+        if s == 0:
+            tl.store(buffers.dc0_ptr + at.state, narrow(dc, dtype, BF16), mask=mask)
+            if sequences.lengths_ptr is not None:  # a row without steps hands its gradient through
+                store_first(buffers.dc0_ptr + at.state, buffers.dcn_ptr, at)
+    if sequences.lengths_ptr is not None and sequences.starts_ptr is None:  # padding is zero
+        past = at.mask & (s >= batch.lengths)[:, None]
+        padding = (padding_rows(batch, s) * R)[:, None]
+        tl.store(buffers.h_prev_ptr + padding * H + at.columns, tl.zeros_like(h_prev), mask=past)
+        zeros = (tl.zeros_like(dc), tl.zeros_like(dc), tl.zeros_like(dc), tl.zeros_like(dc))
+        store_gates(buffers.dgates_ptr + padding * (4 * H) + at.gates, zeros, past, H, dtype, BF16)
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def build(
         absent = (*absent, "lengths", "starts", "resets")
     if config.form != "split":
         absent = (*absent, "box")
-    absent = (*absent, "running")
+    absent = (*absent, "running", *["dc0"] * ("c0" in absent))
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {"CELL": CELLS[kernel], "CONFIG": cut}
     aligned = {}

@@ -103,10 +103,12 @@ def _on_device_of(t: Tensor) -> AbstractContextManager:
     return torch.cuda._DeviceGuard(t.device.index) if t.is_cuda else NOTHING
 
 
-def _running(launch: Launch, ends: Tensor) -> Tensor | None:
+def _running(launch: Launch, ends: Tensor | None, like: Tensor, *shape: int) -> Tensor | None:
     """Where launches of single steps keep what runs from one to the next: in ``ends`` itself if that is wide enough."""
     dtype = launch.running
-    return ends if dtype == ends.dtype else None if dtype is None else torch.empty_like(ends, dtype=dtype)
+    if dtype is None or (ends is not None and ends.dtype == dtype):
+        return None if dtype is None else ends
+    return like.new_empty(*shape, dtype=dtype)
 
 
 def recurrence_forward(
@@ -130,7 +132,7 @@ def recurrence_forward(
     h_n, c_n = gates.new_empty(R, rows.B, H), gates.new_empty(R, rows.B, H)
     if rows.B:
         launch = prepare("forward", gates, rows, R, H, cell)
-        running = _running(launch, c_n)
+        running = _running(launch, c_n, gates, R, rows.B, H)
         _run(launch, Forward(gates, w_hh, b_hh, y, c_all, h0, c0, h_n, c_n, running, None, *own), rows)
     return h_n, c_n
 
@@ -149,22 +151,22 @@ def recurrence_backward(
     dgates: Tensor,  # (N, R, 4, H) out
     h_prev: Tensor,  # (N, R, H) out
     relative: relatives.Given | None = None,
-) -> tuple[Tensor | None, Tensor]:
-    """The backward recurrence. Returns, of a cell with norms, dh_0; and dc_0, (R, B, H)."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """The backward recurrence. Returns, of a cell with norms, dh_0; and dc_0 (R, B, H), None without c0."""
     if relative is not None and relative.relative.norm:
         with _on_device_of(w_hh):
             return relatives.backward(dy, dh_n, dc_n, gates, w_hh, rows, dgates, relative)
     n, H = w_hh.shape
     R = n // (4 * H)
-    dc0, cell, own = gates.new_empty(R, rows.B, H), "", ()
+    dc0, cell, own = None if c0 is None else gates.new_empty(R, rows.B, H), "", ()
     if relative is not None:
         cell, own = relative.call.cell, _own(relative.call)
         if relative.relative.zoned:
-            relative.passed = torch.zeros_like(dc0, dtype=accumulator_dtype(dc0.dtype))
+            relative.passed = gates.new_zeros(R, rows.B, H, dtype=accumulator_dtype(gates.dtype))
             own += (relative.passed,)
     if rows.B:
         launch = prepare("backward", gates, rows, R, H, cell)
-        running = _running(launch, dc0)
+        running = _running(launch, dc0, gates, R, rows.B, H)
         buffers = dy, dh_n, dc_n, gates, c_all, y, h0, c0, w_hh, dgates, h_prev, dc0, running, None, None, *own
         _run(launch, Backward(*buffers), rows)
     return None, dc0

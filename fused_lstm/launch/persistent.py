@@ -255,17 +255,16 @@ def run(
     zone: Zoneout | None = None,
 ) -> None:
     """One pass. h, dgates and h_prev are zero past a row's length."""
+    H, B = buffers.w_hh_ptr.shape[-1], size[1]
+    R = buffers.w_hh_ptr.numel() // (4 * H * H)
+    if not B:
+        return
     exchanged = buffers.h_ptr if kernel == "forward" else buffers.dgates_ptr
     if kernel == "backward":
         if buffers.gates_ptr is exchanged:  # which is filled before the gates are read
             buffers = buffers._replace(gates_ptr=buffers.gates_ptr.clone())
         if config.form == "split":
-            R, B, H = buffers.dc0_ptr.shape
             buffers = buffers._replace(box_ptr=exchanged.new_zeros(R, 2, owners(H), 3, B, 16, dtype=torch.int64))
-    H, B = buffers.w_hh_ptr.shape[-1], size[1]
-    R = buffers.w_hh_ptr.numel() // (4 * H * H)
-    if not B:
-        return
     if config.form != "local":
         unwritten(exchanged)
     buffers = buffers._replace(zeros_ptr=zeros(exchanged.device, exchanged.dtype, max(4 * H, 512)))
