@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,6 @@ THEMES = {
     "light": ("#24292f", "#d0d7de", ("#0969da", "#bc4c00", "#57606a")),
     "dark": ("#e6edf3", "#3d444d", ("#58a6ff", "#f0883e", "#9198a1")),
 }
-Draw = Callable[[Any, tuple[str, str, Sequence[str]]], Any]
 
 
 def draw(results: Results, out: Path) -> list[str]:
@@ -31,7 +30,7 @@ def draw(results: Results, out: Path) -> list[str]:
         if not numbers:
             continue
         for theme, colours in THEMES.items():
-            with plt.rc_context(style(*colours)):
+            with plt.rc_context(style(*colours[:2])):
                 figure = of(numbers, colours, results)
                 figure.savefig(
                     out / f"{results.slug}-{name}-{theme}.svg", transparent=True, bbox_inches="tight",
@@ -42,7 +41,7 @@ def draw(results: Results, out: Path) -> list[str]:
     return drawn
 
 
-def style(text: str, lines: str, colours: Sequence[str]) -> dict[str, Any]:
+def style(text: str, lines: str) -> dict[str, Any]:
     plain = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), text)
     return plain | {
         "axes.edgecolor": lines, "grid.color": lines, "axes.spines.top": False, "axes.spines.right": False,

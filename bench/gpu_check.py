@@ -71,9 +71,9 @@ def run_tests(arguments: Sequence[str], tool: str = "") -> dict[str, Any]:
 def tuned(problem: Mapping[str, Any], dtype: str, timed: bool = True) -> dict[str, Any]:
     """The fastest launch configuration of a recurrence, as an entry of a table; untimed, only compiled and checked."""
     import torch
-    from fused_lstm.launch.config import Recurrence
 
     from fused_lstm import launch, tune
+    from fused_lstm.launch.schedule import Recurrence
 
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
     recurrence = Recurrence(arithmetic=tune.KINDS.get(dtype, dtype), **problem)
@@ -87,13 +87,13 @@ def check(name: str, limit: float, *arguments: str, tool: str = "") -> Job:
     return Job(name, limit, "gpu_check:run_tests", {"arguments": arguments, "tool": tool})
 
 
-def speed(name: str, providers: Sequence[str], limit: float = 60) -> Iterator[Job]:
+def speed(name: str, providers: Sequence[str]) -> Iterator[Job]:
     """A suite of bench/run.py."""
     for case in suite(name, "cuda", quick=name != "workloads"):
         peers = ("torchrl",) if name == "workloads" and case.variant == "resets" and HAS_TORCHRL else ()
         what = {"case": vars(case), "modes": run.modes_of(case, MODES), "providers": (*providers, *peers), "device": "cuda"}
         measuring = what | {"seconds": SECONDS, "seed": 0, "threads": 1}
-        yield Job(f"{name} {case.name}", limit, "measure:measure", measuring, ("measure:rehearse", what), case)
+        yield Job(f"{name} {case.name}", 60, "measure:measure", measuring, ("measure:rehearse", what), case)
 
 
 def profiles() -> Iterator[Job]:

@@ -200,7 +200,7 @@ def computes(name: str) -> bool:
     return not composite and not any(alias is not None and not alias.is_write for alias in returns)
 
 
-def operations(run: Run, device: str, stub: Stub | None) -> int:
+def operations(run: Run, stub: Stub | None) -> int:
     """What the device is given to do in one call."""
     given = run.prepare()
     activity = torch.profiler.ProfilerActivity
@@ -257,7 +257,7 @@ def host(device: str, dtype: str, blocks: int = BLOCKS) -> Rows:
                 some = {name: side[mode] for name, side in sides.items() if mode in side}
                 for run in some.values():
                     host_us(run.call, CALLS, run.prepare, device == "cuda")
-                row = {f"{name} operations": operations(run, device, stub) for name, run in some.items()}
+                row = {f"{name} operations": operations(run, stub) for name, run in some.items()}
                 found[f"{case.name}, {mode}"] = row | quickest(some, device, blocks)
     return found
 

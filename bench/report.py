@@ -332,16 +332,16 @@ def picture(name: str, title: str) -> Iterator[str]:
     )  # fmt: skip
 
 
-def readme_part(all_results: Sequence[Results], folder: str = "bench/results") -> str:
+def readme_part(all_results: Sequence[Results]) -> str:
     """What the main page shows: the newest results of a GPU and of a CPU, of the first the chart as well."""
     newest = {results.about["kind"]: results for results in reversed(all_results)}
     shown = [newest[kind] for kind in ("cuda", "cpu") if kind in newest]
     lines = [
         f"{summary(r)} (commit {commit(r)}, torch {r.about['torch']}, {r.about['date'][:10]}; "
-        f"[all results]({folder}/README.md))\n"
+        "[all results](bench/results/README.md))\n"
         for r in shown
     ]
-    return "\n".join([*lines, *picture(f"{folder}/{shown[0].slug}-speed", CHARTS["speed"])])
+    return "\n".join([*lines, *picture(f"bench/results/{shown[0].slug}-speed", CHARTS["speed"])])
 
 
 # --- charts

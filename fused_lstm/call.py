@@ -339,13 +339,10 @@ def traced(t: Tensor) -> bool:
 
 def check_batch_sizes(batch_sizes: Tensor, N: int) -> None:
     """Raise ValueError unless batch_sizes fit N rows of packed data: otherwise rows would be read that are not there."""
-    if not isinstance(batch_sizes, Tensor):
-        raise ValueError(f"batch_sizes should be a 1-D int64 tensor on the CPU, got {type(batch_sizes).__name__}")
-    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
-        raise ValueError(
-            "batch_sizes should be a 1-D int64 tensor on the CPU, as torch.nn.utils.rnn.PackedSequence has it, got "
-            f"{batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
-        )
+    b, is_tensor = batch_sizes, isinstance(batch_sizes, Tensor)
+    if not is_tensor or b.dim() != 1 or b.dtype != torch.int64 or b.device.type != "cpu":
+        got = f"{b.dim()}-D {b.dtype} on {b.device}" if is_tensor else type(b).__name__
+        raise ValueError(f"batch_sizes should be a 1-D int64 tensor on the CPU, got {got}")
     sizes = batch_sizes.tolist()
     if not sizes or sizes[-1] < 1 or sum(sizes) != N or any(a < b for a, b in pairwise(sizes)):
         raise ValueError(

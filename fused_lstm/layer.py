@@ -19,7 +19,7 @@ from .cell import Cell, checked_cell
 from .checks import cast_dtype, check_like, check_weights
 from .dropouts import NO_DROPOUTS
 from .functional import Earlier, run, settle, uncoupled
-from .plan import BACKENDS, Plan, choose, problem_of, switches
+from .plan import Plan, check_backend, choose, problem_of, switches
 
 L = TypeVar("L", bound=nn.RNNBase)
 M = TypeVar("M", bound=nn.Module)
@@ -275,26 +275,25 @@ class LSTM(nn.RNNBase):
         if dims not in (1, 2):
             got = f"shape {tuple(input.shape)}" if isinstance(input, Tensor) else type(input).__name__
             raise ValueError(f"step: expected one step of input, (B, I) or (I,), got {got}")
-        if state is not None:
-            if len(state) != 2:
-                raise ValueError(f"step: expected state to be two tensors, (h, c), got {len(state)}")
-            if state[0].dim() != dims + 1 or state[1].dim() != dims + 1:
-                raise ValueError(
-                    f"step: with an input of {dims} dimensions, expected h and c of {dims + 1}, got shapes "
-                    f"{tuple(state[0].shape)} and {tuple(state[1].shape)}"
-                )
+        if state is not None and len(state) != 2:
+            raise ValueError(f"step: expected state to be two tensors, (h, c), got {len(state)}")
+        if state is not None and not state[0].dim() == state[1].dim() == dims + 1:
+            raise ValueError(
+                f"step: with an input of {dims} dimensions, expected h and c of {dims + 1}, got shapes "
+                f"{tuple(state[0].shape)} and {tuple(state[1].shape)}"
+            )
         # One tensor given twice, or two views that begin at the same address. A compiler knows no addresses, and a tensor
         # without memory has address 0.
-        same = state is not None and (
-            state[0] is state[1]
-            or (not torch.compiler.is_compiling() and inplace and state[0].data_ptr() == state[1].data_ptr() != 0)
-        )
-        if inplace and (state is None or same):
+        if inplace and (
+            state is None
+            or state[0] is state[1]
+            or (not torch.compiler.is_compiling() and state[0].data_ptr() == state[1].data_ptr() != 0)
+        ):
             got = "None" if state is None else "one tensor twice"
             raise ValueError(f"step: inplace=True writes to the tensors of state, expected (h, c), got {got}")
         time = 1 if self.batch_first and dims == 2 else 0
         output, new = self(input.unsqueeze(time), state)
-        if state is not None and inplace:
+        if inplace:
             if new[0].requires_grad:
                 raise RuntimeError(
                     "step: inplace=True overwrites what a gradient needs, expected torch.no_grad() or input, state and "
@@ -387,8 +386,7 @@ class LSTM(nn.RNNBase):
 
 def _checked(backend: str, recompute: bool) -> dict[str, Any]:
     """The attributes that nn.LSTM does not have."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
+    check_backend(backend)
     if not isinstance(recompute, bool):
         raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
     return {"backend": backend, "recompute": recompute}

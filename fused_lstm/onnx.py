@@ -54,16 +54,8 @@ def export(
     table = translation_table() | (options.pop("custom_translation_table", None) or {})
     with torch.no_grad():  # so that the layers keep nothing for a backward pass
         try:
-            return torch.onnx.export(
-                model,
-                args,
-                f,
-                kwargs=kwargs,
-                dynamic_shapes=dynamic_shapes,
-                dynamo=True,
-                custom_translation_table=table,
-                **options,
-            )
+            more = {"kwargs": kwargs, "dynamic_shapes": dynamic_shapes, "custom_translation_table": table} | options
+            return torch.onnx.export(model, args, f, dynamo=True, **more)
         except torch.onnx.OnnxExporterError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, Inexpressible):
@@ -103,7 +95,7 @@ def layer(
     start = h0
     w_ih, w_hh, w_h0 = (None if w is None else _by_direction(w, R) for w in (w_ih, w_hh, w_h0))
     if w_h0 is not None:
-        x, w_ih, start = _with_first(x, h0, w_ih, w_h0, lengths, directions), _beside(w_ih, w_h0, R), None
+        x, w_ih, start = _with_first(x, h0, lengths, directions), _beside(w_ih, w_h0, R), None
     bias = None if b_ih is None else op.Concat(*(_gates(_by_direction(b, R), H) for b in (b_ih, b_hh)), axis=1)
     ends = None if lengths is None else op.Cast(lengths, to=INT32)
     y, h_n, c_n = op.LSTM(
@@ -130,12 +122,7 @@ def _gates(w, H: int):
     return op.Gather(w, op.Constant(value_ints=order), axis=1)
 
 
-def _zero(like, shape: list[int]):
-    """Zeros of a tensor's dtype."""
-    return op.CastLike(op.Expand(op.Constant(value_float=0.0), op.Constant(value_ints=shape)), like)
-
-
-def _with_first(x, h0, w_ih, w_h0, lengths, directions: int):
+def _with_first(x, h0, lengths, directions: int):
     """x (T, B, I) with further features for each recurrence: its h0 (B, P) at its first step, elsewhere zeros.
 
     A recurrence with a projection folded into w_hh starts at zero and meets h0 in the first pre-activations, which the
@@ -149,7 +136,8 @@ def _with_first(x, h0, w_ih, w_h0, lengths, directions: int):
     backwards = {1: [False], -1: [True], 2: [False, True]}[directions]
     firsts = [last if back else op.Constant(value_int=0) for back in backwards]
     h0 = op.Split(h0, num_outputs=len(firsts), axis=0) if len(firsts) > 1 else [h0]
-    parts = [op.Where(op.Equal(t, first), h, _zero(x, [1])) for first, h in zip(firsts, h0, strict=True)]
+    zero = op.CastLike(op.Constant(value_floats=[0.0]), x)
+    parts = [op.Where(op.Equal(t, first), h, zero) for first, h in zip(firsts, h0, strict=True)]
     return op.Concat(x, *parts, axis=2)
 
 

@@ -224,32 +224,32 @@ def packed_steps(p: Problem) -> float:
     return 256 if p.needs_grad else math.inf  # a block is a loop as well
 
 
-def way_of_aten(p: Problem) -> tuple[Way, bool, str]:
-    """How the aten backend serves a problem, whether in fp32, and the reason."""
-    fp32 = better_in_fp32(p)
-    computed = ", computed in fp32" if fp32 else ""
+def _way_of_aten(p: Problem) -> tuple[Way, str]:
+    """How the aten backend serves a problem, and the reason."""
     if p.recompute and p.needs_grad and p.T > 1:
         n = segment_steps(p.T)
         why = f"torch's own fused LSTM, gates recomputed in the backward pass, in segments of {n} step{'s' * (n > 1)}"
-        return Way.SEGMENTS, fp32, why + computed
+        return Way.SEGMENTS, why
     if p.packed and p.device == "cpu" and packed_steps(p) <= p.T and not (p.same_length and supports_onednn(p)):
-        return Way.RAGGED, fp32, "packed rows in blocks of time, each by torch's own fused LSTM" + computed
+        return Way.RAGGED, "packed rows in blocks of time, each by torch's own fused LSTM"
     if p.same_length and not p.packed:
-        return Way.PREFIX, fp32, "all rows have the same length: torch's own fused LSTM over so many steps" + computed
+        return Way.PREFIX, "all rows have the same length: torch's own fused LSTM over so many steps"
     # A call for each stretch is worth more than control columns where the stretches have many rows (measured, H from 128 to
     # 512), in one direction, on a CPU.
     if p.stretches and not (p.lengths or p.bidirectional) and p.stretches * (128 + p.hidden_size // 2) <= p.T * p.B:
-        why = f"torch's own fused LSTM, a call for each of the {p.stretches} stretches of time without resets"
-        return Way.STRETCHES, fp32, why + computed
+        return Way.STRETCHES, f"torch's own fused LSTM, a call for each of {p.stretches} stretches of time without resets"
     if p.lengths or p.resets:
-        return Way.RAGGED, fp32, "lengths and resets as control columns of torch's own fused LSTM" + computed
+        return Way.RAGGED, "lengths and resets as control columns of torch's own fused LSTM"
     few = (16 if p.needs_grad else max(16, p.hidden_size // 8)) >= p.B  # rows, next to the weights' size
     if p.device == "cpu" and p.T == 1 and few and not p.packed and p.dtype != torch.bfloat16:
-        return Way.CELL, fp32, "T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call"
-    if fp32:
-        what = "fp16 on a CPU" if p.dtype == torch.float16 else "bf16 on a CPU without AVX-512"
-        return Way.FUSED, True, f"{what}: computed in fp32, which is many times faster, and rounded at the end"
-    return Way.FUSED, False, "torch's own fused LSTM"
+        return Way.CELL, "T = 1: a cell per layer and direction, since torch's LSTM reorders its weights on every call"
+    return Way.FUSED, "torch's own fused LSTM"
+
+
+def _by_aten(p: Problem, asked: str = "", **more: object) -> Plan:
+    (way, why), fp32 = _way_of_aten(p), better_in_fp32(p)
+    why += ", computed in fp32 and rounded at the end, which is many times faster" * fp32
+    return Plan("aten", way, asked + why, fp32, **more)
 
 
 def _explicit(way: Way, p: Problem, reason: str, **more: object) -> Plan:
@@ -277,9 +277,8 @@ def prefers_reference(p: Problem) -> str | None:
 def beside_torch(p: Problem) -> tuple[bool, str]:
     """Whether torch's own LSTM serves a call on a GPU and was measured faster there than the kernels; and the reason."""
     gpu = p.gpu
-    if gpu is None or p.resets or p.packed or p.transformed or p.forward_mode or (p.recompute and p.needs_grad):
-        return False, ""  # what only the kernels do, or torch's LSTM was not timed at
-    if p.cell or p.heads > 1:
+    own = p.resets or p.packed or p.transformed or p.forward_mode or (p.recompute and p.needs_grad) or p.cell or p.heads > 1
+    if gpu is None or own:  # what only the kernels do, or torch's LSTM was not timed at
         return False, ""
     if gpu.dropout or gpu.kernels_only:  # two generators of masks; and the kernels repeat their bits
         return False, "; not torch's own, since " + ("dropout acts" if gpu.dropout else "torch's switches rule cuDNN out")
@@ -302,6 +301,12 @@ def beside_torch(p: Problem) -> tuple[bool, str]:
     return ratio < 1, f"the kernels are {words}" if ratio < 1 else f"; {words}"
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless it is a backend's name, or "auto"."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
+
+
 def choose(p: Problem, backend: str = "auto") -> Plan:
     """The plan for a problem.
 
@@ -312,8 +317,7 @@ def choose(p: Problem, backend: str = "auto") -> Plan:
         ValueError: ``backend`` is no backend's name.
         RuntimeError: the backend that was asked for cannot serve the problem; says why.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend should be one of {', '.join(map(repr, BACKENDS))}, got: {backend!r}")
+    check_backend(backend)
     plan = _choose(p, backend)
     if p.forward_mode:
         why = "forward-mode AD, which torch follows op by op through the readable loop"
@@ -334,8 +338,7 @@ def _choose(p: Problem, backend: str) -> Plan:
         if not ok:
             raise RuntimeError(f"backend={backend!r} cannot serve this call: {reason}")
         if backend == "aten":
-            way, fp32, why = way_of_aten(p)
-            return Plan("aten", way, f"asked for; {why}", fp32)
+            return _by_aten(p, "asked for; ")
         return _explicit(Way(backend), p, f"asked for; {reason}{_recomputed(p)}")
     rejected = {}
     if p.device == "cuda":
@@ -353,8 +356,7 @@ def _choose(p: Problem, backend: str) -> Plan:
             return _explicit(Way.REFERENCE, p, why, rejected=rejected)
     ok, reason = supports_aten(p)
     if ok:
-        way, fp32, why = way_of_aten(p)
-        return Plan("aten", way, why, fp32, rejected=rejected)
+        return _by_aten(p, rejected=rejected)
     rejected["aten"] = reason
     ok, reason = supports_reference(p)
     if not ok:
@@ -363,15 +365,9 @@ def _choose(p: Problem, backend: str) -> Plan:
 
 
 def choose_compiled(
-    device: str,
-    dtype: torch.dtype,
-    projected: bool,
-    transformed: bool,
-    differentiated: bool,
-    backend: str,
-    heads: int = 1,
-    cell: str = "",
-) -> tuple[str, bool, bool]:
+    device: str, dtype: torch.dtype, projected: bool, transformed: bool, differentiated: bool, backend: str,
+    heads: int = 1, cell: str = "",
+) -> tuple[str, bool, bool]:  # fmt: skip
     """The way of a call in a graph of torch.compile or torch.export, in a word, and a Plan's two flags: as one op per layer,
     whatever T and B will be.
 

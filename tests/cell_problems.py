@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from checks import DEVICE
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from checks import DEVICE, RAGGED, Config, results
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fused_lstm import LSTM, Cell, relatives
 
@@ -31,17 +32,27 @@ def norm(x: Tensor) -> Tensor:
 
 
 def by_row(
-    lstm: LSTM, x: Tensor, hx: tuple[Tensor, Tensor] | None, lengths: list[int], resets: Tensor | None, seeds: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
+    lstm: LSTM,
+    x: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
     """The layer on x (T, B, I): one row, one step, one head after the other, by the formulas of Cell's docstring."""
+    if isinstance(x, PackedSequence):
+        padded, lengths = pad_packed_sequence(x)
+        y, ends = by_row(lstm, padded, hx, lengths)
+        return pack_padded_sequence(y, lengths), ends
+    seeds = [int(torch.randint(2**63 - 1, (1,))) for _ in range(lstm.num_layers)] if lstm.training else []
     cell, H, D, (T, B) = lstm.cell or Cell(), lstm.hidden_size, 1 + lstm.bidirectional, x.shape[:2]
+    lengths = [T] * B if lengths is None else lengths.tolist()
     h_n, c_n, n = [], [], (lstm.cell or Cell()).heads
     weights = dict(lstm.named_parameters())
     for layer in range(lstm.num_layers):
         columns = []
         for d in range(D):
 
-            def w(name: str, gates: int = 4, d: int = d, layer: int = layer) -> Tensor | float:
+            def w(name: str, d: int = d, layer: int = layer) -> Tensor | float:
                 found = weights.get(f"{name}_l{layer}" + "_reverse" * d)
                 return 0.0 if found is None else found
 
@@ -91,74 +102,40 @@ def by_row(
             h_n.append(hs)
             c_n.append(cs)
         x = torch.cat(columns, -1)
-    return x, torch.stack(h_n), torch.stack(c_n)
+    return x, (torch.stack(h_n), torch.stack(c_n))
 
 
 class Problem:
     """A layer and a call, drawn by a seed."""
 
-    def __init__(self, cell: Cell, seed: int, dtype: torch.dtype = torch.float64, mode: str | None = None) -> None:
-        r = random.Random(seed)
-        self.dtype, self.seed, self.mode = dtype, seed, mode or r.choice(["", "lengths", "resets", "packed", "both"])
-        T, B, I, H = r.randint(1, 5), r.randint(1, 3), r.randint(1, 4), cell.heads * r.randint(1, 3)  # noqa: E741
+    def __init__(self, cell: Cell, seed: int, dtype: torch.dtype = torch.float64) -> None:
+        r, config = random.Random(f"layer {seed}"), Config.random(seed, dtype, 1, ("padded", "packed sorted", *RAGGED))
+        B, I, H = min(config.B, 3), min(config.I, 4), cell.heads * r.randint(1, 3)  # noqa: E741
+        layers = 1 if dtype == torch.bfloat16 else min(config.layers, 2)
         # A norm of few numbers, which may be close to each other, multiplies rounding errors; tensors of 256 or more would
         # be judged alone, though all their errors may have one origin.
         if cell.layer_norm:
             I, H = I + 3, 7 if dtype == torch.bfloat16 else 5  # noqa: E741
-        layers, bi = 1 if dtype == torch.bfloat16 else r.randint(1, 2), r.random() < 0.5
+        self.config = replace(config, B=B, I=I, H=H, layers=layers, proj=0, batch_first=False)
         torch.manual_seed(seed)
-        self.lstm = LSTM(I, H, layers, bias=r.random() < 0.8 or cell.forget_bias is not None, bidirectional=bi, cell=cell)
-        self.lstm.train(r.random() < 0.7)
+        self.lstm = LSTM(I, H, layers, config.bias, bidirectional=config.bidirectional, cell=cell).train(r.random() < 0.7)
         with torch.no_grad():
             for name, p in self.lstm.named_parameters():
                 if name.startswith(("norm", "weight_peephole")):  # of which torch's own would be ones and zeros
                     p.add_(torch.randn_like(p) * 0.3)
         self.lstm.to(dtype).double()
-        g = torch.Generator().manual_seed(seed)
-
-        def numbers(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=g).to(dtype).double()
-
-        groups = layers * (1 + bi)
-        self.x, self.hx = numbers(T, B, I), (numbers(groups, B, H), numbers(groups, B, H)) if r.random() < 0.6 else None
-        least = 1 if self.mode == "packed" else 0
-        self.lengths = [T, *(r.randint(least, T) for _ in range(B - 1))] if self.mode not in ("", "resets") else [T] * B
-        if self.mode == "packed":
-            self.lengths.sort(reverse=True)
-        self.resets = torch.rand(T, B, generator=g) < 0.4 if self.mode in ("resets", "both") else None
-        self.cotangents = [numbers(T, B, H * (1 + bi)), numbers(groups, B, H), numbers(groups, B, H)]
 
     def run(self, dtype: torch.dtype, backend: str | None) -> list[Tensor]:
         """Results and gradients in ``dtype``; without a backend by the loop."""
+        lstm = copy.deepcopy(self.lstm).to(dtype)
+        lstm.backend = backend or "auto"
+        torch.manual_seed(self.config.seed)  # of zoneout's masks
         device = DEVICE if backend == "triton" else "cpu"
-        lstm = copy.deepcopy(self.lstm).to(device, dtype)
-        x = self.x.to(device, dtype).requires_grad_()
-        hx = None if self.hx is None else tuple(s.to(device, dtype).requires_grad_() for s in self.hx)
-        torch.manual_seed(self.seed)
-        if backend is None:
-            seeds = [int(torch.randint(2**63 - 1, (1,))) for _ in range(lstm.num_layers)] if lstm.training else []
-            results = by_row(lstm, x, hx, self.lengths, self.resets, seeds)
-        else:
-            lstm.backend, given, kwargs = backend, x, {}
-            if self.mode == "packed":
-                given = pack_padded_sequence(x, torch.tensor(self.lengths))
-            elif self.mode in ("lengths", "both"):
-                kwargs["lengths"] = torch.tensor(self.lengths, device=device)
-            if self.resets is not None:
-                kwargs["resets"] = self.resets.to(device)
-            y, states = lstm(given, hx, **kwargs)
-            if isinstance(y, PackedSequence):
-                y, _ = nn.utils.rnn.pad_packed_sequence(y)
-            results = y, *states
-        inputs = [x, *(hx or ()), *lstm.parameters()]
-        cotangents = [c.to(device, dtype) for c in self.cotangents]
-        grads = torch.autograd.grad(results, inputs, cotangents, allow_unused=True)
-        grads = [torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True)]
-        return [t.detach().cpu() for t in (*results, *grads)]
+        return results(lstm, self.config, dtype, device, None if backend else partial(by_row, lstm))[1]
 
 
 def random_cell(seed: int) -> Cell:
-    r = random.Random(seed)
+    r = random.Random(f"cell {seed}")  # of another stream than the rest of a problem
     cell = Cell(
         peephole=r.random() < 0.5,
         layer_norm=r.choice([None, "output", "state"]),

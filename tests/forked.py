@@ -42,7 +42,7 @@ def random_delays(seed: int) -> Delays:
     return of
 
 
-def late_store(late: Program, n: int, seconds: float = 0.5) -> Delays:
+def late_store(late: Program, n: int, seconds: float) -> Delays:
     """One program's store number n is so late that every other program gets as far as the barrier lets it."""
 
     def of(program: Program) -> Callable[[str], float]:
@@ -68,15 +68,10 @@ def tensors_in(args: tuple) -> Iterator[torch.Tensor]:
 
 
 def run_forked(
-    kernel: Any,
-    grid: Program,
-    args: tuple,
-    meta: dict[str, Any],
-    *,
-    delays: Delays | None = None,
-    timeout: float = 60.0,
+    kernel: Any, grid: Program, args: tuple, prepare: Callable[[], None], delays: Delays | None, timeout: float
 ) -> None:
-    """Launch an interpreted kernel with a process for each program; they have ``timeout`` seconds in all.
+    """Launch an interpreted kernel with a process for each program, which calls ``prepare`` before; they have ``timeout``
+    seconds in all.
 
     Raises TimeoutError where some do not end, and RuntimeError where one dies.
     """
@@ -86,7 +81,7 @@ def run_forked(
     programs = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
     start = context.Barrier(len(programs))
     children = {
-        p: context.Process(target=_child, args=(p, start, kernel, grid, args, meta, delays, timeout), daemon=True)
+        p: context.Process(target=_child, args=(p, start, kernel, grid, args, prepare, delays, timeout), daemon=True)
         for p in programs
     }
     end = time.monotonic() + timeout
@@ -120,7 +115,7 @@ def _child(
     kernel: Any,
     grid: Program,
     args: tuple,
-    meta: dict[str, Any],
+    prepare: Callable[[], None],
     delays: Delays | None,
     timeout: float,
 ) -> None:
@@ -140,7 +135,8 @@ def _child(
     # After its run the interpreter copies arguments back, onto themselves here: nothing to do, and a race if it were done.
     interpreter.GridExecutor._restore_args_dev = lambda *_: None
     start.wait()  # none gets ahead because it was forked first
-    kernel[(1, 1, 1)](*args, **meta)
+    prepare()
+    kernel[(1, 1, 1)](*args)
 
 
 def _delayed(run: Callable, operation: str, delay: Callable[[str], float]) -> Callable:

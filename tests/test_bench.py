@@ -188,8 +188,8 @@ def test_a_crash_or_a_hang_loses_one_result() -> None:
     assert all("us" not in r for r in rows)
 
 
-def cli(*arguments: str, script: str = "run.py", **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, str(BENCH / script), *arguments]
+def cli(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, str(BENCH / "run.py"), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 

@@ -19,7 +19,7 @@ def test_operations_within_others_do_not_count() -> None:
     def call(x: torch.Tensor) -> torch.Tensor:
         return x.t().contiguous() + torch.zeros_like(x.t())  # a copy, zeros and a sum
 
-    assert host.operations(host.Run(lambda: torch.ones(2, 3), call), "cpu", host.Stub()) == 3
+    assert host.operations(host.Run(lambda: torch.ones(2, 3), call), host.Stub()) == 3
 
 
 @pytest.mark.compile  # the kernels' module must be importable, and not interpreted

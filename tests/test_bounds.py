@@ -13,7 +13,7 @@ import pytest
 import torch
 from forked import Program, redirect_launches, tensors_in
 from pairs import IN_INTERPRETER
-from test_kernels import Problem
+from problems import Problem
 
 pytest.importorskip("triton")
 import triton
@@ -83,9 +83,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
 @pytest.mark.parametrize("lengths", [None, [3, 0, 1, 3, 2], [0, 0, 0, 0, 0], [3, 3, 3, 3, 0]])
 def test_every_access_is_within_an_argument(name: str, lengths: list[int] | None, memory: Memory) -> None:
     problem = Problem(torch.float32, T=3, B=5, H=48, directions=2, resets=True)
-    problem.lengths = None if lengths is None else torch.tensor(lengths)
+    problem.given = problem.given._replace(lengths=None if lengths is None else torch.tensor(lengths))
     with launch.forced(CONFIGS[name]):
-        problem.run("triton", torch.float32)
+        problem.ours()
     assert memory.checked > 1000
 
 
@@ -94,7 +94,7 @@ def test_in_both_directions(mode: str, memory: Memory) -> None:
     for directions in (1, -1):
         problem = Problem(torch.float32, B=5, H=48, directions=directions, mode=mode, resets=True)
         with launch.forced(CONFIGS["wide"]):
-            problem.run("triton", torch.float32)
+            problem.ours()
 
 
 def test_of_other_cells(memory: Memory) -> None:
@@ -112,7 +112,7 @@ def test_an_access_outside_is_seen(memory: Memory, monkeypatch: pytest.MonkeyPat
     of = memory.of
     monkeypatch.setattr(memory, "of", lambda args: (of(args), memory.ranges.pop()))
     with launch.forced(CONFIGS["stepwise"]), pytest.raises(InterpreterError, match=r"addresses lie outside the kernel"):
-        Problem(torch.float32, H=16, resets=True).run("triton", torch.float32)
+        Problem(torch.float32, H=16, resets=True).ours()
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def flax_layers(cells: list[dict[str, Any]], D: int) -> Iterator[list[Gates]]:
         yield [flax_gates(cell)] if D == 1 else [flax_gates(cell[f"{way}_rnn"]["cell"]) for way in ("forward", "backward")]
 
 
-def haste_layers(states: list[dict[str, Tensor]], D: int) -> Iterator[list[Gates]]:
+def haste_layers(states: list[dict[str, Tensor]], _: int) -> Iterator[list[Gates]]:
     return ([haste_gates(**state)] for state in states)
 
 

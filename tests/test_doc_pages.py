@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_errors import LSTM, PACKED, H, X
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
 
 import fused_lstm
 from fused_lstm import ops, plan, tune
@@ -130,10 +130,6 @@ def test_drawings_serve_both_themes(name: str) -> None:
 
 
 # --- the messages that docs/troubleshooting.md explains
-
-LSTM = fused_lstm.LSTM(2, 3)
-X, H = torch.zeros(4, 3, 2), torch.zeros(1, 3, 3)  # T = 4, B = 3
-PACKED = pack_sequence([torch.zeros(2, 2), torch.zeros(1, 2)])
 
 
 def call(*args: Any, **kwargs: Any) -> Callable[[], Any]:

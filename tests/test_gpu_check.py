@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
@@ -43,6 +44,14 @@ def test_every_job_is_known_by_one_name(capsys: pytest.CaptureFixture[str], tmp_
     listed = [line.split(None, 1) for line in capsys.readouterr().out.splitlines()]
     assert [name for _, name in listed] == names
     assert {seconds: name for seconds, name in listed if seconds != "-"} == {"12.5": "workloads bonito"}
+
+
+def test_what_scripts_import_as_they_run_is_there() -> None:
+    pytest.importorskip("triton")
+    for path in BENCH.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fused_lstm"):
+                exec(ast.unparse(node))
 
 
 def test_what_crashes_or_hangs_loses_one_job() -> None:

@@ -9,12 +9,14 @@ from math import nan
 
 import pytest
 import torch
-from checks import DEVICE, Rule, skip_unless_it_compiles
+from checks import DEVICE, Rule
+from pairs import all_equal
+from problems import Problem
 from torch import Tensor
 
 pytest.importorskip("triton")
-from fused_lstm import launch, ops, recurrence, reference
-from fused_lstm.call import LayerCall, Rows
+from fused_lstm import launch, recurrence, reference
+from fused_lstm.call import Rows
 from fused_lstm.launch.stepwise import StepwiseConfig
 
 pytestmark = [
@@ -24,65 +26,6 @@ pytestmark = [
 ]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-NAMES = ("y", "h_n", "c_n", "dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_h0")
-
-
-class Problem:
-    """Inputs of one layer call: numbers of ``dtype``, held in fp64."""
-
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        T: int = 4,
-        B: int = 3,
-        I: int = 5,  # noqa: E741
-        H: int = 16,
-        directions: int = 1,
-        K: int | None = None,
-        mode: str = "padded",
-        scale: float = 0.5,
-        batch_first: bool = False,
-        resets: bool = False,
-    ) -> None:
-        skip_unless_it_compiles(dtype)
-        g = torch.Generator().manual_seed(T * 1000 + B * 100 + H)
-
-        def numbers(*shape: int) -> Tensor:
-            return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype).double()
-
-        R = 2 if directions == 2 else 1
-        self.dtype, self.lengths, self.batch_sizes = dtype, None, None
-        if mode == "lengths":
-            self.lengths = torch.tensor(([T, 0, 1, T - 1, 2, T] * B)[:B])
-        if mode == "packed":
-            self.batch_sizes = torch.tensor([B, *(max(1, B - t) for t in range(1, T))])
-        rows = (int(self.batch_sizes.sum()),) if mode == "packed" else ((B, T) if batch_first else (T, B))
-        self.tensors: list[Tensor | None] = [
-            numbers(*rows, I), numbers(R, B, K or H), numbers(R, B, H), numbers(R * 4 * H, I), numbers(R * 4 * H, H),
-            numbers(R * 4 * H), numbers(R * 4 * H), numbers(R * 4 * H, K) if K else None,
-        ]  # fmt: skip
-        self.resets = torch.rand(rows, generator=g) < 0.4 if resets else None
-        self.options = (directions, batch_first)
-        self.cotangents = [numbers(*rows, R * H), numbers(R, B, H), numbers(R, B, H)]
-
-    def call(self, engine: str, dtype: torch.dtype, save: bool = True) -> LayerCall:
-        """In ``dtype``; for the kernels, on their device."""
-        device = DEVICE if engine == "triton" else "cpu"
-        tensors = [None if t is None else t.to(device, dtype) for t in self.tensors]
-        lengths, resets = (None if t is None else t.to(device) for t in (self.lengths, self.resets))
-        return LayerCall(*tensors, None, lengths, self.batch_sizes, resets, None, *self.options, save, engine, False)
-
-    def run(self, engine: str, dtype: torch.dtype) -> list[Tensor]:
-        """y, h_n, c_n and the gradients of all inputs; ``engine="loop"`` is the autograd reference."""
-        call = self.call(engine, dtype)
-        inputs = [t.requires_grad_() for t in call[: ops.N_INPUTS] if t is not None]
-        outputs = reference.layer(call) if engine == "loop" else ops.layer(call)[:3]
-        cotangents = [c.to(o.device, dtype) for c, o in zip(self.cotangents, outputs, strict=True)]
-        return [t.detach().cpu() for t in (*outputs, *torch.autograd.grad(outputs, inputs, cotangents))]
-
-    def add(self, rule: Rule) -> None:
-        results = (self.run("triton", self.dtype), self.run("loop", self.dtype), self.run("loop", torch.float64))
-        rule.add(self.options, NAMES[: len(results[0])], *results)
 
 
 def check(problems: Sequence[Problem]) -> None:
@@ -140,71 +83,55 @@ def test_tiny_and_saturating_numbers(dtype: torch.dtype, scale: float) -> None:
 
 def test_infinite_and_nan_inputs_stay_in_their_row() -> None:
     problem = Problem(torch.float32, T=3, B=4)
-    x = problem.tensors[0]
-    assert x is not None
-    clean = problem.run("triton", torch.float32)
+    clean = problem.ours()
+    x = problem.given.x
     x[1, 0], x[1, 1] = torch.inf, torch.nan
-    y, h_n, c_n = problem.run("triton", torch.float32)[:3]
-    expected = problem.run("loop", torch.float32)[:3]
-    for got, want, before in zip((y, h_n, c_n), expected, clean, strict=False):
-        torch.testing.assert_close(got, want, equal_nan=True)
-        assert torch.equal(got[:, 2:], before[:, 2:])
-    assert y[1:, 1].isnan().all()
+    found, expected = problem.ours(), problem.loops(torch.float32)
+    for name in ("y", "h_n", "c_n"):
+        torch.testing.assert_close(found[name], expected[name], equal_nan=True)
+        assert torch.equal(found[name][:, 2:], clean[name][:, 2:])
+    assert found["y"][1:, 1].isnan().all()
 
 
 def test_padding_may_hold_anything() -> None:
     problem = Problem(torch.float32, mode="lengths", B=5, directions=2)
-    clean = problem.run("triton", torch.float32)
-    x, lengths = problem.tensors[0], problem.lengths
-    assert x is not None
-    assert lengths is not None
-    padding = torch.arange(x.shape[0])[:, None] >= lengths
+    clean = problem.ours()
+    x = problem.given.x
+    padding = torch.arange(x.shape[0])[:, None] >= problem.given.lengths
     x[padding] = torch.nan
-    dirty = problem.run("triton", torch.float32)
-    for name, a, b in zip(NAMES, clean, dirty, strict=False):
+    dirty = problem.ours()
+    for name in clean:
         if name != "dw_ih":  # the product with x itself
-            assert torch.equal(a, b), name
-    assert (dirty[0][padding] == 0).all()
-    assert (dirty[3][padding] == 0).all()
+            assert torch.equal(clean[name], dirty[name]), name
+    assert (dirty["y"][padding] == 0).all()
+    assert (dirty["dx"][padding] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_runs_give_equal_bits(dtype: torch.dtype) -> None:
     problem = Problem(dtype, B=20, H=48, directions=2)
-    for a, b in zip(problem.run("triton", dtype), problem.run("triton", dtype), strict=True):
-        assert torch.equal(a, b)
+    assert all_equal(list(problem.ours().values()), list(problem.ours().values()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_halves_equal_the_whole(dtype: torch.dtype) -> None:
-    whole = Problem(dtype, T=6, B=3, H=32).call("triton", dtype, save=False)
-    y, h_n, c_n, _, _ = recurrence.forward(whole)
-    y1, h1, c1, _, _ = recurrence.forward(whole._replace(x=whole.x[:2]))
-    y2, h2, c2, _, _ = recurrence.forward(whole._replace(x=whole.x[2:], h0=h1, c0=c1))
-    # Not bit for bit: the input GEMM's rounding depends on its size, and c crosses the cut in dtype.
-    close = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps}
-    torch.testing.assert_close(torch.cat((y1, y2)), y, **close)
-    torch.testing.assert_close(h2, h_n, **close)
-    torch.testing.assert_close(c2, c_n, **close)
+    Problem(dtype, T=6, B=3, H=32).check_halves()
 
 
 def test_inference_keeps_nothing_and_agrees_with_training() -> None:
-    p = Problem(torch.float32, directions=2)
-    saved, plain = (recurrence.forward(p.call("triton", torch.float32, save)) for save in (True, False))
+    call = Problem(torch.float32, directions=2).call("triton", torch.float32)
+    saved, plain = (recurrence.forward(call._replace(save=save)) for save in (True, False))
     assert plain.gates is plain.c is None
-    for a, b in zip(saved[:3], plain[:3], strict=True):
-        assert torch.equal(a, b)
+    assert all_equal(saved[:3], plain[:3])
 
 
 def test_empty_batch() -> None:
-    p = Problem(torch.float32, B=0)
-    y, h_n, c_n, dx, *_, dw_hh, db_ih, db_hh = p.run("triton", torch.float32)
-    assert y.shape == (4, 0, 16)
-    assert h_n.shape == c_n.shape == (1, 0, 16)
-    assert dx.shape == (4, 0, 5)
-    assert not dw_hh.any()
-    assert not db_ih.any()
-    assert not db_hh.any()
+    found = Problem(torch.float32, B=0).ours()
+    assert found["y"].shape == (4, 0, 16)
+    assert found["h_n"].shape == found["c_n"].shape == (1, 0, 16)
+    assert found["dx"].shape == (4, 0, 5)
+    for name in ("dw_hh", "db_ih", "db_hh"):
+        assert not found[name].any()
 
 
 CONFIGS = {
@@ -257,19 +184,14 @@ class Recurrence:
     """Inputs of the recurrences of both directions: ragged rows, some of no step, and resets."""
 
     def __init__(self, dtype: torch.dtype, H: int = 16) -> None:
-        T, B, R, g = 4, 5, 2, torch.Generator().manual_seed(0)
-
-        def numbers(*shape: int) -> Tensor:
-            return (torch.randn(*shape, generator=g, dtype=torch.float64) * 0.5).to(DEVICE, dtype)
-
-        lengths, resets = torch.tensor([T, 0, 1, 3, 0]).to(DEVICE), torch.rand(T * B, generator=g) < 0.3
-        self.rows = Rows(T, B, False, 2, lengths, None, resets.to(DEVICE))
-        self.shape = (T * B, R, H)
-        self.gates, self.dy = numbers(T * B, R, 4, H), numbers(*self.shape)
-        self.w_hh, self.b_hh = numbers(R * 4 * H, H), numbers(R * 4 * H)
-        self.h0, self.c0, self.dh_n, self.dc_n = (numbers(R, B, H) for _ in range(4))
-        t, b = self.rows.times_and_batch_rows(T * B, lengths.device)
-        self.padding, self.without_steps = t >= lengths[b], lengths == 0
+        problem = Problem(dtype, I=None, B=8, H=H, directions=2, mode="lengths", resets=True)
+        call = problem.call("triton", dtype)
+        self.rows, self.shape = call.rows, (32, 2, H)
+        self.gates, self.w_hh, self.b_hh = call.x.detach().view(32, 2, 4, H), call.w_hh.detach(), call.b_hh.detach()
+        self.h0, self.c0 = call.h0.detach(), call.c0.detach()
+        self.dy, self.dh_n, self.dc_n = (t.to(DEVICE, dtype) for t in problem.cotangents)
+        t, b = self.rows.times_and_batch_rows(32, call.lengths.device)
+        self.padding, self.without_steps = t >= call.lengths[b], call.lengths == 0
 
     def run(self, save: bool = True) -> dict[str, Tensor]:
         """All that is written, into memory that holds NaN before."""

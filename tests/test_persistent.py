@@ -16,14 +16,17 @@ import torch
 from checks import DEVICE, Rule
 from forked import late_store, random_delays
 from pairs import IN_INTERPRETER, all_equal
-from persistent_problems import Problem, interpret
+from persistent_problems import forced, interpret, recurrence
+from problems import moved, results
 
 from fused_lstm import LSTM, Cell, launch
 from fused_lstm.launch import persistent
 from fused_lstm.launch.persistent import PersistentConfig
+from fused_lstm.recurrence import forward
 
 pytestmark = [
     pytest.mark.kernels,
+    pytest.mark.usefixtures("nan_memory"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # NumPy's
 ]
 
@@ -107,8 +110,8 @@ def test_programs_that_own_all_units(name: str, monkeypatch: pytest.MonkeyPatch)
     interpret(monkeypatch)
     rule = Rule()
     for dtype in (torch.float16, torch.bfloat16):
-        problem = Problem(dtype, **LOCAL[name])
-        problem.add(rule, persistent.local(problem.H))
+        with forced(persistent.local(LOCAL[name]["H"])):
+            recurrence(dtype, **LOCAL[name]).add(rule)
     rule.check()
 
 
@@ -118,7 +121,8 @@ def test_error_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     interpret(monkeypatch)
     rule, n = Rule(), list(CASES).index(name) % 3
     for dtype in DTYPES if name in ("plain", "two tiles in turn", "split over gates") else DTYPES[n : n + 1]:
-        Problem(dtype, **options).add(rule, config)
+        with forced(config):
+            recurrence(dtype, **options).add(rule, tf32=True)
     rule.check()
 
 
@@ -146,24 +150,19 @@ def test_a_layer_of_another_cell(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_halves_equal_the_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     interpret(monkeypatch)
-    whole, half = Problem(dtype, T=4, H=32), Problem(dtype, T=2, H=32)
-    expected, given = whole.forward(FOUR), whole.tensors()
-    first = half.forward(FOUR, given={**given, "gates": given["gates"][: half.N]})
-    second = half.forward(FOUR, given={**given, "gates": given["gates"][half.N :], "h0": first.hn_ptr, "c0": first.cn_ptr})
-    close = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps}  # not bit for bit: c crosses the cut in dtype
-    torch.testing.assert_close(torch.cat((first.h_ptr, second.h_ptr)), expected.h_ptr, **close)
-    torch.testing.assert_close(second.hn_ptr, expected.hn_ptr, **close)
-    torch.testing.assert_close(second.cn_ptr, expected.cn_ptr, **close)
+    with forced(FOUR):
+        recurrence(dtype).check_halves()
 
 
 def test_recurrences_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Directions and members that do not fit together take several launches, to the same bits."""
     grids = interpret(monkeypatch)
-    problem = Problem(torch.float16, H=32, T=2, directions=2, members=2, mode="lengths")
-    together = list(problem.run(FOUR).values())
-    in_turn = list(problem.run(PersistentConfig(warps=4, at_once=3)).values())
+    problem, found = recurrence(torch.float16, T=2, directions=2, members=2, mode="lengths"), []
+    for config in (FOUR, PersistentConfig(warps=4, at_once=3)):
+        with forced(config):
+            found.append(list(problem.ours().values()))
     assert grids == [(2, 1, 4)] * 2 + [(2, 1, 3), (2, 1, 1)] * 2
-    assert all_equal(in_turn, together)
+    assert all_equal(*found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -171,7 +170,8 @@ def test_recurrences_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiny_and_saturating_numbers(dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     interpret(monkeypatch)
     rule = Rule()
-    Problem(dtype, H=16, scale=scale).add(rule, FOUR)
+    with forced(FOUR):
+        recurrence(dtype, H=16, scale=scale).add(rule, tf32=True)
     rule.check()
 
 
@@ -185,22 +185,25 @@ def test_tiny_and_saturating_numbers(dtype: torch.dtype, scale: float, monkeypat
 )
 def test_equal_bits_on_every_run(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     config, options = CASES[name]
-    problem, results = Problem(dtype, **options | {"directions": 1}), []
+    problem, found = recurrence(dtype, **options | {"directions": 1}), []
     for seed in range(2):
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, forced(config):
             grids = interpret(patch, random_delays(seed))
-            results.append(list(problem.run(config).values()))
-        assert grids == [(problem.H // 16, 1, 1)] * 2
-    assert all_equal(*results)
+            found.append(list(problem.ours().values()))
+        assert grids == [(options["H"] // 16, 1, 1)] * 2
+    assert all_equal(*found)
 
 
 def test_inference_keeps_nothing_and_agrees_with_training(monkeypatch: pytest.MonkeyPatch) -> None:
     interpret(monkeypatch)
-    problem = Problem(torch.float16, H=32, mode="lengths", B=6)
-    saved, plain = problem.forward(FOUR), problem.forward(FOUR, save=False)
-    assert plain.c_ptr is None
-    assert torch.equal(plain.gates_ptr, problem.tensors()["gates"])
-    assert all_equal([saved.h_ptr, saved.hn_ptr, saved.cn_ptr], [plain.h_ptr, plain.hn_ptr, plain.cn_ptr])
+    call = recurrence(torch.float16, mode="lengths", B=6).call("triton", torch.float16, save=False)
+    gates = call.x.detach().clone()
+    y, given = torch.full_like(gates[..., :32], torch.nan), (call.w_hh, call.b_hh, call.h0, call.c0, call.rows)
+    with forced(FOUR):
+        saved = forward(call._replace(save=True))[:3]
+        plain = launch.recurrence_forward(gates, *given, y, None)
+    assert torch.equal(gates, call.x)
+    assert all_equal(saved, [y, *plain])
 
 
 def patterns(dtype: torch.dtype) -> torch.Tensor:
@@ -213,8 +216,8 @@ def patterns(dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(words, dtype=torch.int16).view(dtype)
 
 
-EXCHANGED = ("gates", "w_hh", "dy")  # what reaches the states or gradients that programs exchange
-BUFFERS = (*EXCHANGED, "b_hh", "h0", "c0", "dhn", "dcn")
+EXCHANGED = ("x", "w_hh", "y")  # what reaches the states or gradients that programs exchange
+BUFFERS = (*EXCHANGED, "b_hh", "h0", "c0", "h_n", "c_n")
 
 
 @pytest.mark.parametrize(
@@ -230,35 +233,30 @@ BUFFERS = (*EXCHANGED, "b_hh", "h0", "c0", "dhn", "dcn")
     ],
 )
 def test_no_number_hangs_a_kernel(form: str, dtype: torch.dtype, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a user's numbers are, the programs end, and what they have touched is NaN as in torch."""
+    """Whatever a user's numbers, or the cotangents of results, are, the programs end, and what they have touched is NaN as
+    in torch."""
     interpret(monkeypatch, timeout=30.0)
     config, H = {"whole": (TURNS, 32), "split": (SPLIT_TURNS, 64), "local": (persistent.local(32), 32)}[form]
-    problem = Problem(dtype, H=H, B=12, T=3, resets=True)
-    dirty = problem.tensors()[where].clone()
+    problem = recurrence(dtype, H=H, B=12, T=3, resets=True)
+    call, cotangents = problem.call("triton", dtype), [c.to(DEVICE, dtype) for c in problem.cotangents]
+    dirty = (call._asdict() | dict(zip(("y", "h_n", "c_n"), cotangents, strict=True)))[where].detach()
     if where == "w_hh":
-        dirty[0, :, 3, :8] = patterns(dtype)
+        dirty[3::H, :8] = patterns(dtype)
     elif where == "b_hh":
-        dirty[0, :, :8] = patterns(dtype)
+        dirty.view(4, H)[:, :8] = patterns(dtype)
     else:  # in some rows, of one batch tile and of the next
         for b in (1, 9):
-            dirty[(b, 0) if where in ("gates", "dy") else (0, b)] = patterns(dtype).repeat(H // 8)
-    forward = problem.forward(TURNS if form == "split" else config, given={where: dirty})
-    backward = problem.backward(config, forward, given={where: dirty})
-    problem.inputs.update({where: dirty.double()} if where in problem.inputs else {})
-    problem.cotangents.update({where: dirty.double()} if where in problem.cotangents else {})
-    expected = problem.reference(torch.float64)
+            dirty[0, b] = patterns(dtype).repeat(dirty.shape[-1] // 8)
+    with forced(config):
+        ours = results(call, cotangents)
+    expected = results(moved(call._replace(engine="loop"), "cpu", torch.float64), cotangents)
     assert any(v.isnan().any() for v in expected.values())
-    ours = {"y": forward.h_ptr, "hn": forward.hn_ptr, "cn": forward.cn_ptr}
-    ours |= {"dgates": backward.dgates_ptr, "dc0": backward.dc0_ptr}
-    for name, t in ours.items():
+    for name in ("y", "h_n", "c_n", "dx", "dc0"):
+        found = ours[name].isnan()
         if where == "w_hh":  # which meets the zeros of rows that get no gradient, too
-            assert (t.isnan() | ~expected[name].isnan()).all(), name
+            assert (found | ~expected[name].isnan()).all(), name
         else:
-            assert torch.equal(t.isnan(), expected[name].isnan()), name
-
-
-def sentinel(t: torch.Tensor) -> torch.Tensor:
-    return persistent.unwritten(t.clone())
+            assert torch.equal(found, expected[name].isnan()), name
 
 
 class Fault:
@@ -278,17 +276,18 @@ class Fault:
 
     def run(self, monkeypatch: pytest.MonkeyPatch, late: float, timeout: float) -> bool:
         """Whether the results of a run, in which one program is late, are wrong; a hang is a TimeoutError."""
-        problem = Problem(torch.float16, **{"H": 32, "B": 12, "T": 3, **self.options})
-        with monkeypatch.context() as patch:
+        problem = recurrence(torch.float16, **{"B": 12, "T": 3} | self.options)
+        with monkeypatch.context() as patch, forced(self.config):
             interpret(patch)
-            expected = problem.run(self.config)
+            expected = problem.ours()
         with monkeypatch.context() as patch:
             modules = gluon_interpreter.interpreted()
             module = persistent if self.where == "host" else modules[self.where]
             patch.setattr(module, self.name, self.change(getattr(module, self.name)))
             interpret(patch, late_store((0, 0, 0), self.store, late), timeout, modules)
-            results = problem.run(self.config)
-        return not all_equal(list(results.values()), list(expected.values()))
+            with forced(self.config):
+                found = problem.ours()
+        return not all_equal(list(found.values()), list(expected.values()))
 
 
 def waiting(condition: Callable) -> Callable:
@@ -364,16 +363,18 @@ def test_waiting_in_vain_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("fault", ["h0 is waited for", "results are stored as they are"])
 def test_numbers_that_look_like_nothing_hang_a_careless_kernel(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What test_no_number_hangs_a_kernel guards against happens in kernels with these faults."""
-    problem, modules = Problem(torch.float16, H=32), gluon_interpreter.interpreted()
+    problem, modules = recurrence(torch.float16), gluon_interpreter.interpreted()
+    call, cotangents = problem.call("triton", torch.float16), [c.half() for c in problem.cotangents]
     if fault == "h0 is waited for":
-        module, given = modules["persistent_forward"], {"h0": sentinel(problem.tensors()["h0"])}
+        module = modules["persistent_forward"]
+        persistent.unwritten(call.h0.detach())
         monkeypatch.setattr(module, "source_at", waiting(lambda wait: wait == wait)(module.source_at))
     else:
-        module, given = modules["persistent_backward"], {"dcn": sentinel(problem.tensors()["dcn"])}
-        monkeypatch.setattr(module, "exchangeable", lambda x, dtype: x.to(dtype))
+        persistent.unwritten(cotangents[2])
+        monkeypatch.setattr(modules["persistent_backward"], "exchangeable", lambda x, dtype: x.to(dtype))
     interpret(monkeypatch, timeout=5.0, modules=modules)
-    with pytest.raises(TimeoutError, match="programs still run"):
-        problem.backward(FOUR, problem.forward(FOUR, given=given), given=given)
+    with pytest.raises(TimeoutError, match="programs still run"), forced(FOUR):
+        results(call, cotangents)
 
 
 @pytest.mark.parametrize(("each", "max16"), [(4, True), (4, False), (8, True)])
@@ -403,7 +404,8 @@ def test_error_rule_by_the_older_test_of_the_pattern(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(persistent, "_max16", lambda _: False)
     interpret(monkeypatch)
     rule = Rule()
-    Problem(torch.float16, H=48, B=12, mode="lengths").add(rule, TURNS)
+    with forced(TURNS):
+        recurrence(torch.float16, H=48, B=12, mode="lengths").add(rule)
     rule.check()
 
 

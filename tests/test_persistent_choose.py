@@ -25,9 +25,9 @@ def recurrence(
     return Recurrence(kernel, arithmetic, 100, H, B, R, cell)
 
 
-def best(problem: Recurrence, gpu: Device = H100) -> PersistentConfig:
-    able = [c for c in candidates(problem, gpu) if refusal(c, problem, gpu) is None]
-    return min(able, key=lambda c: estimate(c, problem, gpu))
+def best(problem: Recurrence) -> PersistentConfig:
+    able = [c for c in candidates(problem, H100) if refusal(c, problem, H100) is None]
+    return min(able, key=lambda c: estimate(c, problem, H100))
 
 
 @pytest.mark.parametrize("target", GPUS)

@@ -64,8 +64,8 @@ def test_draws_chosen_units_below_a_text_and_numbers(values: Gates) -> None:
     assert [label.get_text() for label in maps["h"].get_xticklabels()] == list("a\u2423b\u2192\u21b5$$c")
 
 
-def seen(figure: Any, unit: int = 0) -> dict[str, list[str]]:
-    """The colours in which each heat map shows a unit's steps."""
+def seen(figure: Any) -> dict[str, list[str]]:
+    """The colours in which each heat map shows the first unit's steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import to_hex
 
@@ -73,7 +73,7 @@ def seen(figure: Any, unit: int = 0) -> dict[str, list[str]]:
     canvas.draw()
     pixels = canvas.buffer_rgba()  # from the top
     for name, ax in maps.items():
-        places = [ax.transData.transform((t, unit)).astype(int) for t in range(ax.images[0].get_array().shape[1])]
+        places = [ax.transData.transform((t, 0)).astype(int) for t in range(ax.images[0].get_array().shape[1])]
         found[name] = [to_hex([pixels[pixels.shape[0] - 1 - up, x, k] / 255 for k in range(3)]) for x, up in places]
     return found
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
 import torch
-from checks import CPU_WAYS, DEVICE, KERNELS_WAYS, Rule, Way, skip_unless_it_compiles
+from checks import CPU_WAYS, DEVICE, KERNELS_WAYS, RAGGED, Config, Rule, add_config, results
 from pairs import every_backend
 from torch import Tensor, nn
 
@@ -23,108 +20,6 @@ BACKENDS = ["aten", "reference", pytest.param("triton", marks=pytest.mark.kernel
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@dataclass
-class Ragged:
-    """A random call with lengths, resets or both."""
-
-    seed: int
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        r = random.Random(self.seed)
-        self.T, self.B, I, H = r.randint(1, 7), r.randint(1, 5), r.randint(1, 5), r.choice([1, 3, 8, 17])  # noqa: E741
-        self.layers, self.bidirectional, self.batch_first = r.randint(1, 2), r.random() < 0.5, r.random() < 0.5
-        self.proj = r.randint(1, H - 1) if H > 1 and r.random() < 0.25 else 0
-        kind = r.choice(["lengths", "resets", "both"])
-        g = torch.Generator().manual_seed(self.seed)
-        self.lengths = None if kind == "resets" else torch.randint(0, self.T + 1, (self.B,), generator=g)
-        often = r.choice([0.1, 0.5, 1.0])
-        self.resets = None if kind == "lengths" else torch.rand(self.T, self.B, generator=g) < often
-        torch.manual_seed(self.seed)
-        self.lstm = nn.LSTM(I, H, self.layers, r.random() < 0.7, False, 0.0, self.bidirectional, self.proj).to(self.dtype)
-        groups = self.layers * (2 if self.bidirectional else 1)
-        shapes = [(self.T, self.B, I), (groups, self.B, self.proj or H), (groups, self.B, H)]
-        self.tensors = [torch.randn(s, generator=g).to(self.dtype) for s in shapes]
-        D = 2 if self.bidirectional else 1
-        shapes = [(self.T, self.B, D * (self.proj or H)), *shapes[1:]]
-        self.cotangents = [torch.randn(s, generator=g).to(self.dtype) for s in shapes]
-
-    @cached_property
-    def yardsticks(self) -> tuple[list[Tensor], list[Tensor]]:
-        """nn.LSTM's results in the call's dtype and in fp64."""
-        exact = self.row_by_row(torch.float64)
-        return exact if self.dtype == torch.float64 else self.row_by_row(self.dtype), exact
-
-    def add(self, rules: Mapping[Way, Rule]) -> None:
-        for (backend, recompute), rule in rules.items():
-            rule.add((backend, recompute, self), self.names, self.fused(backend, recompute=recompute), *self.yardsticks)
-
-    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        return [t.to(dtype).requires_grad_() for t in self.tensors]
-
-    def row_by_row(self, dtype: torch.dtype) -> list[Tensor]:
-        """nn.LSTM on each episode: what lengths and resets are to mean."""
-        lstm = nn.LSTM(
-            self.lstm.input_size, self.lstm.hidden_size, self.layers, self.lstm.bias, False, 0.0,
-            self.bidirectional, self.proj, dtype=dtype,
-        )  # fmt: skip
-        lstm.load_state_dict(self.lstm.state_dict())
-        x, h0, c0 = self.inputs(dtype)
-        D = 2 if self.bidirectional else 1
-        reverse = (torch.arange(h0.shape[0]) % D == 1)[:, None]
-        outputs, hs, cs = [], [], []
-        for b in range(self.B):
-            length = self.T if self.lengths is None else int(self.lengths[b])
-            begins = [] if self.resets is None else torch.nonzero(self.resets[:length, b]).flatten().tolist()
-            cuts = [*sorted({0, *begins} if length else set()), length]
-            h_n, c_n, parts = h0[:, b], c0[:, b], []
-            for first, end in pairwise(cuts):
-                # hx meets the forward direction at time 0, unless an episode begins there, and the reverse one at the end.
-                takes = torch.where(reverse, torch.tensor(end == length), torch.tensor(first == 0 and 0 not in begins))
-                states = [torch.where(takes, s[:, b], 0) for s in (h0, c0)]
-                y, (h, c) = lstm(x[first:end, b], tuple(states))
-                parts.append(y)
-                # h_n is the forward direction's at the end, the reverse one's at time 0.
-                gives = torch.where(reverse, torch.tensor(first == 0), torch.tensor(end == length))
-                h_n, c_n = torch.where(gives, h, h_n), torch.where(gives, c, c_n)
-            width = self.cotangents[0].shape[-1]
-            outputs.append(torch.cat([*parts, x.new_zeros(self.T - length, width)]))
-            hs.append(h_n)
-            cs.append(c_n)
-        nothing = 0 * x.sum()  # a batch of no steps at all still has gradients, of zero
-        results = torch.stack(outputs, 1) + nothing, torch.stack(hs, 1), torch.stack(cs, 1)
-        return self._with_gradients(results, [x, h0, c0, *lstm.parameters()], dtype)
-
-    def fused(self, backend: str, dirty: bool = False, recompute: bool = False) -> list[Tensor]:
-        if backend == "triton":
-            skip_unless_it_compiles(self.dtype)
-        device = DEVICE if backend == "triton" else "cpu"
-        lstm = fused_lstm.LSTM.from_torch(self.lstm, backend=backend, recompute=recompute).to(device)
-        lstm.batch_first = self.batch_first
-        x, h0, c0 = self.inputs(self.dtype)
-        given = x
-        if dirty and self.lengths is not None:
-            given = torch.where((torch.arange(self.T)[:, None] < self.lengths)[..., None], x, torch.nan)
-        resets = None if self.resets is None else self.resets.to(device)
-        if self.batch_first:
-            given, resets = given.transpose(0, 1), None if resets is None else resets.t()
-        y, (h_n, c_n) = lstm(given.to(device), (h0.to(device), c0.to(device)), lengths=self.lengths, resets=resets)
-        if self.batch_first:
-            y = y.transpose(0, 1)
-        results = tuple(t.cpu() for t in (y, h_n, c_n))
-        return [t.cpu() for t in self._with_gradients(results, [x, h0, c0, *lstm.parameters()], self.dtype)]
-
-    def _with_gradients(self, results: tuple[Tensor, ...], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        grads = torch.autograd.grad(results, inputs, [c.to(dtype) for c in self.cotangents], allow_unused=True)
-        # No step at all in the batch: nothing was used.
-        grads = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True)]
-        return [t.detach() for t in (*results, *grads)]
-
-    @property
-    def names(self) -> list[str]:
-        return ["output", "h_n", "c_n", "dx", "dh0", "dc0", *("d" + n for n, _ in self.lstm.named_parameters())]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("nan_memory")
 def test_300_random_lengths_and_resets(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,13 +27,13 @@ def test_300_random_lengths_and_resets(dtype: torch.dtype, monkeypatch: pytest.M
     rules, cut, found = {way: Rule() for way in CPU_WAYS}, Rule(), ragged.cuts
     blocks: list[list[int]] = []
     for seed in range(DTYPES.index(dtype), 300, len(DTYPES)):
-        case = Ragged(seed, dtype)
-        case.add(rules)
+        config = Config.random(seed, dtype, 17, RAGGED)
+        add_config(rules, config)
         with monkeypatch.context() as free:
             for cost in ("STEP_COST", "CALL_COST", "CALL_COST_TIMES_H", "CUT_COST_TIMES_H"):
                 free.setattr(ragged, cost, 0)
             free.setattr(ragged, "cuts", lambda *args: blocks.append(found(*args)) or blocks[-1])
-            case.add({("aten", False): cut})
+            add_config({("aten", False): cut}, config)
     for rule in (*rules.values(), cut):
         rule.check()
     assert sum(len(marks) > 2 for marks in blocks) > 20
@@ -151,7 +46,7 @@ def test_160_random_lengths_and_resets_on_the_kernels(dtype: torch.dtype) -> Non
     """With recompute and without it in turn: the kernels are the same."""
     rule = Rule()
     for n, seed in enumerate(range(DTYPES.index(dtype), 160, len(DTYPES))):
-        Ragged(seed, dtype).add({KERNELS_WAYS[n % 2]: rule})
+        add_config({KERNELS_WAYS[n % 2]: rule}, Config.random(seed, dtype, 17, RAGGED))
     rule.check()
 
 
@@ -184,11 +79,19 @@ def test_cuts_take_the_least_time() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_padding_holds_does_not_matter(backend: str) -> None:
-    for seed in range(16 if backend == "triton" else 40):
-        case = Ragged(seed, torch.float64)
-        if case.lengths is not None:
-            for name, clean, dirty in zip(case.names, case.fused(backend), case.fused(backend, dirty=True), strict=True):
-                torch.testing.assert_close(clean, dirty, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
+    for seed in range(12 if backend == "triton" else 28):
+        config = Config.random(seed, torch.float64, 17, ("lengths", "lengths and resets"))
+        lstm = fused_lstm.LSTM.from_torch(config.module(), backend=backend)
+
+        def dirty(x: Tensor, *args: Any, lengths: Tensor, lstm: nn.Module = lstm, **more: Any) -> Any:
+            padding = torch.arange(x.shape[lstm.batch_first], device=x.device) >= lengths[:, None]
+            padding = (padding if lstm.batch_first else padding.t())[..., None]
+            return lstm(x.masked_fill(padding, torch.nan), *args, lengths=lengths, **more)
+
+        device = DEVICE if backend == "triton" else "cpu"
+        names, clean = results(lstm, config, torch.float64, device)
+        for name, a, b in zip(names, clean, results(lstm, config, torch.float64, device, dirty)[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def packed(lstm: nn.LSTM, x: Tensor, hx: tuple[Tensor, Tensor], lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:

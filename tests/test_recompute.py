@@ -13,14 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from checks import DEVICE
 from pairs import IN_INTERPRETER, all_equal, assert_all_close, every_backend, flat, pair, randn, states
-from test_reference import problem
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fused_lstm
-from fused_lstm import ops
 from fused_lstm.call import LayerCall, Rows
 from fused_lstm.plan import segment_steps
 
@@ -188,27 +185,6 @@ def test_compiled_by_dynamo(backend: str) -> None:
 
 
 # --- the explicit path's parts
-
-
-@pytest.mark.parametrize(
-    ("case", "engine"),
-    [
-        ({"lengths": [3, 0], "directions": 2, "resets": True}, "reference"),
-        ({"K": 2, "batch_first": True}, "reference"),
-        pytest.param({}, "triton", marks=pytest.mark.kernels),
-    ],
-)
-def test_opcheck(case: dict, engine: str) -> None:
-    tensors, (lengths, batch_sizes, resets, *rest) = problem(T=3, B=2, **case)
-    tensors = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in tensors]
-    options = (*(None if t is None else t.to(DEVICE) for t in (lengths, batch_sizes, resets)), *rest)
-    torch.library.opcheck(ops.layer_forward, (*tensors, *options, True, engine, True, ""))
-    with torch.no_grad():
-        y, h_n, c_n, gates, c_all = ops.layer_forward(*tensors, *options, True, engine, True, "")
-    assert gates.numel() == 0
-    needs = [t is not None for t in tensors]
-    args = (y, h_n, c_n, *tensors, *options, True, engine, True, "", y, gates, c_all, needs)
-    torch.library.opcheck(ops.layer_backward, args)
 
 
 def previous_step_by_step(states: Tensor, first: Tensor | None, rows: Rows, r: int) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from problems import small_call
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -45,88 +48,48 @@ def test_loop_is_torchs_lstm(bidirectional: bool, ragged: bool) -> None:
 
 
 CASES = {
-    "padded": dict(T=3, B=2),
-    "batch first, backwards": dict(T=3, B=2, directions=-1, batch_first=True),
-    "lengths, both directions": dict(T=3, B=3, directions=2, lengths=[3, 0, 2]),
-    "packed, both directions": dict(T=3, B=3, directions=2, batch_sizes=[3, 2, 1]),
-    "projected": dict(T=2, B=2, K=2),
-    "no bias": dict(T=2, B=2, bias=False),
-    "states of zero, both directions": dict(T=3, B=3, directions=2, states=False, lengths=[3, 0, 2]),
+    "padded": {},
+    "batch first, backwards": dict(directions=-1, batch_first=True),
+    "lengths, both directions": dict(B=3, directions=2, mode="lengths"),
+    "packed, both directions": dict(B=3, directions=2, mode="packed"),
+    "projected": dict(T=2, K=2),
+    "no bias": dict(T=2, bias=False),
+    "states of zero, both directions": dict(B=3, directions=2, states=False, mode="lengths"),
     "resets, both directions": dict(T=4, B=3, directions=2, resets=True),
-    "resets and lengths, batch first": dict(T=4, B=4, directions=2, resets=True, lengths=[4, 0, 2, 3], batch_first=True),
-    "resets, packed": dict(T=3, B=3, directions=2, resets=True, batch_sizes=[3, 2, 1]),
-    "resets, projected": dict(T=3, B=3, directions=2, K=2, resets=True),
+    "resets and lengths, batch first": dict(T=4, B=4, directions=2, resets=True, mode="lengths", batch_first=True),
+    "resets, packed": dict(B=3, directions=2, resets=True, mode="packed"),
+    "resets, projected": dict(B=3, directions=2, K=2, resets=True),
 }
 
 
-def problem(
-    T: int,
-    B: int,
-    directions: int = 1,
-    batch_first: bool = False,
-    lengths: list[int] | None = None,
-    batch_sizes: list[int] | None = None,
-    K: int | None = None,
-    bias: bool = True,
-    resets: bool = False,
-    states: bool = True,
-) -> tuple[list[Tensor | None], tuple]:
-    torch.manual_seed(0)
-    I, H, R = 2, 3, 2 if directions == 2 else 1  # noqa: E741
-    rows = (sum(batch_sizes),) if batch_sizes else ((B, T) if batch_first else (T, B))
-    tensors = [
-        numbers(*rows, I), numbers(R, B, K or H), numbers(R, B, H), numbers(R * 4 * H, I), numbers(R * 4 * H, H),
-        *(numbers(R * 4 * H) if bias else None for _ in range(2)), numbers(R * 4 * H, K) if K else None, None,
-    ]  # fmt: skip
-    if not states:
-        tensors[1:3] = None, None
-    for t in tensors:
-        if t is not None:
-            t.requires_grad_()
-    ragged = (torch.tensor(lengths) if lengths else None, torch.tensor(batch_sizes) if batch_sizes else None)
-    begins = torch.rand(rows) < 0.4 if resets else None
-    return tensors, (*ragged, begins, None, directions, batch_first)
+def first_results(call: LayerCall) -> Callable[..., tuple[Tensor, ...]]:
+    """y, h_n and c_n as a function of the call's inputs."""
+    return lambda *inputs: ops.layer(LayerCall(*inputs, *call[ops.N_INPUTS :]))[:3]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("nan_memory")
 def test_explicit_backward(case: str) -> None:
-    tensors, options = problem(**CASES[case])
-
-    def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return ops.layer(LayerCall(*tensors, *options, True, "reference", False))[:3]
-
-    explicit, loop = run(*tensors), reference.layer(LayerCall(*tensors, *options, False, "loop", False))
-    for a, b in zip(explicit, loop, strict=True):
+    call = small_call(**CASES[case])
+    for a, b in zip(ops.layer(call)[:3], reference.layer(call), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
-    assert gradcheck(run, tensors)
+    assert gradcheck(first_results(call), call[: ops.N_INPUTS])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_second_derivative(case: str) -> None:
-    tensors, options = problem(**CASES[case])
-
-    def run(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return ops.layer(LayerCall(*tensors, *options, True, "reference", False))[:3]
-
-    assert gradgradcheck(run, tensors, fast_mode=True)
+    call = small_call(**CASES[case])
+    assert gradgradcheck(first_results(call), call[: ops.N_INPUTS], fast_mode=True)
 
 
 def test_second_derivative_stays_inside_the_layer() -> None:
     """h0 made from x: the derivative by x through h0 is autograd's business, not the layer's, and counts once."""
-    tensors, options = problem(T=3, B=2)
-
-    def run(x: Tensor, engine: str) -> Tensor:
+    call, hessians = small_call(), []
+    for layer in (reference.layer, ops.layer):
+        x = call.x.detach().requires_grad_()
         h0 = torch.tanh(x.sum((0, 2)))[None, :, None].expand(1, 2, 3)
-        given = (x, h0, *tensors[2:])
-        if engine == "loop":
-            return reference.layer(LayerCall(*given, *options, False, "loop", False))[0].square().sum()
-        return ops.layer(LayerCall(*given, *options, True, engine, False))[0].square().sum()
-
-    hessians = []
-    for engine in ("loop", "reference"):
-        x = tensors[0].detach().requires_grad_()
-        (first,) = torch.autograd.grad(run(x, engine), x, create_graph=True)
+        y = layer(call._replace(x=x, h0=h0))[0]
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         hessians.append(torch.autograd.grad(first.sin().sum(), x)[0])
     torch.testing.assert_close(hessians[0], hessians[1], rtol=1e-11, atol=1e-13)
 

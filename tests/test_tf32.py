@@ -11,6 +11,7 @@ import torch
 from cases import WORKLOADS
 from measure import Data, relative, wrong
 from pairs import IN_INTERPRETER
+from problems import rounded
 from providers import with_fused
 from torch import Tensor
 
@@ -25,11 +26,6 @@ from fused_lstm.launch.stepwise import StepwiseConfig
 
 pytestmark = [pytest.mark.kernels, IN_INTERPRETER]
 CASES = {case.name: case for case in WORKLOADS}
-
-
-def rounded(x: Tensor) -> Tensor:
-    """x rounded to TF32, to nearest."""
-    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
 @pytest.fixture(autouse=True)

@@ -77,12 +77,19 @@ class TwiceDifferentiable(torch.autograd.Function):
             given = tensors
             x, h0, c0, *weights = given
             results = _steps(x, (h0, c0), weights, ctx.stack, PLAIN)
-        pairs = [(t, g) for t, g in zip(results, grads, strict=True) if g is not None]
-        found = iter(()) if not pairs else iter(torch.autograd.grad(
-            [t for t, _ in pairs], [t for t, need in zip(given, needs, strict=True) if need], [g for _, g in pairs],
-            retain_graph=True, create_graph=again, allow_unused=True,
-        ))  # fmt: skip
-        return None, *(next(found, None) if need else None for need in needs)
+        return None, *gradients(results, grads, given, needs, retain_graph=True, create_graph=again, allow_unused=True)
+
+
+def gradients(
+    results: Sequence[Tensor], grads: Sequence[Tensor | None], given: Sequence[Tensor], needs: Sequence[bool], **how: bool
+) -> list[Tensor | None]:
+    """Those by ``given``, where they are needed, from those by the results that have one."""
+    pairs = [(t, g) for t, g in zip(results, grads, strict=True) if g is not None]
+    if not pairs:
+        return [None] * len(needs)
+    wanted = [t for t, need in zip(given, needs, strict=True) if need]
+    found = iter(torch.autograd.grad([t for t, _ in pairs], wanted, [g for _, g in pairs], **how))
+    return [next(found) if need else None for need in needs]
 
 
 def time_first(way: Callable[..., Result]) -> Callable[..., Result]:

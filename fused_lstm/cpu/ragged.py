@@ -271,13 +271,9 @@ class LayOut(torch.autograd.Function):
     """:meth:`Unfolding.lay_out` with a gradient."""
 
     @staticmethod
-    def forward(layout: Unfolding, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, layout: Unfolding, x: Tensor) -> tuple[Tensor, ...]:
+        ctx.layout, ctx.features = layout, x.shape[-1]
         return tuple(layout.lay_out(x))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.layout, x = inputs
-        ctx.features = x.shape[-1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
@@ -288,21 +284,17 @@ class TakeBack(torch.autograd.Function):
     """:meth:`Unfolding.gather` and the output (B, H) of each row's last step, with a gradient."""
 
     @staticmethod
-    def forward(layout: Unfolding, *parts: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, layout: Unfolding, *parts: Tensor) -> tuple[Tensor, Tensor]:
         y = layout.gather(parts)
-        return y, y.flatten(0, -2)[layout.last]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ctx.layout = inputs[0]
-        ctx.features = output[0].shape[-1]
+        ctx.layout, ctx.features = layout, y.shape[-1]
         ctx.set_materialize_grads(False)
+        return y, y.flatten(0, -2)[layout.last]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         layout = ctx.layout
         if dy is None and dh is None:
-            return None, *(None for _ in layout.blocks)
+            return None, *[None] * len(layout.blocks)
         if dy is None:
             dy = dh.new_zeros(*layout.shape, ctx.features)
         return None, *layout.spread(dy, dh)
@@ -327,12 +319,9 @@ class ControlWeights(torch.autograd.Function):
     """:func:`control_weights` with a gradient, which is dense: that of its last step, torch.cat, would be a view."""
 
     @staticmethod
-    def forward(w_ih: Tensor, resets: bool) -> Tensor:
+    def forward(ctx: Any, w_ih: Tensor, resets: bool) -> Tensor:
+        ctx.features = w_ih.shape[1]
         return control_weights(w_ih, resets)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.features = inputs[0].shape[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..call import PLAIN, Result, Sequences, Stack, States, accumulator_dtype, no_autocast
 from ..plan import segment_steps
-from .aten import by_direction, controlled, fused, time_first
+from .aten import by_direction, controlled, fused, gradients, time_first
 from .ragged import PackedUnfolding, Unfolding
 
 
@@ -29,7 +29,7 @@ class SegmentedDirection:
     sequences: Sequences  # resets (T, B)
 
     def __call__(self, x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor], one: Stack) -> Result:
-        return Recomputed.apply(self, one, x, h, c, *weights)[:3]
+        return Recomputed.apply(self, one, x, h, c, *weights)
 
     def segments(self) -> list[tuple[int, int]]:
         """First time and end of each segment, in the order of processing."""
@@ -70,30 +70,22 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        direction: SegmentedDirection, one: Stack, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        """y, h_n and c_n, and the states between segments, which are for the backward pass only."""
+        ctx: Any, direction: SegmentedDirection, one: Stack, x: Tensor, h: Tensor, c: Tensor, *weights: Tensor
+    ) -> Result:
         y = x.new_empty(*x.shape[:-1], h.shape[-1])
         states = []
         for first, end in direction.segments():
             rows = direction.rows(first, end)
-            y[rows], h, c = direction.run(first, end, x[rows], h, c, weights, one)
             states += [h, c]
-        return y, *states[-2:], *states[:-2]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        direction, one, x, h, c, *weights = inputs
-        between = output[3:]
-        ctx.direction, ctx.one, ctx.n_states = replace(direction, sequences=PLAIN), one, len(between) + 2
-        ctx.mark_non_differentiable(*between)
+            y[rows], h, c = direction.run(first, end, x[rows], h, c, weights, one)
+        ctx.direction, ctx.one, ctx.n_states = replace(direction, sequences=PLAIN), one, len(states)
         ctx.set_materialize_grads(False)
         # What says how the sequences lie, too: so that torch raises where somebody changed it before it is read again.
-        ctx.save_for_backward(*direction.sequences[:3], x, h, c, *between, *weights)
+        ctx.save_for_backward(*direction.sequences[:3], x, *states, *weights)
+        return y, h, c
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        grads = grads[:3]
         one, needs = ctx.one, ctx.needs_input_grad[2:]
         batch_sizes, lengths, resets, x, *saved = ctx.saved_tensors
         direction = replace(ctx.direction, sequences=Sequences(batch_sizes, lengths, resets))
@@ -153,13 +145,7 @@ def _gradients(
     x, h, c, *weights = given
     with torch.enable_grad():
         results = direction.run(first, end, x, h, c, weights, one)
-    pairs = [(t, g) for t, g in zip(results, grads, strict=True) if g is not None]
-    found = torch.autograd.grad(
-        [t for t, _ in pairs], [t for t, need in zip(given, needs, strict=True) if need], [g for _, g in pairs],
-        create_graph=create_graph, materialize_grads=True,
-    )  # fmt: skip
-    left = iter(found)
-    return [next(left) if need else None for need in needs]
+    return gradients(results, grads, given, needs, create_graph=create_graph, materialize_grads=True)
 
 
 @time_first

@@ -148,6 +148,10 @@ def key_of(problem: Recurrence) -> Key:
     return problem.kernel, problem.arithmetic, problem.H, power_of_two(problem.B), problem.R
 
 
+def _key(entry: dict[str, Any]) -> Key:
+    return key_of(Recurrence(T=1, **{k: entry[k] for k in KEYS}))
+
+
 def user_folder() -> Path:
     """Where ``python -m fused_lstm.tune`` keeps tables: $FUSED_LSTM_CONFIGS, else fused_lstm in the user's cache.
 
@@ -191,8 +195,7 @@ def read_table(path: Path) -> Table:
         timings = tuple(Timing(**t) for t in data.get("timings", ()))
         configs = {}
         for entry in entries:
-            problem = Recurrence(T=1, **{k: entry[k] for k in KEYS})
-            configs[key_of(problem)] = read_config(entry["config"])
+            configs[_key(entry)] = read_config(entry["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a table of launch configurations ({type(error).__name__}: {error}); "
@@ -215,7 +218,7 @@ def write_table(path: Path, entries: Sequence[dict[str, Any]], timings: Sequence
     old, table = [], None
     if path.is_file():
         table, old = read_table(path), json.loads(path.read_text())["configs"]
-    new = {key_of(Recurrence(T=1, **{k: e[k] for k in KEYS})): e for e in (*old, *entries)}
+    new = {_key(e): e for e in (*old, *entries)}
     kept = table.timings if table is not None and table.kernels == kernels() else ()
     timed = [t._asdict() for t in {t[:10]: t for t in (*kept, *timings)}.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
