@@ -142,7 +142,7 @@ def backward(
         if call.cell and by_h0 is not None:
             dh0 = by_h0 if needs[1] and call.h0 is not None else None
         elif (needs[1] or needs[7]) and call.h0 is not None:
-            first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(_by_recurrence(flat, R))]
+            first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(by_products)]
             if needs[1]:
                 ws = (w_hh if call.w_h0 is None else call.w_h0).chunk(R)
                 dh0 = torch.stack([product(da, w) for da, w in zip(first, ws, strict=True)])

@@ -64,7 +64,7 @@ def lstm_forward_fragments(
     state = gl.allocate_shared_memory(gl.float32, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for tile in range(tiles):
         state.index(tile).store(initial(buffers, place, gl.to_tensor(tile), n, u, CELLS, CONFIG))
-    peepholes, seed = own_values(buffers, r, u, CONFIG)
+    peepholes, _, seed = own_values(buffers, r, u, CONFIG)
     if CONFIG.zoneout is not None:
         shown = gl.allocate_shared_memory(dtype, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         for tile in range(tiles):
@@ -112,7 +112,7 @@ def lstm_forward_fragments(
         if sequences.resets_ptr is not None:
             c = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), c, 0.0)
         c_prev = c
-        activated, c, h_new = CELL(recurrent, given, c, peepholes)
+        activated, c, h_new = CELL(recurrent, given, c, peepholes, (), None, None)
         if CONFIG.zoneout is not None:
             h_prev = shown.index(tile).load(CELLS).to(gl.float32)
             if sequences.resets_ptr is not None:

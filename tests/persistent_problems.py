@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fused_lstm.cell import Cell, Relative
 from fused_lstm.launch import persistent
-from fused_lstm.launch.schedule import CELLS, zoneout
+from fused_lstm.launch.schedule import CELLS
 from fused_lstm.relatives import philox
 
 TORCHS = Cell()
@@ -215,8 +215,8 @@ class Problem:
         """Run a kernel on copies of the buffers, where there is a GPU there, and return them."""
         buffers = type(buffers)(*(None if t is None else t.to(DEVICE) for t in buffers))
         sequences = Sequences(*(None if t is None else t.to(DEVICE) for t in self.sequences))
-        zone = zoneout(self.relative)
-        persistent.run(kernel, buffers, sequences, (self.T, self.B, *self.strides), self.directions, config, zone)
+        size = self.T, self.B, *self.strides
+        persistent.run(kernel, buffers, sequences, size, self.directions, config, self.relative)
         return type(buffers)(*(None if t is None else t.cpu() for t in buffers))
 
     def run(self, config: persistent.PersistentConfig) -> dict[str, Tensor]:
