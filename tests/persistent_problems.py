@@ -9,16 +9,17 @@ from typing import Any
 import gluon_interpreter
 import pytest
 import torch
+import torch.nn.functional as F
 from checks import DEVICE, Rule
 from forked import Delays, Program, run_forked
 from fused_lstm.kernels.buffers import Backward, Forward
 from fused_lstm.kernels.rows import Sequences
 from torch import Tensor
 
-from fused_lstm.cell import Cell, Relative
+from fused_lstm.cell import EPS, Cell, Relative
 from fused_lstm.launch import persistent
 from fused_lstm.launch.schedule import CELLS
-from fused_lstm.relatives import philox
+from fused_lstm.relatives import Normalized, philox
 
 TORCHS = Cell()
 
@@ -98,6 +99,9 @@ class Problem:
             "c0": numbers(R, B, H) if states else None,
             "units": numbers(R, 3, H) if cell.peephole else None,
         }
+        if cell.layer_norm:  # with gains of about 1
+            norms = (numbers(R, 6, H) + torch.tensor([1.0] * 5 + [0])[:, None]).to(dtype).double()
+            self.inputs["units"] = torch.cat([u for u in (self.inputs["units"], norms) if u is not None], 1)
         self.cotangents = {"dy": numbers(N, R, H), "dhn": numbers(R, B, H), "dcn": numbers(R, B, H)}
         # for each recurrence, data rows (T, B) of the steps, which rows have the step, and which keep the state before it
         self.maps = [self._map(r, lengths) for r in range(R)]
@@ -137,6 +141,16 @@ class Problem:
 
         return zoned
 
+    def _before(self, after: Tensor, first: Tensor | None) -> Tensor:
+        """The states (N, R, H) before each step."""
+        found = torch.zeros_like(after)
+        for r, (rows, has, keep) in enumerate(self.maps):
+            state = torch.zeros_like(after[: self.B, 0]) if first is None else first[r]
+            for s in range(self.T):
+                found[rows[s][has[s]], r] = torch.where(keep[s, :, None], state, 0)[has[s]]
+                state = after[rows[s], r]
+        return found
+
     def reference(self, dtype: torch.dtype, tf32: bool = False) -> dict[str, Tensor]:
         """Results and gradients by autograd, computed in ``dtype``; with ``tf32``, products of operands rounded to TF32."""
         given = {k: None if v is None else v.to(dtype).requires_grad_() for k, v in self.inputs.items()}
@@ -148,17 +162,22 @@ class Problem:
             for s in range(self.T):
                 h_before, c_before = (torch.where(keep[s, :, None], t, 0) for t in (h, c))
                 product = Product.apply(h_before, given["w_hh"][r].flatten(0, 1), tf32)
+                peepholes, norms = self._units(given["units"], r)
+                if len(norms):
+                    product = F.layer_norm(product, product.shape[1:], norms[:4].flatten(), eps=EPS)
                 a = given["gates"][rows[s], r] + product.view(-1, 4, self.H)
                 if given["b_hh"] is not None:
                     a = a + given["b_hh"][r]
                 i, f, g, o = a.unbind(1)
-                if given["units"] is not None:
-                    p_i, p_f, p_o = given["units"][r]
-                    i, f = i + p_i * c_before, f + p_f * c_before
-                c_new = f.sigmoid() * c_before + i.sigmoid() * g.tanh()
-                if given["units"] is not None:
-                    o = o + p_o * c_new
-                h_new = o.sigmoid() * c_new.tanh()
+                if len(peepholes):
+                    i, f = i + peepholes[0] * c_before, f + peepholes[1] * c_before
+                c_new = shown = f.sigmoid() * c_before + i.sigmoid() * g.tanh()
+                if len(norms):
+                    shown = F.layer_norm(c_new, c_new.shape[1:], norms[4], norms[5], EPS)
+                    c_new = shown if self.relative.norm == "state" else c_new
+                if len(peepholes):
+                    o = o + peepholes[2] * c_new
+                h_new = o.sigmoid() * shown.tanh()
                 if self.relative.zoned:
                     h_new, c_new = zoned(s, 0, h_before, h_new), zoned(s, 1, c_before, c_new)
                 h, c = (torch.where(has[s, :, None], new, old) for new, old in ((h_new, h), (c_new, c)))
@@ -168,11 +187,19 @@ class Problem:
             ends.append((h, c))
         hn, cn = (torch.stack(e) for e in zip(*ends, strict=True))
         wanted = {"dgates": given["gates"], "dw_hh": given["w_hh"], "dc0": given["c0"], "dh0": given["h0"]}
+        wanted |= {"dunits": given["units"]} if self.relative.norm else {}
         wanted = {k: v for k, v in wanted.items() if v is not None}
         cotangents = [t.to(dtype) for t in self.cotangents.values()]
         grads = torch.autograd.grad((y, hn, cn), list(wanted.values()), cotangents, allow_unused=True)
         results = {"y": y, "hn": hn, "cn": cn, **dict(zip(wanted, grads, strict=True))}
+        if self.relative.norm:  # of the cell state's norm
+            results["dunits"] = results["dunits"][:, -2:]
         return {k: v.detach() for k, v in results.items() if v is not None}
+
+    def _units(self, units: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
+        """Peepholes and norms' parameters of recurrence r, as far as there are."""
+        own = torch.zeros(0) if units is None else units[r]
+        return own[: 3 * self.relative.peephole], own[3 * self.relative.peephole :]
 
     def add(self, rule: Rule, config: persistent.PersistentConfig) -> None:
         """Judge what the kernels make of it; fp32 is TF32 to them."""
@@ -209,7 +236,18 @@ class Problem:
         if self.relative.zoned:
             out["passed"] = torch.full(new["dc0"], torch.nan)
         saved = {k.removesuffix("_ptr"): t for k, t in forward._asdict().items()}
+        if self.relative.norm:
+            i, f, g, _ = forward.gates_ptr.float().unbind(2)
+            c_prev = self._before(forward.c_ptr, forward.c0_ptr).float()
+            c, products = Normalized(f * c_prev + i * g), Normalized(self._products(forward).float())
+            out |= {"h_prev": None, "c_prev": c_prev, "c_centered": c.centered, "c_rstd": c.rstd, "dshown": torch.zeros_like(c_prev)}
+            saved |= {"products": products.centered, "products_rstd": products.rstd}
         return self._launch("backward", buffers(Backward, {**self.tensors(), **(given or {}), **saved, **out}), config)
+
+    def _products(self, forward: Forward) -> Tensor:
+        """The products (N, R, 4H) of the states before each step with W_hh, in fp64."""
+        h_prev = self._before(forward.h_ptr, forward.h0_ptr).double()
+        return torch.einsum("nrk,rmk->nrm", h_prev, forward.w_hh_ptr.flatten(1, 2).double()).contiguous()
 
     def _launch(self, kernel: str, buffers: Any, config: persistent.PersistentConfig) -> Any:
         """Run a kernel on copies of the buffers, where there is a GPU there, and return them."""
@@ -224,8 +262,13 @@ class Problem:
         f = self.forward(replace(config, form="whole") if config.form == "split" else config)
         b = self.backward(config, f)
         results = {"y": f.h_ptr, "hn": f.hn_ptr, "cn": f.cn_ptr, "dgates": b.dgates_ptr, "dc0": b.dc0_ptr}
-        flat = b.dgates_ptr.flatten(2).double()
-        dw = torch.stack([flat[:, r].t() @ b.h_prev_ptr[:, r].double() for r in range(self.R)])
+        flat, h_prev = b.dgates_ptr.flatten(2).double(), b.h_prev_ptr
+        if self.relative.norm:
+            results["dunits"] = torch.stack([(b.dshown_ptr * b.c_centered_ptr * b.c_rstd_ptr).sum(0), b.dshown_ptr.sum(0)], 1)
+            results["dunits"], h_prev = results["dunits"].to(self.dtype), self._before(f.h_ptr, f.h0_ptr)
+            products, gains = self._products(f).requires_grad_(), f.units_ptr[:, -6:-2].flatten(1).double()
+            (flat,) = torch.autograd.grad(F.layer_norm(products, products.shape[2:], eps=EPS) * gains, products, flat)
+        dw = torch.stack([flat[:, r].t() @ h_prev[:, r].double() for r in range(self.R)])
         results["dw_hh"] = dw.view(self.R, 4, self.H, self.H).to(self.dtype)
         if f.h0_ptr is not None:
             dh0 = []

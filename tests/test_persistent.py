@@ -34,6 +34,8 @@ SPLIT = PersistentConfig("split", warps=4)
 SPLIT_TURNS = PersistentConfig("split", warps=4, tiles=2, ahead=True)
 PEEPHOLE = Cell(peephole=True)
 BOTH = Cell(peephole=True, zoneout=(0.3, 0.2))
+NORM = Cell(layer_norm="output")
+ALL = Cell(layer_norm="state", peephole=True, zoneout=(0.3, 0.2))
 
 # A configuration and a problem.
 CASES: dict[str, tuple[PersistentConfig, dict[str, Any]]] = {
@@ -99,6 +101,12 @@ LOCAL: dict[str, dict[str, Any]] = {
     "packed with resets": {"H": 16, "B": 5, "mode": "packed", "resets": True, "members": 2},
     "peepholes and zoneout": {"H": 48, "B": 12, "mode": "lengths", "resets": True, "directions": 2, "cell": BOTH},
     "zoneout on average": {"H": 16, "B": 5, "mode": "packed", "directions": -1, "cell": BOTH, "masks": False},
+    "norms, lengths": {"H": 32, "B": 10, "mode": "lengths", "directions": 2, "batch_first": True, "cell": NORM},
+    "norms of an odd number of units": {"H": 37, "B": 9, "T": 2, "cell": NORM},
+    "norms, one step, one warp": {"H": 16, "states": False, "bias": False, "T": 1, "cell": Cell(layer_norm="state")},
+    "norms and all": {"H": 48, "B": 12, "mode": "lengths", "resets": True, "directions": 2, "cell": ALL},
+    "norms and all on average": {"H": 64, "B": 5, "mode": "packed", "directions": -1, "cell": ALL, "masks": False},
+    "norms, packed with resets": {"H": 20, "B": 5, "T": 5, "mode": "packed", "resets": True, "members": 2, "cell": NORM},
 }
 
 
