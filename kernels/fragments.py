@@ -98,24 +98,26 @@ def step_of(place, s, tile, n):
 
 
 @gluon.jit
+def unit_values(buffers, r, u, FIRST: gl.constexpr, LAST: gl.constexpr, CONFIG: gl.constexpr):
+    """For a program's units u, what the cell's own parameters are from row FIRST up to LAST."""
+    ROWS: gl.constexpr = 3 if CONFIG.norm is None else CONFIG.norm.first + 6
+    values = ()
+    for n in gl.static_range(FIRST, LAST):
+        p = gl.load(buffers.units_ptr + (r * ROWS + n) * CONFIG.H + u, mask=u < CONFIG.H, other=0.0)
+        values = values + (p.to(gl.float32),)
+    return values
+
+
+@gluon.jit
 def own_values(buffers, r, u, CONFIG: gl.constexpr):
-    """What a program has of the cell for its units u, () of what the cell has not: peepholes, what belongs to norms, and the
-    seed of masks."""
+    """What a program has of the cell for its units u: peepholes, or () without; and the seed of masks, or ()."""
     peepholes = ()
-    norms = ()
     seed = ()
     if buffers.units_ptr is not None:
-        PEEPHOLES: gl.constexpr = 3 if CONFIG.norm is None else CONFIG.norm.first
-        ROWS: gl.constexpr = 3 if CONFIG.norm is None else CONFIG.norm.first + 6
-        for n in gl.static_range(ROWS):
-            p = gl.load(buffers.units_ptr + (r * ROWS + n) * CONFIG.H + u, mask=u < CONFIG.H, other=0.0)
-            if n < PEEPHOLES:
-                peepholes = peepholes + (p.to(gl.float32),)
-            else:
-                norms = norms + (p.to(gl.float32),)
+        peepholes = unit_values(buffers, r, u, 0, 3 if CONFIG.norm is None else CONFIG.norm.first, CONFIG)
     if buffers.seed_ptr is not None:
         seed = (gl.load(buffers.seed_ptr),)
-    return peepholes, norms, seed
+    return peepholes, seed
 
 
 @gluon.jit

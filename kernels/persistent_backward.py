@@ -67,7 +67,7 @@ def lstm_backward_fragments(
     held, rest = backward_weights(buffers.w_hh_ptr + place.r * (4 * H * H), u0, CONFIG)
     for tile in range(tiles):
         state.index(tile).store(initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG))
-    peepholes, _, seed = own_values(buffers, r, u, CONFIG)
+    peepholes, seed = own_values(buffers, r, u, CONFIG)
     if CONFIG.zoneout is not None:
         beside = gl.allocate_shared_memory(gl.float32, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         for tile in range(tiles):

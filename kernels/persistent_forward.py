@@ -64,7 +64,7 @@ def lstm_forward_fragments(
     state = gl.allocate_shared_memory(gl.float32, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     for tile in range(tiles):
         state.index(tile).store(initial(buffers, place, gl.to_tensor(tile), n, u, CELLS, CONFIG))
-    peepholes, _, seed = own_values(buffers, r, u, CONFIG)
+    peepholes, seed = own_values(buffers, r, u, CONFIG)
     if CONFIG.zoneout is not None:
         shown = gl.allocate_shared_memory(dtype, [ROOM, UNITS, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         for tile in range(tiles):

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .cell import Norm, zoned
-from .fragments import Place, barrier, masks_at, own_values, step_of
+from .fragments import Place, barrier, masks_at, own_values, step_of, unit_values
 from .persistent_backward import Own, initial_gradient, saved_at, step_backward
 from .persistent_forward import initial, input_at, save
 from .rows import runs_backwards
@@ -62,7 +62,7 @@ def sums_layout(warps):
 
 
 @gluon.jit
-def norm_of(units, u, SUMS: gl.constexpr, CONFIG: gl.constexpr):
+def norm_of(buffers, r, u, SUMS: gl.constexpr, CONFIG: gl.constexpr):
     """A program's Norm, for sums of so many values at once; () without."""
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     norm = ()
@@ -73,7 +73,8 @@ def norm_of(units, u, SUMS: gl.constexpr, CONFIG: gl.constexpr):
             for _ in gl.static_range(SUMS):
                 room = room + (gl.allocate_shared_memory(gl.float32, [CONFIG.warps, 8], SHARED),)
             rooms = rooms + (room,)
-        norm = Norm(units, u < CONFIG.H, rooms)
+        FIRST: gl.constexpr = CONFIG.norm.first
+        norm = Norm(unit_values(buffers, r, u, FIRST, FIRST + 6, CONFIG), u < CONFIG.H, rooms)
     return norm
 
 
@@ -119,8 +120,8 @@ def lstm_forward_local(
         for g in gl.static_range(4):
             at = buffers.b_hh_ptr + (place.r * 4 + g) * CONFIG.H + u
             bias = bias + (gl.load(at, mask=u < CONFIG.H, other=0.0).to(gl.float32),)
-    peepholes, norms, seed = own_values(buffers, r, u, CONFIG)
-    norm = norm_of(norms, u, 1, CONFIG)
+    peepholes, seed = own_values(buffers, r, u, CONFIG)
+    norm = norm_of(buffers, r, u, 1, CONFIG)
     NORM: gl.constexpr = CONFIG.norm
     x = input_at(buffers.gates_ptr, place, tile, tile, n, u, CONFIG)
     x1 = input_at(buffers.gates_ptr, place, tile + 1, tile, n, u, CONFIG)
@@ -177,8 +178,8 @@ def lstm_backward_local(
     for g in gl.static_range(4):
         gradients[g].index(0).permute([1, 0]).store(gl.zeros([UNITS, 8], dtype, CELLS))
     saved = saved_at(buffers, place, tile + T - 1, tile, n, u, CELLS, CONFIG)
-    peepholes, norms, seed = own_values(buffers, r, u, CONFIG)
-    norm = norm_of(norms, u, 2, CONFIG)
+    peepholes, seed = own_values(buffers, r, u, CONFIG)
+    norm = norm_of(buffers, r, u, 2, CONFIG)
     passed = ()
     if CONFIG.zoneout is not None:
         passed = (gl.zeros([UNITS, 8], gl.float32, CELLS),)

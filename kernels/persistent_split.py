@@ -79,7 +79,7 @@ def lstm_backward_split(
     held, rest = gate_weights(buffers.w_hh_ptr + (place.r * 4 + gate) * (H * H), me // 4 * 64, gate, CONFIG)
     for tile in range(tiles):
         state.index(tile).store(initial_gradient(buffers, place, tile, n, u, CELLS, CONFIG))
-    peepholes, _, seed = own_values(buffers, r, u, CONFIG)
+    peepholes, seed = own_values(buffers, r, u, CONFIG)
     if CONFIG.zoneout is not None:
         beside = gl.allocate_shared_memory(gl.float32, [ROOM, 16, 8], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         for tile in range(tiles):
