@@ -240,7 +240,8 @@ class Problem:
             i, f, g, _ = forward.gates_ptr.float().unbind(2)
             c_prev = self._before(forward.c_ptr, forward.c0_ptr).float()
             c, products = Normalized(f * c_prev + i * g), Normalized(self._products(forward).float())
-            out |= {"h_prev": None, "c_prev": c_prev, "c_centered": c.centered, "c_rstd": c.rstd, "dshown": torch.zeros_like(c_prev)}
+            out |= {"h_prev": None, "dshown": torch.zeros_like(c_prev)}
+            saved |= {"c_prev": c_prev, "c_centered": c.centered, "c_rstd": c.rstd}
             saved |= {"products": products.centered, "products_rstd": products.rstd}
         return self._launch("backward", buffers(Backward, {**self.tensors(), **(given or {}), **saved, **out}), config)
 
@@ -264,8 +265,9 @@ class Problem:
         results = {"y": f.h_ptr, "hn": f.hn_ptr, "cn": f.cn_ptr, "dgates": b.dgates_ptr, "dc0": b.dc0_ptr}
         flat, h_prev = b.dgates_ptr.flatten(2).double(), b.h_prev_ptr
         if self.relative.norm:
-            results["dunits"] = torch.stack([(b.dshown_ptr * b.c_centered_ptr * b.c_rstd_ptr).sum(0), b.dshown_ptr.sum(0)], 1)
-            results["dunits"], h_prev = results["dunits"].to(self.dtype), self._before(f.h_ptr, f.h0_ptr)
+            dgain = (b.dshown_ptr * b.c_centered_ptr * b.c_rstd_ptr).sum(0)
+            results["dunits"] = torch.stack([dgain, b.dshown_ptr.sum(0)], 1).to(self.dtype)
+            h_prev = self._before(f.h_ptr, f.h0_ptr)
             products, gains = self._products(f).requires_grad_(), f.units_ptr[:, -6:-2].flatten(1).double()
             (flat,) = torch.autograd.grad(F.layer_norm(products, products.shape[2:], eps=EPS) * gains, products, flat)
         dw = torch.stack([flat[:, r].t() @ h_prev[:, r].double() for r in range(self.R)])

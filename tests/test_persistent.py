@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cell_problems
 import gluon_interpreter
 import numpy as np
 import pytest
@@ -148,6 +149,19 @@ def test_a_layer_of_another_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grids == [(2, 1, 2)] * 2
     rule = Rule()
     rule.add("layer", [str(k) for k in range(len(found[0]))], *([t.detach().cpu() for t in f] for f in found))
+    rule.check()
+
+
+def test_layers_of_programs_that_own_all_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random calls of random cells, most of them with norms."""
+    grids, rule = interpret(monkeypatch), Rule()
+    for seed in range(8, 18):
+        problem = cell_problems.Problem(cell_problems.random_cell(seed), seed, torch.float16)
+        exact, torchs = (problem.run(dtype, None) for dtype in (torch.float64, torch.float16))
+        with launch.forced(persistent.local(16)):
+            ours = problem.run(torch.float16, "triton")
+        rule.add(f"{seed} {problem.lstm} {problem.mode}", [str(k) for k in range(len(exact))], ours, torchs, exact)
+    assert len(grids) >= 20
     rule.check()
 
 

@@ -63,7 +63,7 @@ def test_sizes_that_fit_nowhere_have_none(kernel: str) -> None:
         ("at most 64, in half precision", local(128), {"H": 128, "cell": "zoneout=0.1,0.0"}, H100),
         ("at most 64, in half precision", local(65), {"H": 65, "cell": "layer_norm=state"}, H100),
         ("at most 64, in half precision", local(64), {"H": 64, "cell": "layer_norm=state", "arithmetic": "tf32"}, H100),
-        ("norms are taken where one program owns all", PersistentConfig(), {"H": 64, "cell": "layer_norm=state"}, H100),
+        ("takes norms only where one program owns all", PersistentConfig(), {"H": 64, "cell": "layer_norm=state"}, H100),
         ("needs 192 programs at once, H100 runs 132", PersistentConfig(held=3), {"B": 32}, H100),
         ("finds no room for the weights of H = 1024", PersistentConfig(held=4), {"H": 1024}, H100),
         ("bytes of shared memory for each program, H100 has 232448", PersistentConfig(held=0), {"H": 2048, "B": 8}, H100),

@@ -33,7 +33,7 @@ KERNELS: dict[str, Any] = {
 
 
 TORCHS = Relative.of("")
-NORMS = "norms are taken where one program owns all units"
+NORMS = "takes norms only where one program owns all units"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def fragments(
 ) -> Fragments:
     """The kernel's constexpr configuration. It knows the number of tiles only roughly: one binary for many batches."""
     if relative.norm and config.form != "local":
-        raise ValueError(f"{NORMS}, got {config}")
+        raise ValueError(f"the persistent schedule {NORMS}, got {config}")
     return Fragments(
         H, R, directions, config.units, config.warps, config.held, room(config), config.ahead, max16, zoneout(relative),
         norm(relative, H),
@@ -157,7 +157,7 @@ def unsuitable(problem: Recurrence, gpu: Device) -> str | None:
     if problem.arithmetic not in ("half", "tf32"):
         return f"multiplies in half precision and in TF32, not in {problem.arithmetic}"
     if problem.relative.norm and (why := too_many(problem)):
-        return f"has no norms here: {NORMS}, and {why}"
+        return f"{NORMS}, and {why}"
     return None
 
 
