@@ -68,7 +68,8 @@ def build(
     types = {"lengths": "*i64", "starts": "*i64", "resets": "*u8", "box": "*i64", "seed": "*i64", "passed": "*fp32"}
     norms = ("c_prev", "c_centered", "c_rstd", "products", "products_rstd", "dshown")
     types |= dict.fromkeys(norms, "*fp32")
-    absent = (*absent, *["units"] * (not relative.peephole | bool(relative.norm)), *["seed", "passed"] * (not relative.zoned))
+    own = relative.peephole or relative.norm
+    absent = (*absent, *["units"] * (not own), *["seed", "passed"] * (not relative.zoned))
     absent = (*absent, *(("h_prev",) if relative.norm and kernel == "backward" else norms), "dh", "dproducts")
     if directions == 1:
         absent = (*absent, "lengths", "starts", "resets")
