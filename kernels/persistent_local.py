@@ -62,17 +62,24 @@ def sums_layout(warps):
 
 
 @gluon.jit
-def norm_of(buffers, r, u, SUMS: gl.constexpr, CONFIG: gl.constexpr):
-    """A program's Norm, for sums of so many values at once; () without."""
+def rooms_of(SUMS: gl.constexpr, CONFIG: gl.constexpr):
+    """Where over_units gives so many sums at once; two rooms, of which one is free while all have yet to read the other."""
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    norm = ()
+    rooms = ()
     if CONFIG.norm is not None:
-        rooms = ()
         for _ in gl.static_range(2):
             room = ()
             for _ in gl.static_range(SUMS):
                 room = room + (gl.allocate_shared_memory(gl.float32, [CONFIG.warps, 8], SHARED),)
             rooms = rooms + (room,)
+    return rooms
+
+
+@gluon.jit
+def norm_of(buffers, r, u, rooms, CONFIG: gl.constexpr):
+    """A program's Norm, () without. In each step anew, since registers are too few to keep it."""
+    norm = ()
+    if CONFIG.norm is not None:
         FIRST: gl.constexpr = CONFIG.norm.first
         norm = Norm(unit_values(buffers, r, u, FIRST, FIRST + 6, CONFIG), u < CONFIG.H, rooms)
     return norm
@@ -121,7 +128,7 @@ def lstm_forward_local(
             at = buffers.b_hh_ptr + (place.r * 4 + g) * CONFIG.H + u
             bias = bias + (gl.load(at, mask=u < CONFIG.H, other=0.0).to(gl.float32),)
     peepholes, seed = own_values(buffers, r, u, CONFIG)
-    norm = norm_of(buffers, r, u, 1, CONFIG)
+    rooms = rooms_of(1, CONFIG)
     NORM: gl.constexpr = CONFIG.norm
     x = input_at(buffers.gates_ptr, place, tile, tile, n, u, CONFIG)
     x1 = input_at(buffers.gates_ptr, place, tile + 1, tile, n, u, CONFIG)
@@ -129,6 +136,7 @@ def lstm_forward_local(
     for turn in range(T):
         s = gl.to_tensor(turn)
         kept = masks_at(seed, place, s, tile, n, u, CONFIG)
+        norm = norm_of(buffers, r, u, rooms, CONFIG)
         before = states.index(s % 2).permute([1, 0]).load(local_operand(1, CONFIG.warps))
         recurrent = ()
         given = ()
@@ -179,13 +187,14 @@ def lstm_backward_local(
         gradients[g].index(0).permute([1, 0]).store(gl.zeros([UNITS, 8], dtype, CELLS))
     saved = saved_at(buffers, place, tile + T - 1, tile, n, u, CELLS, CONFIG)
     peepholes, seed = own_values(buffers, r, u, CONFIG)
-    norm = norm_of(buffers, r, u, 2, CONFIG)
+    rooms = rooms_of(2, CONFIG)
     passed = ()
     if CONFIG.zoneout is not None:
         passed = (gl.zeros([UNITS, 8], gl.float32, CELLS),)
     barrier()
     for turn in range(T):
         s = tile + T - 1 - turn
+        norm = norm_of(buffers, r, u, rooms, CONFIG)
         dh = gl.zeros([UNITS, 8], gl.float32, CELLS)
         for g in gl.static_range(4):
             after = gradients[g].index(turn % 2).permute([1, 0]).load(local_operand(1, CONFIG.warps))

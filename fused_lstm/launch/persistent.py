@@ -30,8 +30,6 @@ KERNELS: dict[str, Any] = {
     "forward local": lstm_forward_local,
     "backward local": lstm_backward_local,
 }
-
-
 TORCHS = Relative.of("")
 NORMS = "takes norms only where one program owns all units"
 
