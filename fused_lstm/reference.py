@@ -196,8 +196,6 @@ def recurrence_forward(
     R = w_hh.shape[0] // (4 * H)
     relative = Relative.of("" if call is None else call.cell)
     zone = None if call is None else relatives.zoneout(call, relative, rows, y.view(-1, R, H))
-    if relative.norm and b_hh is not None:  # which a norm of the products does not see
-        gates, b_hh = gates.view(-1, R * 4 * H).add_(b_hh), None
     gates, y, w_hh = gates.view(-1, R, 4, H), y.view(-1, R, H), w_hh.view(R, 4 * H, H)
     h_n, c_n = (y.new_zeros(R, rows.B, H) if state is None else state.clone() for state in (h0, c0))
     for group in Group.all(rows, R):

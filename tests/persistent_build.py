@@ -68,9 +68,9 @@ def build(
     types = {"lengths": "*i64", "starts": "*i64", "resets": "*u8", "box": "*i64", "seed": "*i64", "passed": "*fp32"}
     norms = ("c_prev", "c_centered", "c_rstd", "products", "products_rstd", "dshown")
     types |= dict.fromkeys(norms, "*fp32")
-    own = relative.peephole or relative.norm
-    absent = (*absent, *["units"] * (not own), *["seed", "passed"] * (not relative.zoned))
-    absent = (*absent, *(("h_prev",) if relative.norm and kernel == "backward" else norms), "dh", "dproducts")
+    absent = (*absent, *(("b_hh",) if relative.norm else () if relative.peephole else ("units",)))
+    absent = (*absent, *["seed", "passed"] * (not relative.zoned), "dh", "dproducts")
+    absent = (*absent, *(("h_prev",) if relative.norm and kernel == "backward" else norms))
     if directions == 1:
         absent = (*absent, "lengths", "starts", "resets")
     if config.form != "split":

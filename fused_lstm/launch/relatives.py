@@ -21,7 +21,8 @@ def _kernel(kernel: str, cell: str, dtype: torch.dtype, R: int, H: int, directio
     relative, bf16 = Relative.of(cell), INTERPRETED and dtype == torch.bfloat16
     constants = Constants(R, H, directions, bf16, power_of_two(H), norm(relative, H), zoneout(relative))
     warps = min(max(power_of_two(H) // 128, 1), 8)
-    return Kernel(KERNELS, kernel, (CELLS[kernel], constants), dict(num_warps=warps, enable_fp_fusion=True))
+    options = dict(num_warps=warps, enable_fp_fusion=True, **{} if torch.version.hip else {"maxnreg": 255})
+    return Kernel(KERNELS, kernel, (CELLS[kernel], constants), options)
 
 
 def launch(launch: Launch, buffers: Any, rows: Rows) -> None:
@@ -33,9 +34,7 @@ def launch(launch: Launch, buffers: Any, rows: Rows) -> None:
 
 def _forward(kernel: Kernel, buffers: Any, rows: Rows) -> None:
     R, B, H = buffers.hn_ptr.shape
-    h, c, gates, size, told = buffers.hn_ptr, buffers.running_ptr, buffers.gates_ptr, rows.size, pointers(rows)
-    if buffers.b_hh_ptr is not None:  # which a norm of the products does not see
-        gates.view(-1, R * 4 * H).add_(buffers.b_hh_ptr)
+    h, c, size, told = buffers.hn_ptr, buffers.running_ptr, rows.size, pointers(rows)
     if rows.lengths is not None and rows.batch_sizes is None:
         buffers.h_ptr.zero_()
     for state, first in ((h, buffers.h0_ptr), (c, buffers.c0_ptr)):
