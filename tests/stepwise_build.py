@@ -121,11 +121,12 @@ def compile_cell(
     given = {name: wide if name.removesuffix("_ptr") in WIDE else data for name in fields._fields}
     given |= dict.fromkeys(absent) | {"seed_ptr": None if "seed_ptr" in absent else torch.zeros(1, dtype=torch.int64)}
     relatives._kernel.cache_clear()
-    kernel = relatives._kernel(kind, cell.relative, dtype, R, H, directions)
-    return built(
-        relatives.KERNELS, kind, target,
-        lambda: kernel.run((1, R, 1), fields(**given), pointers(_sequences(directions, rows)), [(0, 2, 1, 1, 1)]),
-    )  # fmt: skip
+
+    def launch() -> None:
+        kernel = relatives._kernel(kind, cell.relative, dtype, R, H, directions)
+        kernel.run((1, R, 1), fields(**given), pointers(_sequences(directions, rows)), [(0, 2, 1, 1, 1)])
+
+    return built(relatives.KERNELS, kind, target, launch)
 
 
 def built(kernels: dict[str, Any], kind: str, target: str, launch: Callable[[], None]) -> Built:
