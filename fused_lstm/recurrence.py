@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import reference, relatives
 from .call import Kept, LayerCall, Rows, check_range, no_autocast
+from .cell import Relative
 from .cpu import onednn
 from .gemm import linear, outer, product, tf32_as_cudnn
 
@@ -79,6 +80,9 @@ def forward(call: LayerCall) -> Kept:
             new = gates.new_empty if call.lengths is None else gates.new_zeros
             c_all = new(y.numel() // (R * H), R, H)
         b_hh, c0 = _contiguous(call.b_hh), _contiguous(call.c0)
+        if call.cell and b_hh is not None and Relative.of(call.cell).norm:  # of the products, which does not see it
+            gates.view(-1, R * 4 * H).add_(b_hh)
+            b_hh = None
         more = (call,) if call.cell else ()
         h_n, c_n = _engine(call.engine).recurrence_forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all, *more)
     return Kept(y, h_n, c_n, gates.view(-1, R, 4, H) if call.save and not call.recompute else None, c_all)
@@ -142,7 +146,7 @@ def backward(
         if call.cell and by_h0 is not None:
             dh0 = by_h0 if needs[1] and call.h0 is not None else None
         elif (needs[1] or needs[7]) and call.h0 is not None:
-            first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(_by_recurrence(flat, R))]
+            first = [_carried(da[rows.at(0, r)], rows, r) for r, da in enumerate(by_products)]
             if needs[1]:
                 ws = (w_hh if call.w_h0 is None else call.w_h0).chunk(R)
                 dh0 = torch.stack([product(da, w) for da, w in zip(first, ws, strict=True)])

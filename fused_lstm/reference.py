@@ -196,8 +196,6 @@ def recurrence_forward(
     R = w_hh.shape[0] // (4 * H)
     relative = Relative.of("" if call is None else call.cell)
     zone = None if call is None else relatives.zoneout(call, relative, rows, y.view(-1, R, H), once=True)
-    if relative.norm and b_hh is not None:  # which a norm of the products does not see
-        gates, b_hh = gates.view(-1, R * 4 * H).add_(b_hh), None
     gates, y, w_hh = gates.view(-1, R, 4, H), y.view(-1, R, H), w_hh.view(R, 4 * H, H)
     all_products = None
     if relative.norm and c_all is not None and not call.recompute and gates.dtype == accumulator_dtype(gates.dtype):

@@ -21,9 +21,8 @@ h_ptr c_ptr    (N, R, H)           hidden and cell state after each step; h is t
 buffers.py lists all buffers of the two passes. The schedules share them, the row map (rows.py) and the cell (cell.py):
 
 - stepwise.py: one launch for each time step;
+- relatives.py: with norms, a GEMM and a launch for each time step;
 - fragments.py, persistent_*.py: one launch for the sequence (or for some of its recurrences at a time), in Gluon.
-
-relatives.py has the steps of other cells than torch's, one launch after a GEMM for each, and buffers of its own.
 """
 
 if __name__ != "fused_lstm.kernels":

@@ -18,8 +18,10 @@ class Forward(NamedTuple):
     # Stepwise: (R, B, H), the cell state between launches, in the accumulator's dtype; may be cn_ptr; None for one step.
     running_ptr: Any = None
     zeros_ptr: Any = None  # Persistent: (max(4*H, 512),) zeros
-    units_ptr: Any = None  # (R, 3, H) peepholes p_i, p_f, p_o; None: torch's cell
+    units_ptr: Any = None  # (R, n, H): as there are peepholes p_i, p_f, p_o; gains of the norm of products for
+    # i, f, g, o; gain and bias of the cell state's norm. None: torch's cell
     seed_ptr: Any = None  # (1,) int64 of zoneout's masks; None: zoneout by its expected value
+    products_ptr: Any = None  # Stepwise, with norms: (R, B, 4, H) of h with W_hh, in the accumulator's dtype
 
 
 class Backward(NamedTuple):
@@ -46,3 +48,14 @@ class Backward(NamedTuple):
     # Of zoneout, (R, B, H) in the accumulator's dtype, out: the gradient by h0 beside the one through the products.
     # Stepwise: what of the gradient by h passes on from launch to launch.
     passed_ptr: Any = None
+    # Of norms, in the accumulator's dtype; nothing is then read from c_ptr and h_ptr.
+    c_prev_ptr: Any = None  # (N, R, H) cell state before each step
+    c_centered_ptr: Any = None  # (N, R, H) f * c_prev + i * g minus its mean
+    c_rstd_ptr: Any = None  # (N, R) what its norm multiplies that by
+    products_ptr: Any = None  # (N, R, 4, H) of h_prev with W_hh, minus their mean
+    products_rstd_ptr: Any = None  # (N, R) likewise
+    dshown_ptr: Any = None  # (N, R, H) out: the gradient by what tanh sees
+    # Stepwise, with norms: (R, B, H), the gradient by h through the products of the next step; and, in the tensors' dtype,
+    # (R, B, 4, H) out, the one by those of this step.
+    dh_ptr: Any = None
+    dproducts_ptr: Any = None

@@ -1,10 +1,13 @@
 """The LSTM cell as a pair of pure functions of registers: no loads, no stores. Kernels are handed the pair they run.
 
 Gate order i, f, g, o, as in torch.nn.LSTM. Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; their
-peepholes, and zoneout around the cell (Krueger et al. 2017), for those who ask for them.
+peepholes, layer norm (Ba et al. 2016), and zoneout around the cell (Krueger et al. 2017), for those who ask for them.
 """
 
+# ruff: noqa: RUF005 - Triton knows no starred elements of a tuple
+
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -42,12 +45,88 @@ def tanh(x):
     return tl.where(tl.abs(x) < 0.6, x + x * (z * p), 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
 
 
+@dataclass(frozen=True)
+class LayerNorm:
+    """Which norms a cell has: of its recurrent products, over all four gates, and of its cell state."""
+
+    H: int
+    state: bool  # whether the normalized cell state is carried on, or shown only
+    eps: float
+    first: int  # the row of units_ptr from which on their parameters lie there, six rows
+
+
+class Norm(NamedTuple):
+    """The norms as a program has them. It owns all units; SUM(values, room) gives, of each value, the sum over them."""
+
+    units: Any  # gains of the products for i, f, g, o; gain and bias of the cell state's norm
+    inside: Any  # which of its units there are
+    rooms: Any  # two, for sums in turn
+
+
 @triton.jit
-def lstm_forward(recurrent, given, c, peepholes):
+def added(values):
+    total = values[0]
+    for k in tl.static_range(1, len(values)):
+        total += values[k]
+    return total
+
+
+@triton.jit
+def times(a, b):
+    """The products of two tuples' elements."""
+    products = ()
+    for k in tl.static_range(len(a)):
+        products = products + (a[k] * b[k],)
+    return products
+
+
+@triton.jit
+def scaled(values, factor):
+    products = ()
+    for k in tl.static_range(len(values)):
+        products = products + (values[k] * factor,)
+    return products
+
+
+@triton.jit
+def normalized(values, norm, NORM: tl.constexpr, SUM: tl.constexpr):
+    """A tuple of values for each unit, which together get mean 0 and variance 1; zero where there is no unit."""
+    mean = SUM((added(values),), norm.rooms[0])[0] / (len(values) * NORM.H)
+    centered = ()
+    for k in tl.static_range(len(values)):
+        centered = centered + (tl.where(norm.inside, values[k] - mean, 0.0),)
+    variance = SUM((added(times(centered, centered)),), norm.rooms[1])[0] / (len(values) * NORM.H)
+    return scaled(centered, 1.0 / tl.sqrt(variance + NORM.eps))
+
+
+@triton.jit
+def normalized_backward(d, centered, rstd, room, NORM: tl.constexpr, SUM: tl.constexpr):
+    """The gradients by what a norm was given, from those by what it made: ``centered``, its values minus their mean, times
+    ``rstd``."""
+    values = scaled(centered, rstd)
+    mean, along = SUM((added(d), added(times(d, values))), room)
+    mean, along = mean / (len(d) * NORM.H), along / (len(d) * NORM.H)
+    found = ()
+    for k in tl.static_range(len(d)):
+        found = found + (rstd * (d[k] - mean - values[k] * along),)
+    return found
+
+
+@triton.jit
+def products_backward(da, centered, rstd, norm, NORM: tl.constexpr, SUM: tl.constexpr):
+    """The gradients by the recurrent products, from those by the pre-activations."""
+    return normalized_backward(times(da, norm.units), centered, rstd, norm.rooms[1], NORM, SUM)
+
+
+@triton.jit
+def lstm_forward(recurrent, given, c, peepholes, norm, NORM: tl.constexpr, SUM: tl.constexpr):
     """One step from the two parts of the pre-activations, of h and of x, four each, and the cell state before.
 
-    peepholes are (p_i, p_f, p_o), or () of torch's cell. Returns the gates (i, f, g, o), and c and h after the step.
+    peepholes are (p_i, p_f, p_o), and norm is a Norm; both are () of torch's cell. Returns the gates (i, f, g, o), and c and
+    h after the step.
     """
+    if len(norm) > 0:
+        recurrent = times(normalized(recurrent, norm, NORM, SUM), norm.units)
     a_f = recurrent[1] + given[1]
     if len(peepholes) > 0:
         a_f += peepholes[1] * c
@@ -58,30 +137,52 @@ def lstm_forward(recurrent, given, c, peepholes):
         a_i += peepholes[0] * c
     i = tl.sigmoid(a_i)
     c = f * c + i * g
+    shown = c
+    if len(norm) > 0:
+        shown = normalized((c,), norm, NORM, SUM)[0] * norm.units[4] + norm.units[5]
+        if NORM.state:
+            c = shown
     a_o = recurrent[3] + given[3]
     if len(peepholes) > 0:
         a_o += peepholes[2] * c
     o = tl.sigmoid(a_o)
-    h = o * tanh(c)
+    h = o * tanh(shown)
     return (i, f, g, o), c, h
 
 
 @triton.jit
-def lstm_backward(gates, c, c_prev, dh, dc, peepholes):
-    """Gradients by the four pre-activations and by c_prev, from those by h and c (docs/math.md derives them)."""
+def lstm_backward(gates, c, c_prev, dh, dc, peepholes, norm, rstd, NORM: tl.constexpr, SUM: tl.constexpr):
+    """Gradients by the four pre-activations and by c_prev, from those by h and c (docs/math.md derives them).
+
+    With a norm, c is f * c_prev + i * g minus its mean, and rstd what the norm multiplies that by; else (). Also returns the
+    gradient by what tanh sees.
+    """
     i, f, g, o = gates
-    tanh_c = tanh(c)
-    dc += dh * o * (1.0 - tanh_c * tanh_c)
+    shown = c
+    if len(norm) > 0:
+        shown = c * rstd * norm.units[4] + norm.units[5]
+    tanh_c = tanh(shown)
+    dshown = dh * o * (1.0 - tanh_c * tanh_c)
+    if len(norm) == 0:
+        dc += dshown
     da_o = dh * tanh_c * o * (1.0 - o)
     if len(peepholes) > 0:
         dc += peepholes[2] * da_o
+    if len(norm) > 0:
+        if NORM.state:
+            dshown += dc
+        through = normalized_backward((dshown * norm.units[4],), (c,), rstd, norm.rooms[0], NORM, SUM)[0]
+        if NORM.state:
+            dc = through
+        else:
+            dc += through
     da_i = dc * g * i * (1.0 - i)
     da_f = dc * c_prev * f * (1.0 - f)
     da_g = dc * i * (1.0 - g * g)
     dc = dc * f
     if len(peepholes) > 0:
         dc += peepholes[0] * da_i + peepholes[1] * da_f
-    return (da_i, da_f, da_g, da_o), dc
+    return (da_i, da_f, da_g, da_o), dc, dshown
 
 
 @dataclass(frozen=True)
@@ -137,12 +238,16 @@ def passed(gradient, kept, n: tl.constexpr, PROBABILITY: tl.constexpr):
 
 
 @triton.jit
-def zoned_backward(gates, c_prev, dh, dc, peepholes, kept, CELL: tl.constexpr, ZONEOUT: tl.constexpr):
+def zoned_backward(
+    gates, c, c_prev, dh, dc, peepholes, norm, rstd, kept,
+    CELL: tl.constexpr, NORM: tl.constexpr, SUM: tl.constexpr, ZONEOUT: tl.constexpr,
+):  # fmt: skip
     """As the cell's backward half, with zoneout around the cell. Also returns what of dh goes straight to the h before."""
     passed_h, passed_c = passed(dh, kept, 0, ZONEOUT.h), passed(dc, kept, 1, ZONEOUT.c)
-    c = gates[1] * c_prev + gates[0] * gates[2]  # as the cell made it
-    da, dc = CELL(gates, c, c_prev, dh - passed_h, dc - passed_c, peepholes)
-    return da, dc + passed_c, passed_h
+    if len(norm) == 0:
+        c = gates[1] * c_prev + gates[0] * gates[2]  # as the cell made it
+    da, dc, dshown = CELL(gates, c, c_prev, dh - passed_h, dc - passed_c, peepholes, norm, rstd, NORM, SUM)
+    return da, dc + passed_c, dshown, passed_h
 
 
 @triton.jit

@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .cell import Zoneout, masks, operand
+from .cell import LayerNorm, Zoneout, masks, operand
 from .rows import BatchRows, carried, data_rows, row_lengths, time_of
 
 ROWS = 8  # batch rows of a tile
@@ -43,6 +43,7 @@ class Fragments:
     ahead: bool = False  # a turn's states are asked for while the turn before is computed; with two tiles or more
     max16: bool = True  # the GPU has max.u16x2 (sm_90 and newer)
     zoneout: Zoneout | None = None
+    norm: LayerNorm | None = None  # only where a program owns all units
 
 
 @gluon.constexpr_function
@@ -97,14 +98,23 @@ def step_of(place, s, tile, n):
 
 
 @gluon.jit
+def unit_values(buffers, r, u, FIRST: gl.constexpr, LAST: gl.constexpr, CONFIG: gl.constexpr):
+    """For a program's units u, what the cell's own parameters are from row FIRST up to LAST."""
+    ROWS: gl.constexpr = 3 if CONFIG.norm is None else CONFIG.norm.first + 6
+    values = ()
+    for n in gl.static_range(FIRST, LAST):
+        p = gl.load(buffers.units_ptr + (r * ROWS + n) * CONFIG.H + u, mask=u < CONFIG.H, other=0.0)
+        values = values + (p.to(gl.float32),)
+    return values
+
+
+@gluon.jit
 def own_values(buffers, r, u, CONFIG: gl.constexpr):
-    """What a program has of the cell for its units u: peepholes, or () of torch's cell; and the seed of masks, or ()."""
+    """What a program has of the cell for its units u: peepholes, or () without; and the seed of masks, or ()."""
     peepholes = ()
     seed = ()
     if buffers.units_ptr is not None:
-        for n in gl.static_range(3):
-            p = gl.load(buffers.units_ptr + (r * 3 + n) * CONFIG.H + u, mask=u < CONFIG.H, other=0.0)
-            peepholes = peepholes + (p.to(gl.float32),)
+        peepholes = unit_values(buffers, r, u, 0, 3 if CONFIG.norm is None else CONFIG.norm.first, CONFIG)
     if buffers.seed_ptr is not None:
         seed = (gl.load(buffers.seed_ptr),)
     return peepholes, seed

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .cell import zoned_backward
+from .cell import products_backward, zoned_backward
 from .fragments import (
     Place,
     along,
@@ -85,7 +85,7 @@ def lstm_backward_fragments(
         passed = ()
         if CONFIG.zoneout is not None:
             passed = (beside.index(tile).load(CELLS),)
-        own = Own(peepholes, masks_at(seed, place, s, tile, n, u, CONFIG), passed)
+        own = Own(peepholes, (), masks_at(seed, place, s, tile, n, u, CONFIG), passed)
         da = settle(begun, gradients_after(buffers, place, s, tile, k_rows, CONFIG), dtype, 4 * H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, -1)
         if CONFIG.ahead:
@@ -102,7 +102,7 @@ def lstm_backward_fragments(
         parts.store(acc)
         dh = gl.sum(parts.load(parts_layout(WARPS, UNITS)), axis=0)
         step = step_of(place, s, tile, n)
-        _, dc, passed = step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL, CONFIG)
+        _, dc, passed = step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL, None, CONFIG)
         state.index(tile).store(dc)
         if CONFIG.zoneout is not None:
             beside.index(tile).store(passed[0])
@@ -146,9 +146,12 @@ class Saved(NamedTuple):
     """All that a step needs but the gradients of the step after it."""
 
     activated: Any  # i, f, g, o
-    c: Any
+    c: Any  # with norms: minus its mean
     c_prev: Any
-    h_prev: Any
+    h_prev: Any  # with norms: (), and the next three () without
+    products: Any  # minus their mean
+    products_rstd: Any
+    c_rstd: Any
     dy: Any
     dhn: Any
 
@@ -163,9 +166,23 @@ def saved_at(buffers, place, s, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.cons
     activated = ()
     for g in gl.static_range(4):
         activated = activated + (gl.load(gate + g * CONFIG.H, mask=has, other=0.0),)
-    c = gl.load(buffers.c_ptr + at, mask=has, other=0.0)
-    c_prev = before(buffers.c_ptr, buffers.c0_ptr, place, step, s, u, CONFIG)
-    h_prev = before(buffers.h_ptr, buffers.h0_ptr, place, step, s, u, CONFIG)
+    h_prev = ()
+    products = ()
+    products_rstd = ()
+    c_rstd = ()
+    if CONFIG.norm is None:
+        c = gl.load(buffers.c_ptr + at, mask=has, other=0.0)
+        c_prev = before(buffers.c_ptr, buffers.c0_ptr, place, step, s, u, CONFIG)
+        h_prev = before(buffers.h_ptr, buffers.h0_ptr, place, step, s, u, CONFIG)
+    else:
+        row = step.row * CONFIG.R + place.r
+        c = gl.load(buffers.c_centered_ptr + at, mask=has, other=0.0)
+        c_prev = gl.load(buffers.c_prev_ptr + at, mask=has, other=0.0)
+        c_rstd = gl.load(buffers.c_rstd_ptr + row, mask=step.has, other=0.0)
+        product = buffers.products_ptr + gl.expand_dims(row * (4 * CONFIG.H), 0) + u
+        for g in gl.static_range(4):
+            products = products + (gl.load(product + g * CONFIG.H, mask=has, other=0.0),)
+        products_rstd = gl.load(buffers.products_rstd_ptr + row, mask=step.has, other=0.0)
     dy = gl.zeros([UNITS, 8], buffers.gates_ptr.dtype.element_ty, CELLS)
     if buffers.dy_ptr is not None:
         dy = gl.load(buffers.dy_ptr + at, mask=has, other=0.0)
@@ -173,7 +190,7 @@ def saved_at(buffers, place, s, tile, n, u, CELLS: gl.constexpr, CONFIG: gl.cons
     if buffers.dhn_ptr is not None:
         end = gl.expand_dims((place.r * place.B + step.b) * CONFIG.H, 0) + u
         dhn = gl.load(buffers.dhn_ptr + end, mask=has & gl.expand_dims(s == step.lengths - 1, 0), other=0.0)
-    return Saved(activated, c, c_prev, h_prev, dy, dhn)
+    return Saved(activated, c, c_prev, h_prev, products, products_rstd, c_rstd, dy, dhn)
 
 
 @gluon.jit
@@ -192,17 +209,21 @@ class Own(NamedTuple):
     """What cells other than torch's add to a step."""
 
     peepholes: Any  # three, or ()
+    norm: Any  # a Norm, or ()
     kept: Any  # masks of zoneout: of h and c, or ()
     passed: Any  # of zoneout, what of dh comes from the step after beside its products; else ()
 
 
 @gluon.jit
-def step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL: gl.constexpr, CONFIG: gl.constexpr):
-    """Store the gradients of a turn, dgates first, which others wait for. Returns dgates; dc and what ``own`` passes for the
-    step before.
+def step_backward(
+    buffers, place, step, s, u, dh, dc, saved, own, CELL: gl.constexpr, SUM: gl.constexpr, CONFIG: gl.constexpr
+):
+    """Store the gradients of a turn, dgates first, which others wait for. Returns those by the products; dc and what ``own``
+    passes for the step before.
 
     dh and dc are those that come from the step after.
     """
+    NORM: gl.constexpr = CONFIG.norm
     dtype: gl.constexpr = buffers.dgates_ptr.dtype.element_ty
     PAST: gl.constexpr = place.lengths_ptr is not None and place.starts_ptr is None
     has = gl.expand_dims(step.has, 0) & (u < CONFIG.H)
@@ -210,14 +231,20 @@ def step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL: gl.const
     i, f, g, o = saved.activated
     activated = (i.to(gl.float32), f.to(gl.float32), g.to(gl.float32), o.to(gl.float32))
     dh = dh + saved.dy.to(gl.float32) + saved.dhn.to(gl.float32)
+    c = saved.c.to(gl.float32)
     c_prev = saved.c_prev.to(gl.float32)
+    c_rstd = ()
+    if NORM is not None:
+        c_rstd = gl.expand_dims(saved.c_rstd, 0)
     passed = ()
     if CONFIG.zoneout is None:
-        da, dc_prev = CELL(activated, saved.c.to(gl.float32), c_prev, dh, dc, own.peepholes)
+        da, dc_prev, dshown = CELL(activated, c, c_prev, dh, dc, own.peepholes, own.norm, c_rstd, NORM, SUM)
     else:
         ZONEOUT: gl.constexpr = CONFIG.zoneout
         dh += own.passed[0]
-        da, dc_prev, dh_prev = zoned_backward(activated, c_prev, dh, dc, own.peepholes, own.kept, CELL, ZONEOUT)
+        da, dc_prev, dshown, dh_prev = zoned_backward(
+            activated, c, c_prev, dh, dc, own.peepholes, own.norm, c_rstd, own.kept, CELL, NORM, SUM, ZONEOUT
+        )
         passed = (until_start(place, step, u, dh_prev, own.passed[0], CONFIG),)
     row = step.row
     if PAST:  # zeros past a row's end, for the products that follow
@@ -232,7 +259,11 @@ def step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL: gl.const
             gl.store(gate + j * CONFIG.H, gradients[j], mask=has)
     dc_prev = until_start(place, step, u, dc_prev, dc, CONFIG)
     at = gl.expand_dims((row * CONFIG.R + place.r) * CONFIG.H, 0) + u
-    if PAST:
+    if NORM is not None:
+        gl.store(buffers.dshown_ptr + at, dshown, mask=has)
+        rstd = gl.expand_dims(saved.products_rstd, 0)
+        gradients = products_backward(da, saved.products, rstd, own.norm, NORM, SUM)
+    elif PAST:
         gl.store(buffers.h_prev_ptr + at, saved.h_prev, mask=in_batch)  # loaded as zero there
     else:
         gl.store(buffers.h_prev_ptr + at, saved.h_prev, mask=has)

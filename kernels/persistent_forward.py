@@ -112,7 +112,7 @@ def lstm_forward_fragments(
         if sequences.resets_ptr is not None:
             c = gl.where(gl.expand_dims(step.keep, 0) & (u < CONFIG.H), c, 0.0)
         c_prev = c
-        activated, c, h_new = CELL(recurrent, given, c, peepholes)
+        activated, c, h_new = CELL(recurrent, given, c, peepholes, (), None, None)
         if CONFIG.zoneout is not None:
             h_prev = shown.index(tile).load(CELLS).to(gl.float32)
             if sequences.resets_ptr is not None:

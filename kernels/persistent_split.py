@@ -100,7 +100,7 @@ def lstm_backward_split(
         passed = ()
         if CONFIG.zoneout is not None:
             passed = (beside.index(tile0).load(CELLS),)
-        own = Own(peepholes, masks_at(seed, place, s0, tile0, n, u, CONFIG), passed)
+        own = Own(peepholes, (), masks_at(seed, place, s0, tile0, n, u, CONFIG), passed)
         da = settle(begun, gate_gradients_after(buffers, place, s, tile, gate, k_rows, CONFIG), dtype, H, CONFIG)
         s1, tile1 = turn_after(s, tile, tiles, -1)
         if CONFIG.ahead:
@@ -120,7 +120,7 @@ def lstm_backward_split(
             if turn > 0:
                 dh = received(box, place, s0, tile0, n, me, mine0, CONFIG)
                 step = step_of(place, s0, tile0, n)
-                _, dc, passed = step_backward(buffers, place, step, s0, u, dh, dc, saved, own, CELL, CONFIG)
+                _, dc, passed = step_backward(buffers, place, step, s0, u, dh, dc, saved, own, CELL, None, CONFIG)
                 state.index(tile0).store(dc)
                 if CONFIG.zoneout is not None:
                     beside.index(tile0).store(passed[0])
@@ -131,7 +131,7 @@ def lstm_backward_split(
         else:
             dh = received(box, place, s, tile, n, me, mine, CONFIG)
             step = step_of(place, s, tile, n)
-            _, dc, passed = step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL, CONFIG)
+            _, dc, passed = step_backward(buffers, place, step, s, u, dh, dc, saved, own, CELL, None, CONFIG)
             state.index(tile0).store(dc)
             if CONFIG.zoneout is not None:
                 beside.index(tile0).store(passed[0])
@@ -145,9 +145,9 @@ def lstm_backward_split(
         passed = ()
         if CONFIG.zoneout is not None:
             passed = (beside.index(tile0).load(CELLS),)
-        own = Own(peepholes, masks_at(seed, place, s0, tile0, n, u, CONFIG), passed)
+        own = Own(peepholes, (), masks_at(seed, place, s0, tile0, n, u, CONFIG), passed)
         dh = received(box, place, s0, tile0, n, me, mine0, CONFIG)
-        step_backward(buffers, place, step_of(place, s0, tile0, n), s0, u, dh, dc, saved, own, CELL, CONFIG)
+        step_backward(buffers, place, step_of(place, s0, tile0, n), s0, u, dh, dc, saved, own, CELL, None, CONFIG)
 
 
 @gluon.jit

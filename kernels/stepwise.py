@@ -108,7 +108,8 @@ def lstm_forward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, C
     gates_ptr = buffers.gates_ptr + (rows * R)[:, None] * (4 * H) + at.gates
     given = load_gates(gates_ptr, mask, H, ACC)
     c_prev = c
-    gates, c, h = CELL((a_i, a_f, a_g, a_o), given, c, peepholes(buffers.units_ptr, at, ACC, config))
+    own = peepholes(buffers.units_ptr, at, ACC, config)
+    gates, c, h = CELL((a_i, a_f, a_g, a_o), given, c, own, (), None, None)
     if config.zoneout is not None:
         kept = zoneout(buffers.seed_ptr, batch, at.offs_h[None, :], at.r, s, B, config)
         h_ptrs = h_ptr + (h_rows * H)[:, None] + at.offs_h[None, :]
@@ -187,11 +188,11 @@ def lstm_backward_step(buffers, sequences, s, T, B, row_stride_t, row_stride_b, 
     gate_offs = (rows * R)[:, None] * (4 * H) + at.gates
     gates, own = load_gates(buffers.gates_ptr + gate_offs, mask, H, ACC), peepholes(buffers.units_ptr, at, ACC, config)
     if config.zoneout is None:
-        dgates, dc = CELL(gates, c, c_prev, dh, dc, own)
+        dgates, dc, _ = CELL(gates, c, c_prev, dh, dc, own, (), (), None, None)
     else:
         ZONEOUT: tl.constexpr = config.zoneout
         kept = zoneout(buffers.seed_ptr, batch, at.offs_h[None, :], at.r, s, B, config)
-        dgates, dc, passed = zoned_backward(gates, c_prev, dh, dc, own, kept, CELL, ZONEOUT)
+        dgates, dc, _, passed = zoned_backward(gates, c, c_prev, dh, dc, own, (), (), kept, CELL, None, None, ZONEOUT)
         tl.store(buffers.passed_ptr + at.state, tl.where(mask_keep, passed, 0.0), mask=mask)
     dc = tl.where(mask_keep, dc, 0.0)
 

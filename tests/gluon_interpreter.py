@@ -31,7 +31,10 @@ MODULES = ("fragments", "persistent_forward", "persistent_backward", "persistent
 # Names that Triton and Gluon share, each doing the same in both.
 CONSTANTS = ["constexpr", "float32", "int16", "int32", "int64", "uint64"]
 FUNCTIONS = ["load", "store", "sum", "where", "expand_dims", "program_id"]
-LAYOUTS = ["NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout"]
+LAYOUTS = [
+    "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "DistributedLinearLayout",
+    "SwizzledSharedLayout",
+]  # fmt: skip
 NUMPY = {tl.float32: np.float32, tl.float16: np.float16, tl.bfloat16: np.uint16}
 
 
@@ -49,6 +52,10 @@ class Shared:
 
     def __init__(self, array: np.ndarray, dtype: tl.dtype) -> None:
         self.array, self.dtype = array, dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
 
     def store(self, value: tl.tensor) -> None:
         assert value.dtype == self.dtype, f"{value.dtype} into shared memory of {self.dtype}"

@@ -27,7 +27,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from fused_lstm.cell import Relative
 from fused_lstm.launch import persistent
 from fused_lstm.launch.persistent import PersistentConfig
-from fused_lstm.launch.schedule import CELLS, Device, Recurrence, zoneout
+from fused_lstm.launch.schedule import CELLS, Device, Recurrence
 
 GPUS = {
     "sm_80": Device("A100", 108, 163 * 1024, (8, 0)),
@@ -64,9 +64,13 @@ def build(
     function = persistent.KERNELS[kernel if config.form == "whole" else f"{kernel} {config.form}"]
     gpu = GPUS[target]
     relative = Relative.of(cell)
-    cut = persistent.fragments(config, H, R, directions, gpu.capability >= (9, 0), zoneout(relative))
+    cut = persistent.fragments(config, H, R, directions, gpu.capability >= (9, 0), relative)
     types = {"lengths": "*i64", "starts": "*i64", "resets": "*u8", "box": "*i64", "seed": "*i64", "passed": "*fp32"}
-    absent = (*absent, *["units"] * (not relative.peephole), *["seed", "passed"] * (not relative.zoned))
+    norms = ("c_prev", "c_centered", "c_rstd", "products", "products_rstd", "dshown")
+    types |= dict.fromkeys(norms, "*fp32")
+    absent = (*absent, *(("b_hh",) if relative.norm else () if relative.peephole else ("units",)))
+    absent = (*absent, *["seed", "passed"] * (not relative.zoned), "dh", "dproducts")
+    absent = (*absent, *(("h_prev",) if relative.norm and kernel == "backward" else norms))
     if directions == 1:
         absent = (*absent, "lengths", "starts", "resets")
     if config.form != "split":

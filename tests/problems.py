@@ -52,6 +52,9 @@ class Problem:
         if mode == "packed":
             batch_sizes = torch.tensor([B, *(max(1, B - t + 1 - t % 2) for t in range(1, T))])
             rows = (int(batch_sizes.sum()),)
+        units = [numbers(R, 3, H)] if cell.peephole else []
+        if cell.layer_norm:  # with gains of about 1
+            units.append((numbers(R, 6, H) + torch.tensor([1.0] * 5 + [0.0])[:, None]).to(dtype).double())
         self.dtype = dtype
         self.what = (
             f"{dtype} T={T} B={B} H={H} {directions} {members} {K} {mode} {batch_first} {resets} {states} {cell} {masks}"
@@ -65,7 +68,7 @@ class Problem:
             b_ih=numbers(R * 4 * H) if bias and I else None,
             b_hh=numbers(R * 4 * H) if bias else None,
             w_h0=numbers(R * 4 * H, K) if K else None,
-            units=numbers(R, 3, H) if cell.peephole else None,
+            units=torch.cat(units, 1) if units else None,
             lengths=lengths,
             batch_sizes=batch_sizes,
             resets=torch.rand(rows, generator=g) < 0.4 if resets else None,

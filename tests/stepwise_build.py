@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import torch
 import triton
-from fused_lstm.kernels import relatives as kernels
 from fused_lstm.kernels.buffers import Backward, Forward
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -37,6 +36,8 @@ SHARED_LIMIT = {
     "sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024,
 }  # fmt: skip
 TORCHS = Cell()
+# Of cells with norms, buffers in the accumulator's dtype.
+WIDE = {"running", "passed", "c_prev", "c_centered", "c_rstd", "products", "products_rstd", "dshown", "dh"}
 TENSOR_CORE = ("HMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA")
 
 
@@ -116,15 +117,16 @@ def compile_cell(
 ) -> Built:  # fmt: skip
     """Likewise the step of a cell with norms."""
     data = torch.zeros(16, dtype=dtype)
-    fields = {"forward": kernels.Forward, "backward": kernels.Backward}[kind]
-    given = {name: data.to(accumulator_dtype(dtype)) if "f32" in name else data for name in fields._fields}
+    fields, wide = {"forward": Forward, "backward": Backward}[kind], data.to(accumulator_dtype(dtype))
+    given = {name: wide if name.removesuffix("_ptr") in WIDE else data for name in fields._fields}
     given |= dict.fromkeys(absent) | {"seed_ptr": None if "seed_ptr" in absent else torch.zeros(1, dtype=torch.int64)}
     relatives._kernel.cache_clear()
-    kernel = relatives._kernel(kind, cell.relative, dtype, R, H, directions)
-    return built(
-        relatives.KERNELS, kind, target,
-        lambda: kernel.run((1, R, 1), fields(**given), pointers(_sequences(directions, rows)), [(0, 2, 1, 1, 1)]),
-    )  # fmt: skip
+
+    def launch() -> None:
+        kernel = relatives._kernel(kind, cell.relative, dtype, R, H, directions)
+        kernel.run((1, R, 1), fields(**given), pointers(_sequences(directions, rows)), [(0, 2, 1, 1, 1)])
+
+    return built(relatives.KERNELS, kind, target, launch)
 
 
 def built(kernels: dict[str, Any], kind: str, target: str, launch: Callable[[], None]) -> Built:

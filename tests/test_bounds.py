@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import Program, redirect_launches, tensors_in
+from forked import Program, Redirected, redirect_launches, tensors_in
 from pairs import IN_INTERPRETER
 from problems import Problem
 
@@ -21,6 +21,7 @@ from triton import language as tl
 
 import fused_lstm
 from fused_lstm import launch
+from fused_lstm.launch import relatives
 from fused_lstm.launch.stepwise import StepwiseConfig
 
 pytestmark = [pytest.mark.kernels, IN_INTERPRETER]
@@ -74,6 +75,8 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
     monkeypatch.setattr(interpreter_builder, "create_masked_load", checked(interpreter_builder.create_masked_load, 0))
     monkeypatch.setattr(interpreter_builder, "create_masked_store", checked(interpreter_builder.create_masked_store, 1))
     redirect_launches(monkeypatch, "stepwise", launched)
+    for name, kernel in relatives.KERNELS.items():
+        monkeypatch.setitem(relatives.KERNELS, name, Redirected(kernel, launched))
     check_overflow(True)
     yield watched
     check_overflow(False)
@@ -97,8 +100,9 @@ def test_in_both_directions(mode: str, memory: Memory) -> None:
             problem.ours()
 
 
-def test_of_other_cells(memory: Memory) -> None:
-    cell = fused_lstm.Cell(peephole=True, zoneout=(0.3, 0.2))
+@pytest.mark.parametrize("norm", [None, "state"])
+def test_of_other_cells(norm: str | None, memory: Memory) -> None:
+    cell = fused_lstm.Cell(peephole=True, layer_norm=norm, zoneout=(0.3, 0.2))
     lstm = fused_lstm.LSTM(3, 20, bidirectional=True, cell=cell, backend="triton")
     with launch.forced(CONFIGS["wide"]):
         lstm(torch.randn(3, 4, 3), lengths=torch.tensor([3, 0, 1, 2]))[0].sum().backward()

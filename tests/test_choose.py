@@ -89,6 +89,17 @@ def test_what_does_not_fit_falls_to_a_launch_for_each_step_and_says_why(device: 
     assert words.endswith(f"not measured on {device.name})")
 
 
+def test_norms_are_taken_where_one_program_owns_all_units() -> None:
+    p = replace(problem(H=64), cell="layer_norm=state")
+    assert choose(p, H100).config == persistent.local(64)
+    with pytest.raises(ValueError, match="takes norms only where one program owns all units"):
+        persistent.fragments(persistent.PersistentConfig(), 64, 1, 1, relative=p.relative)
+    for other, why in ((replace(p, H=65), "at most 64"), (replace(p, arithmetic="fp32"), "not in fp32")):
+        words = describe(choose(other, H100), other, H100)
+        assert words.startswith("for each of 100 steps a GEMM and a launch of 64 programs, one for each row (")
+        assert why in words
+
+
 def test_a_single_step_is_one_ordinary_launch() -> None:
     choice = choose(problem(T=1), H100)
     assert choice.config.schedule == "stepwise"

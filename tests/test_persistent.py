@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cell_problems
 import gluon_interpreter
 import numpy as np
 import pytest
@@ -37,6 +38,8 @@ SPLIT = PersistentConfig("split", warps=4)
 SPLIT_TURNS = PersistentConfig("split", warps=4, tiles=2, ahead=True)
 PEEPHOLE = Cell(peephole=True)
 BOTH = Cell(peephole=True, zoneout=(0.3, 0.2))
+NORM = Cell(layer_norm="output")
+ALL = Cell(layer_norm="state", peephole=True, zoneout=(0.3, 0.2))
 
 # A configuration and a problem.
 CASES: dict[str, tuple[PersistentConfig, dict[str, Any]]] = {
@@ -102,6 +105,12 @@ LOCAL: dict[str, dict[str, Any]] = {
     "packed with resets": {"H": 16, "B": 5, "mode": "packed", "resets": True, "members": 2},
     "peepholes and zoneout": {"H": 48, "B": 12, "mode": "lengths", "resets": True, "directions": 2, "cell": BOTH},
     "zoneout on average": {"H": 16, "B": 5, "mode": "packed", "directions": -1, "cell": BOTH, "masks": False},
+    "norms, lengths": {"H": 32, "B": 10, "mode": "lengths", "directions": 2, "batch_first": True, "cell": NORM},
+    "norms of an odd number of units": {"H": 37, "B": 9, "T": 2, "cell": NORM},
+    "norms, one step, one warp": {"H": 16, "states": False, "bias": False, "T": 1, "cell": Cell(layer_norm="state")},
+    "norms and all": {"H": 48, "B": 12, "mode": "lengths", "resets": True, "directions": 2, "cell": ALL},
+    "norms and all on average": {"H": 64, "B": 5, "mode": "packed", "directions": -1, "cell": ALL, "masks": False},
+    "norms, packed with resets": {"H": 20, "B": 5, "T": 5, "mode": "packed", "resets": True, "members": 2, "cell": NORM},
 }
 
 
@@ -144,6 +153,19 @@ def test_a_layer_of_another_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grids == [(2, 1, 2)] * 2
     rule = Rule()
     rule.add("layer", [str(k) for k in range(len(found[0]))], *([t.detach().cpu() for t in f] for f in found))
+    rule.check()
+
+
+def test_layers_of_programs_that_own_all_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random calls of random cells, most of them with norms."""
+    grids, rule = interpret(monkeypatch), Rule()
+    for seed in range(8, 18):
+        problem = cell_problems.Problem(cell_problems.random_cell(seed), seed, torch.float16)
+        exact, torchs = (problem.run(dtype, None) for dtype in (torch.float64, torch.float16))
+        with launch.forced(persistent.local(16)):
+            ours = problem.run(torch.float16, "triton")
+        rule.add(f"{seed} {problem.lstm} {problem.config}", [str(k) for k in range(len(exact))], ours, torchs, exact)
+    assert len(grids) >= 20
     rule.check()
 
 

@@ -61,6 +61,9 @@ def test_sizes_that_fit_nowhere_have_none(kernel: str) -> None:
         ("not in fp32", PersistentConfig(held=3), {"arithmetic": "fp32"}, H100),
         ("at most 128, in half precision", local(128), {"H": 128, "arithmetic": "tf32"}, H100),
         ("at most 64, in half precision", local(128), {"H": 128, "cell": "zoneout=0.1,0.0"}, H100),
+        ("at most 64, in half precision", local(65), {"H": 65, "cell": "layer_norm=state"}, H100),
+        ("at most 64, in half precision", local(64), {"H": 64, "cell": "layer_norm=state", "arithmetic": "tf32"}, H100),
+        ("takes norms only where one program owns all", PersistentConfig(), {"H": 64, "cell": "layer_norm=state"}, H100),
         ("needs 192 programs at once, H100 runs 132", PersistentConfig(held=3), {"B": 32}, H100),
         ("finds no room for the weights of H = 1024", PersistentConfig(held=4), {"H": 1024}, H100),
         ("bytes of shared memory for each program, H100 has 232448", PersistentConfig(held=0), {"H": 2048, "B": 8}, H100),
@@ -89,6 +92,7 @@ def test_estimates(kernel: str, H: int, B: int, form: str, microseconds: float) 
 def test_few_units_are_owned_by_one_program() -> None:
     for H in (16, 48, 128):
         assert best(recurrence(H=H)) == local(H)
+    assert best(recurrence(H=63, cell="layer_norm=output")) == local(63)
     assert best(recurrence(H=144)).form == "whole"
     assert best(recurrence(H=128, arithmetic="tf32")).form == "whole"
 

@@ -15,7 +15,7 @@ from ..call import ALIGNMENT, NOTHING, LayerCall, Problem, Rows, accumulator_dty
 from ..cell import Relative
 from ..gemm import tf32_allowed
 from ..kernels.buffers import Backward, Forward
-from . import relatives
+from ..relatives import Backward as Given
 from .choice import BY_NAME, Table, Timing, choose, describe, kernels, tables  # noqa: F401
 from .schedule import INTERPRETED, PASSES, Device, Launch, Recurrence, arithmetic, ceil_div
 from .stepwise import StepwiseConfig  # noqa: F401
@@ -55,12 +55,10 @@ def explain(call: Problem, where: torch.device) -> dict[str, str]:
     """How the kernels would run a call, in words, for each kernel."""
     gpu = device(where.index) if where.type == "cuda" else None
     kind = arithmetic(call.dtype, where.type == "cuda" and tf32_allowed())
-    H, R = ceil_div(call.hidden_size, ALIGNMENT) * ALIGNMENT, call.heads * (2 if call.bidirectional else 1)
-    words = {}
+    H, R, words = call.hidden_size, call.heads * (2 if call.bidirectional else 1), {}
+    if not Relative.of(call.cell).norm:
+        H = ceil_div(H, ALIGNMENT) * ALIGNMENT
     for kernel in PASSES if call.needs_grad and call.B else ("forward",) * bool(call.B):
-        if Relative.of(call.cell).norm:
-            words[kernel] = f"for each of {call.T} steps a GEMM and a launch of {call.B * R} programs, one for each row"
-            continue
         problem = Recurrence(kernel, kind, call.T, H, call.B, R, call.cell)
         words[kernel] = describe(choose(problem, gpu, tables(gpu.name) if gpu else ()), problem, gpu)
     return words
@@ -124,9 +122,6 @@ def recurrence_forward(
 ) -> tuple[Tensor, Tensor]:
     """The forward recurrence. Returns h_n and c_n, (R, B, H)."""
     cell, own = ("", ()) if call is None else (call.cell, _own(call))
-    if cell and Relative.of(cell).norm:
-        with _on_device_of(w_hh):
-            return relatives.forward(gates, w_hh, b_hh, h0, c0, rows, y, c_all, call)
     n, H = w_hh.shape
     R = n // (4 * H)
     h_n, c_n = gates.new_empty(R, rows.B, H), gates.new_empty(R, rows.B, H)
@@ -150,20 +145,21 @@ def recurrence_backward(
     rows: Rows,
     dgates: Tensor,  # (N, R, 4, H) out
     h_prev: Tensor,  # (N, R, H) out
-    relative: relatives.Given | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The backward recurrence. Returns, of a cell with norms, dh_0; and dc_0 (R, B, H), None without c0."""
-    if relative is not None and relative.relative.norm:
-        with _on_device_of(w_hh):
-            return relatives.backward(dy, dh_n, dc_n, gates, w_hh, rows, dgates, relative)
+    relative: Given | None = None,
+) -> tuple[None, Tensor | None]:
+    """The backward recurrence. Returns no dh_0, which dgates give; and dc_0 (R, B, H), None without c0."""
     n, H = w_hh.shape
     R = n // (4 * H)
     dc0, cell, own = None if c0 is None else gates.new_empty(R, rows.B, H), "", ()
     if relative is not None:
-        cell, own = relative.call.cell, _own(relative.call)
-        if relative.relative.zoned:
+        cell, own, norm = relative.call.cell, _own(relative.call), relative.relative.norm
+        if relative.relative.zoned or norm:
             relative.passed = gates.new_zeros(R, rows.B, H, dtype=accumulator_dtype(gates.dtype))
             own += (relative.passed,)
+        if norm:
+            c, products = relative.c_norm, relative.recurrent
+            own += (relative.c_prev, c.centered, c.rstd, products.centered, products.rstd, relative.dshown)
+            h_prev = None
     if rows.B:
         launch = prepare("backward", gates, rows, R, H, cell)
         running = _running(launch, dc0, gates, R, rows.B, H)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from ..call import Rows
-from ..kernels.cell import Zoneout
+from ..cell import Relative
 from ..kernels.fragments import ROWS, Fragments
 from ..kernels.persistent_backward import lstm_backward_fragments
 from ..kernels.persistent_forward import lstm_forward_fragments
 from ..kernels.persistent_local import lstm_backward_local, lstm_forward_local
 from ..kernels.persistent_split import lstm_backward_split, owners
 from ..kernels.rows import Sequences
-from .schedule import CELLS, Device, Kernel, Launch, Recurrence, Schedule, ceil_div, check_integer, pointers, zoneout
+from .schedule import CELLS, Device, Kernel, Launch, Recurrence, Schedule, ceil_div, check_integer, norm, pointers, zoneout
 
 KERNELS: dict[str, Any] = {
     "forward": lstm_forward_fragments,
@@ -30,6 +30,8 @@ KERNELS: dict[str, Any] = {
     "forward local": lstm_forward_local,
     "backward local": lstm_backward_local,
 }
+TORCHS = Relative.of("")
+NORMS = "takes norms only where one program owns all units"
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def local(H: int) -> PersistentConfig:
 
 
 def too_many(problem: Recurrence) -> str | None:
-    """Why one program cannot own all units. Zoneout's masks need registers that 128 units do not leave."""
-    most = 64 if problem.relative.zoned else 128
+    """Why one program cannot own all units. Norms, and zoneout's masks, need registers that 128 units do not leave."""
+    most = 64 if problem.relative.zoned or problem.relative.norm else 128
     if problem.arithmetic == "half" and most >= problem.H:
         return None
     return f"programs that own all units have at most {most}, in half precision"
@@ -74,10 +76,15 @@ def room(config: PersistentConfig) -> int:
 
 @lru_cache(maxsize=1024)
 def fragments(
-    config: PersistentConfig, H: int, R: int, directions: int, max16: bool = True, zone: Zoneout | None = None
+    config: PersistentConfig, H: int, R: int, directions: int, max16: bool = True, relative: Relative = TORCHS
 ) -> Fragments:
     """The kernel's constexpr configuration. It knows the number of tiles only roughly: one binary for many batches."""
-    return Fragments(H, R, directions, config.units, config.warps, config.held, room(config), config.ahead, max16, zone)
+    if relative.norm and config.form != "local":
+        raise ValueError(f"the persistent schedule {NORMS}, got {config}")
+    return Fragments(
+        H, R, directions, config.units, config.warps, config.held, room(config), config.ahead, max16, zoneout(relative),
+        norm(relative, H),
+    )  # fmt: skip
 
 
 def grid(config: PersistentConfig, H: int, B: int, R: int) -> tuple[int, int, int]:
@@ -127,8 +134,8 @@ def _held(config: PersistentConfig, problem: Recurrence, gpu: Device) -> int | N
 
 def shared_memory(config: PersistentConfig, problem: Recurrence) -> int:
     """What a program keeps in shared memory, in bytes, at most."""
-    if config.form == "local":  # states or gradients of two steps, and a gate's weights on their way to registers
-        return 128 * config.units + 2 * config.units**2
+    if config.form == "local":  # states or gradients of two steps, a gate's weights on their way to registers, sums
+        return 128 * config.units + 2 * config.units**2 + 8 * config.units * bool(problem.relative.norm)
     columns = _columns(config, problem.kernel)
     chunk = config.warps * columns * 32 * problem.element_size
     parts, states = config.warps * columns * ROWS * 4, room(config) * config.units * ROWS * 4
@@ -147,6 +154,8 @@ def unsuitable(problem: Recurrence, gpu: Device) -> str | None:
         return f"needs an NVIDIA GPU of compute capability 8.0 or newer, {gpu.name} is none"
     if problem.arithmetic not in ("half", "tf32"):
         return f"multiplies in half precision and in TF32, not in {problem.arithmetic}"
+    if problem.relative.norm and (why := too_many(problem)):
+        return f"{NORMS}, and {why}"
     return None
 
 
@@ -157,6 +166,8 @@ def refusal(config: PersistentConfig, problem: Recurrence, gpu: Device) -> str |
         return why
     if config.form == "local" and (why := too_many(problem)):
         return why
+    if config.form != "local" and problem.relative.norm:
+        return NORMS
     x, y, z = grid(config, problem.H, problem.B, problem.R)
     if config.form != "local" and x * y * z > gpu.multiprocessors:
         return f"needs {x * y * z} programs at once, {gpu.name} runs {gpu.multiprocessors}"
@@ -252,7 +263,7 @@ def run(
     size: tuple[int, int, int, int],  # T, B, and from one time step's and one batch row's data row to the next's
     directions: int,
     config: PersistentConfig,
-    zone: Zoneout | None = None,
+    relative: Relative = TORCHS,
 ) -> None:
     """One pass. h, dgates and h_prev are zero past a row's length."""
     H, B = buffers.w_hh_ptr.shape[-1], size[1]
@@ -268,7 +279,7 @@ def run(
     if config.form != "local":
         unwritten(exchanged)
     buffers = buffers._replace(zeros_ptr=zeros(exchanged.device, exchanged.dtype, max(4 * H, 512)))
-    cut = fragments(config, H, R, directions, _max16(exchanged.device), zone)
+    cut = fragments(config, H, R, directions, _max16(exchanged.device), relative)
     name = kernel if config.form == "whole" else f"{kernel} {config.form}"
     x, y, z = grid(config, H, B, R)
     # Programs that wait for one another must all run at once: the driver sees to it, or refuses.
@@ -302,7 +313,7 @@ def launch_once(
 
 def launch(given: Launch, buffers: Any, rows: Rows) -> None:
     p = given.problem
-    run(p.kernel, buffers, pointers(rows), rows.size, given.directions, given.config, zoneout(p.relative))
+    run(p.kernel, buffers, pointers(rows), rows.size, given.directions, given.config, p.relative)
 
 
 def describe(config: PersistentConfig, problem: Recurrence) -> str:

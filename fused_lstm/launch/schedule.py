@@ -14,8 +14,8 @@ from triton import knobs
 from triton.runtime import driver
 
 from ..call import Rows, accumulator_dtype
-from ..cell import Relative
-from ..kernels.cell import Zoneout, lstm_backward, lstm_forward
+from ..cell import EPS, Relative
+from ..kernels.cell import LayerNorm, Zoneout, lstm_backward, lstm_forward
 from ..kernels.rows import Sequences
 from ..kernels.stepwise import lstm_forward_step
 from ..relatives import ROUNDS
@@ -65,10 +65,10 @@ class Recurrence:
     kernel: str  # "forward" or "backward"
     arithmetic: str  # "half", "tf32", "fp32" or "fp64"
     T: int
-    H: int  # as the kernels see it: a multiple of 16
+    H: int  # as the kernels see it: a multiple of 16, but for norms
     B: int
     R: int  # recurrences of one launch
-    cell: str = ""  # as LayerCall has it, without norms
+    cell: str = ""  # as LayerCall has it
 
     def __post_init__(self) -> None:
         if self.kernel not in PASSES or self.arithmetic not in ARITHMETICS:
@@ -91,6 +91,11 @@ class Recurrence:
 def zoneout(relative: Relative) -> Zoneout | None:
     """What the kernels are told of it."""
     return Zoneout(relative.zoneout_h, relative.zoneout_c, ROUNDS) if relative.zoned else None
+
+
+def norm(relative: Relative, H: int) -> LayerNorm | None:
+    """Likewise."""
+    return LayerNorm(H, relative.norm == "state", EPS, 3 * relative.peephole) if relative.norm else None
 
 
 def arithmetic(dtype: torch.dtype, tf32: bool) -> str:
@@ -185,7 +190,7 @@ class Launch:
     ) -> None:
         self.problem, self.config, self.device, self.directions, self.dtype = problem, config, device, directions, dtype
         self.run = schedule.launch
-        steps = schedule.name == "stepwise" and problem.T > 1
+        steps = schedule.name == "stepwise" and (problem.T > 1 or problem.relative.norm)
         self.running = accumulator_dtype(dtype) if steps else None  # the dtype of what runs from one launch to the next
         self.kernel: Kernel | None = None  # this and its grid once it was launched, by a schedule that has but one
         self.grid = (0, 0, 0)

@@ -11,6 +11,7 @@ import torch
 from ..call import Rows
 from ..kernels.cell import Zoneout
 from ..kernels.stepwise import Constants, lstm_backward_step, lstm_forward_step
+from . import relatives
 from .schedule import (
     CELLS,
     INTERPRETED,
@@ -119,6 +120,9 @@ def estimate(config: StepwiseConfig, problem: Recurrence, device: Device) -> flo
 
 
 def describe(config: StepwiseConfig, problem: Recurrence) -> str:
+    if problem.relative.norm:
+        programs = problem.B * problem.R
+        return f"for each of {problem.T} steps a GEMM and a launch of {programs} programs, one for each row"
     x, y, z = config.grid(problem.H, problem.B, problem.R)
     programs = f"{x} x {y} x {z} programs of {config.block_h} units x {config.block_b} rows"
     return f"{problem.T} launches, one for each time step; {programs}"
@@ -140,6 +144,9 @@ def stepwise_kernel(
 
 def launch(launch: Launch, buffers: Any, rows: Rows) -> None:
     p, T = launch.problem, rows.T
+    if p.relative.norm:
+        relatives.launch(launch, buffers, rows)
+        return
     if launch.kernel is None:
         what = p.kernel, p.arithmetic, launch.dtype, p.R, p.H, launch.directions, launch.config, zoneout(p.relative)
         launch.kernel, launch.grid = stepwise_kernel(*what), launch.config.grid(p.H, rows.B, p.R)
