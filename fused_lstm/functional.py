@@ -325,9 +325,9 @@ def _layer(
         units = None if units is None else F.pad(units, (0, pad))
     if relative and gains is not None:  # the norm of the input's products, for all steps
         biases = [None] * R if b_ih is None else b_ih.chunk(R)
-        given = zip(F.linear(x, w_ih).chunk(R, -1), gains.chunk(R), biases, strict=True)
-        norm = relatives.LayerNorm.apply if ops.plain((x, gains)) and not forward_mode() else relatives.layer_norm
-        normed = [norm(products, gain, bias) for products, gain, bias in given]
+        plain = ops.plain((x, w_ih, gains)) and not forward_mode()
+        norm = relatives.NormedInput.apply if plain else relatives.normed_input
+        normed = [norm(x, *own) for own in zip(w_ih.chunk(R), gains.chunk(R), biases, strict=True)]
         x, w_ih, b_ih = normed[0] if R == 1 else torch.cat(normed, -1), None, None
     more = (sequences.lengths, sequences.batch_sizes, sequences.resets, seed, stack.directions, stack.batch_first)
     tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_h0, units)

@@ -217,9 +217,7 @@ def recurrence_forward(
             h_prev, c_prev = (h, c) if n == rows.B else (h[:n], c[:n])
             if keep is not None:  # a new episode begins with no memory
                 h_prev, c_prev = torch.where(keep, h_prev, 0), torch.where(keep, c_prev, 0)
-            products = recurrent(h_prev)
-            if products_s is not None:
-                products_s.copy_(products)
+            products = recurrent(h_prev, products_s)
             if relative.norm and isinstance(r, int):
                 flat += torch.layer_norm(products, (4 * H,), gains, zeros, EPS)
             elif relative.norm:  # each has gains of its own
@@ -257,16 +255,22 @@ def recurrence_forward(
     return h_n, c_n
 
 
-def products_with(w: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """The function of x (B, K) that gives x w^T + bias (B, N), for w (N, K); if w is (R, N, K), for each of x (B, R, K)."""
-    if w.dim() == 2:
-        wt = w.t()
-        if bias is not None:
-            return lambda x: linear(x, w, bias)
-        return lambda x: linear(x, w) if uses_onednn(x, w) else torch.mm(x, wt)
-    if bias is None:
-        return lambda x: torch.bmm(x.transpose(0, 1), w.mT).transpose(0, 1)
-    return lambda x: torch.baddbmm(bias[:, None], x.transpose(0, 1), w.mT).transpose(0, 1)
+def products_with(w: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
+    """The function of x (B, K) that gives x w^T + bias (B, N), for w (N, K), in its second argument if there is one; if w is
+    (R, N, K), for each of x (B, R, K)."""
+    wt = w.mT
+
+    def product(x: Tensor, out: Tensor | None = None) -> Tensor:
+        if w.dim() == 3:
+            x = x.transpose(0, 1)
+            found = (torch.bmm(x, wt) if bias is None else torch.baddbmm(bias[:, None], x, wt)).transpose(0, 1)
+        elif bias is not None or uses_onednn(x, w):
+            found = linear(x, w, bias)
+        else:
+            return torch.mm(x, wt, out=out)
+        return found if out is None else out.copy_(found)
+
+    return product
 
 
 def recurrence_backward(

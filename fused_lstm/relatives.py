@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import ALIGNMENT, LayerCall, Rows, accumulator_dtype, forward_mode
+from .call import ALIGNMENT, LayerCall, Rows, accumulator_dtype, forward_mode, no_autocast
 from .cell import EPS, Relative
-from .gemm import batched, linear
+from .gemm import batched, linear, outer, product, tf32_as_cudnn
 
 if TYPE_CHECKING:
     from .reference import Group
@@ -124,28 +124,36 @@ def normalized(x: Tensor, dims: int) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(over, keepdim=True) + EPS)).to(x.dtype)
 
 
-def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = normalized(x, 1) * gain
+def normed_input(x: Tensor, w: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """LN(x w^T) gain + bias for x (..., I), w (4H, I), gain and bias (4H,)."""
+    y = normalized(F.linear(x, w), 1) * gain
     return y if bias is None else y + bias
 
 
-class LayerNorm(torch.autograd.Function):
-    """:func:`layer_norm` for plain calls: by torch's kernels, but for a gradient that is to have one itself."""
+class NormedInput(torch.autograd.Function):
+    """:func:`normed_input` for plain calls: by torch's kernels, but for a gradient that is to have one itself."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        y, *statistics = torch.native_layer_norm(x, x.shape[-1:], gain, bias, EPS)
-        ctx.save_for_backward(x, gain, bias, *statistics)
+    def forward(ctx: Any, x: Tensor, w: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        with tf32_as_cudnn(x):
+            products = linear(x, w)
+        y, *statistics = torch.native_layer_norm(products, w.shape[:1], gain, bias, EPS)
+        ctx.save_for_backward(x, w, gain, bias, products, *statistics)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gain, bias, *statistics = ctx.saved_tensors
+        x, w, gain, bias, products, *statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
-            by_all = torch.func.vjp(layer_norm, *[t for t in (x, gain, bias) if t is not None])[1](grad)
-            return *by_all, *[None] * (3 - len(by_all))
-        needs = list(ctx.needs_input_grad)
-        return torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], *statistics, gain, bias, needs)
+            by_all = torch.func.vjp(normed_input, *[t for t in (x, w, gain, bias) if t is not None])[1](grad)
+            return *by_all, *[None] * (4 - len(by_all))
+        by_x, by_w, *by_own = ctx.needs_input_grad
+        with no_autocast(x), tf32_as_cudnn(x):
+            needs = [by_x or by_w, *by_own]
+            by_products, *found = layer_norm_backward(grad, products, w.shape[:1], *statistics, gain, bias, needs)
+            flat = None if by_products is None else by_products.flatten(0, -2)
+            dx = product(flat, w).view_as(x) if by_x else None
+            return dx, outer(flat, x.flatten(0, -2)) if by_w else None, *found
 
 
 def parts(relative: Relative, units: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None, tuple[Tensor, ...]]:
@@ -298,7 +306,10 @@ class Backward:
             found += [(dgates[:, :, k] * c).sum(0) for k, c in ((0, self.c_prev), (1, self.c_prev), (3, new_c))]
         if self.relative.norm:
             found += torch.stack(self.dgains).unbind(1)
-            found += [(self.dshown * self.c_norm.value).sum(0), self.dshown.sum(0)]
+            norm, by_gain = self.c_norm, []
+            for r, grad in enumerate(self.dshown.unbind(1)):
+                by_gain.append(norm.backward(grad, *(t[:, r] for t in norm.parts), self.norm_c[0][r], BY_GAIN)[1])
+            found += [torch.stack(by_gain), self.dshown.sum(0)]
         return torch.stack(found, 1).to(self.call.units.dtype)
 
     def _wide(self, dgates: Tensor) -> Tensor:
@@ -331,5 +342,5 @@ class Normalized:
         return layer_norm_backward(grad, x, self.shape, zero.contiguous(), rstd.contiguous(), gain, None, needs)
 
 
-BY_GIVEN = (True, False, False)
+BY_GIVEN, BY_GAIN = (True, False, False), (False, True, False)
 layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
