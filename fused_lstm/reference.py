@@ -195,10 +195,12 @@ def recurrence_forward(
     H = w_hh.shape[1]
     R = w_hh.shape[0] // (4 * H)
     relative = Relative.of("" if call is None else call.cell)
-    zone = None if call is None else relatives.zoneout(call, relative, rows, y.view(-1, R, H), once=True)
+    keeps = call is not None and c_all is not None and not call.recompute
+    masks = relatives.drawn(call, relative, rows, y.numel() // (R * H)) if relative.zoned and call.seed is not None else None
+    zone = None if call is None else relatives.zoneout(call, relative, rows, y.view(-1, R, H), masks)
     gates, y, w_hh = gates.view(-1, R, 4, H), y.view(-1, R, H), w_hh.view(R, 4 * H, H)
     all_products = None
-    if relative.norm and c_all is not None and not call.recompute and gates.dtype == accumulator_dtype(gates.dtype):
+    if keeps and relative.norm and gates.dtype == accumulator_dtype(gates.dtype):
         all_products = gates.new_empty(gates.shape[0], R, 4 * H)
     h_n, c_n = (y.new_zeros(R, rows.B, H) if state is None else state.clone() for state in (h0, c0))
     for group in Group.all(rows, R):
@@ -250,8 +252,8 @@ def recurrence_forward(
         group.state(h_n).copy_(h)
         group.state(c_n).copy_(c)
         group.put_back()
-    if all_products is not None:
-        c_all.products = relatives.Normalized(all_products)  # for the backward pass, which else multiplies again
+    if keeps:
+        c_all.made = relatives.Made(masks, None if all_products is None else relatives.Normalized(all_products))
     return h_n, c_n
 
 

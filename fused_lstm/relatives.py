@@ -35,36 +35,29 @@ class Zoneout(NamedTuple):
         return Zoneout(self.h[rows, r], self.c[rows, r])
 
 
-def zoneout(call: LayerCall, relative: Relative, rows: Rows, like: Tensor, once: bool = False) -> Zoneout | None:
-    """Of all steps, in ``like``'s dtype: masks if there is a seed, else what they are on average.
-
-    ``once``: masks are drawn by the forward pass and kept, as long as its seed, for the backward pass.
-    """
-    p, (R, H, N) = (relative.zoneout_h, relative.zoneout_c), (*call.sizes, like.shape[0])
+def zoneout(
+    call: LayerCall, relative: Relative, rows: Rows, like: Tensor, masks: list[Tensor] | None = None
+) -> Zoneout | None:
+    """Of all steps, in ``like``'s dtype: masks if there is a seed, else what they are on average."""
     if not relative.zoned:
         return None
     if call.seed is None:
-        return Zoneout(*(like.new_full((), q).expand(N, R, H) for q in p))
-    key = (p, R, H, rows.size, call.seed._version) if once and rows.batch_sizes is None else None
-    known = getattr(call.seed, "fused_lstm_masks", None)
-    if key is None or known is None or known[0] != key:
-        known = key, masks(call, p, rows, N)
-    if key is not None:
-        call.seed.fused_lstm_masks = known
-    return Zoneout(*(mask.to(like.dtype) for mask in known[1]))
+        p, size = (relative.zoneout_h, relative.zoneout_c), (like.shape[0], *call.sizes)
+        return Zoneout(*(like.new_full((), q).expand(size) for q in p))
+    return Zoneout(*(mask.to(like.dtype) for mask in masks or drawn(call, relative, rows, like.shape[0])))
 
 
-def masks(call: LayerCall, p: tuple[float, float], rows: Rows, N: int) -> list[Tensor]:
-    """Which units keep their h, and which their c, by probabilities p: (N, R, H) bool each."""
-    (R, H), T, B, device = call.sizes, rows.T, rows.B, call.seed.device
+def drawn(call: LayerCall, relative: Relative, rows: Rows, N: int) -> list[Tensor]:
+    """Masks by ``call.seed``: which units keep their h, and which their c, (N, R, H) bool each."""
+    p, (R, H), T, B, device = (relative.zoneout_h, relative.zoneout_c), call.sizes, rows.T, rows.B, call.seed.device
     # One draw gives four words: of h and of c, at two times. It is counted by units as if H were a multiple of 16, to which
     # the kernels' H is padded. In blocks that a CPU's caches hold.
     count, limits = torch.arange((T + 1) // 2 * B * R, device=device), [round(q * 2**32) for q in p] * 2
     index = (count[:, None] * (H + -H % ALIGNMENT) + torch.arange(H, device=device)).flatten()
     words = (philox(call.seed, block) for block in index.split(2**16))
-    drawn = torch.cat([torch.stack([w < limit for w, limit in zip(four, limits, strict=True)]) for four in words], 1)
+    masks = torch.cat([torch.stack([w < limit for w, limit in zip(four, limits, strict=True)]) for four in words], 1)
     t, b = rows.times_and_batch_rows(N, device)
-    in_time = drawn.view(2, 2, (T + 1) // 2, B, R, H).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
+    in_time = masks.view(2, 2, (T + 1) // 2, B, R, H).permute(1, 2, 0, 3, 4, 5).flatten(1, 3)
     return [mask.index_select(0, t * B + b) for mask in in_time]
 
 
@@ -151,9 +144,9 @@ class NormedInput(torch.autograd.Function):
         with no_autocast(x), tf32_as_cudnn(x):
             needs = [by_x or by_w, *by_own]
             by_products, *found = layer_norm_backward(grad, products, w.shape[:1], *statistics, gain, bias, needs)
-            flat = None if by_products is None else by_products.flatten(0, -2)
+            flat = None if by_products is None else by_products.reshape(-1, w.shape[0])
             dx = product(flat, w).view_as(x) if by_x else None
-            return dx, outer(flat, x.flatten(0, -2)) if by_w else None, *found
+            return dx, outer(flat, x.reshape(-1, w.shape[1])) if by_w else None, *found
 
 
 def parts(relative: Relative, units: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None, tuple[Tensor, ...]]:
@@ -186,6 +179,14 @@ def gates_of(call: LayerCall, given: Tensor, h_prev: Tensor, c_prev: Tensor) -> 
     return torch.stack(step(given, recurrent, h_prev, c_prev, relative, call.units, None)[0], 2)
 
 
+class Made(NamedTuple):
+    """What the forward pass of the explicit path made for the backward pass, as an attribute of the cell states that it
+    saved: who asks for little memory, or moves what was saved, goes without, and the backward pass makes it again."""
+
+    masks: list[Tensor] | None = None
+    products: Normalized | None = None
+
+
 class Backward:
     """The backward pass of a relative: what its steps need of the forward pass, for all of them at once; a step; and what is
     left to do after the last."""
@@ -203,7 +204,8 @@ class Backward:
         units = None if call.units is None else call.units.to(self.dtype)
         self.peepholes, self.gains, self.norm_c = parts(self.relative, units)
         self.gains = None if self.gains is None else self.gains.flatten(-2)
-        self.passed: Tensor | None = None  # (R, B, H): by h0 of zoneout, where the kernels did not add it to dh_0
+        self.made: Made = getattr(c_all, "made", Made())
+        self.passed: Tensor | None = None  # (R, B, H): by h0 beside the products, where the kernels did not add it to dh_0
 
     # What follows is made when it is asked for: kernels without norms need none of it, but peepholes' gradients some.
 
@@ -222,7 +224,7 @@ class Backward:
 
     @cached_property
     def zone(self) -> Zoneout | None:
-        return zoneout(self.call, self.relative, self.rows, self.c_all, once=True)
+        return zoneout(self.call, self.relative, self.rows, self.c_all, self.made.masks)
 
     @cached_property
     def c(self) -> Tensor:
@@ -237,8 +239,7 @@ class Backward:
 
     @cached_property
     def recurrent(self) -> Normalized:
-        known = getattr(self.c_all, "products", None)  # kept by the forward pass
-        return Normalized(products_of(self.call, self.h_prev, self.dtype).flatten(2)) if known is None else known
+        return self.made.products or Normalized(products_of(self.call, self.h_prev, self.dtype).flatten(2))
 
     @cached_property
     def c_norm(self) -> Normalized:

@@ -13,9 +13,10 @@ class Forward(NamedTuple):
     c_ptr: Any  # (N, R, H) out
     h0_ptr: Any  # (R, B, H)
     c0_ptr: Any  # (R, B, H)
-    hn_ptr: Any  # (R, B, H) out
+    hn_ptr: Any  # (R, B, H) out; stepwise with norms also the state between launches
     cn_ptr: Any  # (R, B, H) out
-    # Stepwise: (R, B, H), the cell state between launches, in the accumulator's dtype; may be cn_ptr; None for one step.
+    # Stepwise: (R, B, H), the cell state between launches, in the accumulator's dtype; may be cn_ptr. None for one step
+    # without norms.
     running_ptr: Any = None
     zeros_ptr: Any = None  # Persistent: (max(4*H, 512),) zeros
     units_ptr: Any = None  # (R, n, H): as there are peepholes p_i, p_f, p_o; gains of the norm of products for
@@ -37,7 +38,7 @@ class Backward(NamedTuple):
     c0_ptr: Any  # (R, B, H)
     w_hh_ptr: Any  # (R, 4, H, H)
     dgates_ptr: Any  # (N, R, 4, H) out; read at the next step's rows. Persistent: full of 0xFF before
-    h_prev_ptr: Any  # (N, R, H) out
+    h_prev_ptr: Any  # (N, R, H) out; None with norms
     dc0_ptr: Any  # (R, B, H) out; None where nobody asks for it
     # Stepwise: (R, B, H), the gradient by the cell state between launches, as above; may be dc0_ptr.
     running_ptr: Any = None
@@ -46,7 +47,7 @@ class Backward(NamedTuple):
     units_ptr: Any = None  # as above, and the next
     seed_ptr: Any = None
     # Of zoneout, (R, B, H) in the accumulator's dtype, out: the gradient by h0 beside the one through the products.
-    # Stepwise: what of the gradient by h passes on from launch to launch.
+    # Stepwise, also with norms: what of the gradient by h passes on from launch to launch.
     passed_ptr: Any = None
     # Of norms, in the accumulator's dtype; nothing is then read from c_ptr and h_ptr.
     c_prev_ptr: Any = None  # (N, R, H) cell state before each step

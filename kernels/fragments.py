@@ -33,11 +33,11 @@ ROWS = 8  # batch rows of a tile
 class Fragments:
     """How the work is cut into programs: the one constexpr configuration of a persistent kernel."""
 
-    H: int  # a multiple of 16
+    H: int  # a multiple of 16, but where a program owns all units
     R: int
     directions: int  # 1 forward, -1 backwards in time, 2 both
-    units: int = 16  # of a program; a multiple of 16 that divides H
-    warps: int = 8  # 4, 8 or 16
+    units: int = 16  # of a program; a multiple of 16 that divides H, or a power of two that is at least H
+    warps: int = 8
     held: int = 64  # chunks of the weights that stay in registers, at most; the others lie in shared memory
     room: int = 1  # tiles of a program, at most
     ahead: bool = False  # a turn's states are asked for while the turn before is computed; with two tiles or more

@@ -132,7 +132,8 @@ def results(
     ]
     parameters = dict(module.named_parameters())
     inputs = [data, *states, *parameters.values()]
-    grads = torch.autograd.grad((output, h_n, c_n), inputs, cotangents, materialize_grads=True)
+    loop = call is not module  # which may leave weights out
+    grads = torch.autograd.grad((output, h_n, c_n), inputs, cotangents, materialize_grads=loop)
     names = ["output", "h_n", "c_n", "dx", *(["dh0", "dc0"] if hx else []), *("d" + n for n in parameters)]
     return names, [t.detach().cpu() for t in (output, h_n, c_n, *grads)]
 

@@ -217,15 +217,21 @@ def test_masks_of_zoneout() -> None:
     ends = relatives.zoneout(given, cell._replace(zoneout_h=1.0, zoneout_c=0.0), given.rows, torch.zeros(41 * 8, 1, 50))
     assert ends.h.all()
     assert not ends.c.any()
-    for k in range(2):  # those that a backward pass finds are its forward pass's, and another call's are drawn anew
-        given.seed.add_(k)
-        for call in (given, given._replace(batch_first=True), given):
-            once = [relatives.zoneout(call, cell, call.rows, torch.zeros(41 * 8, 1, 50), once=True) for _ in range(2)]
-            drawn = relatives.zoneout(call._replace(seed=given.seed.clone()), cell, call.rows, torch.zeros(41 * 8, 1, 50))
-            assert all(torch.equal(a, b) for found in once for a, b in zip(found, drawn, strict=True))
     lstm = layer("zoneout", bidirectional=True)
     lstm(torch.randn(5, 0, 4, dtype=torch.float64))[0].sum().backward()  # an empty batch
     assert not lstm.weight_hh_l0.grad.any()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_masks_are_drawn_once_for_a_training_step(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again by a backward pass that is to keep little."""
+    lstm, x = layer("zoneout", num_layers=2, recompute=recompute), torch.randn(3, 2, 4).double()
+    real, seeds = relatives.drawn, []
+    monkeypatch.setattr(relatives, "drawn", lambda call, *more: seeds.append(int(call.seed)) or real(call, *more))
+    lstm(x)[0].sum().backward()
+    assert (len(seeds), len(set(seeds))) == (4 if recompute else 2, 2)
+    with torch.inference_mode():
+        assert not torch.equal(lstm(x)[0], lstm(x)[0])
 
 
 def test_heads_are_a_block_diagonal_layer() -> None:

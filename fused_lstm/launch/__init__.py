@@ -144,7 +144,7 @@ def recurrence_backward(
     w_hh: Tensor,  # (R*4H, H)
     rows: Rows,
     dgates: Tensor,  # (N, R, 4, H) out
-    h_prev: Tensor,  # (N, R, H) out
+    h_prev: Tensor,  # (N, R, H) out; with norms neither read nor written
     relative: Given | None = None,
 ) -> tuple[None, Tensor | None]:
     """The backward recurrence. Returns no dh_0, which dgates give; and dc_0 (R, B, H), None without c0."""

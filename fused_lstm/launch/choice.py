@@ -64,7 +64,7 @@ def choose(problem: Recurrence, device: Device | None, tables: Sequence[Table] =
             why = schedule.unsuitable(problem, device) or f"finds no room for the weights of H = {problem.H}"
             refused.append(f"the {schedule.name} one {refusals[0] if refusals else why}")
     if problem.T == 1:
-        return Choice(best["stepwise"], "one step, one launch")
+        return Choice(best["stepwise"], "one step")
     if len(best) == 1:
         return Choice(best["stepwise"], f"a launch for each step, since no other schedule fits: {'; '.join(refused)}")
     name = min(best, key=lambda name: BY_NAME[name].estimate(best[name], problem, device))

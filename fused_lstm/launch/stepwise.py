@@ -107,6 +107,8 @@ MULTIPLY_ADDS = {"half": 1.7e6, "tf32": 0.85e6, "fp32": 0.2e6, "fp64": 0.1e6}  #
 
 def estimate(config: StepwiseConfig, problem: Recurrence, device: Device) -> float:
     """Microseconds of the whole recurrence, roughly: good for a comparison, not for a promise."""
+    if problem.relative.norm:  # a GEMM, then a launch that reads what it wrote; about 64 bytes for each unit
+        return problem.T * (2 * (LAUNCH + STEP) + 64 * problem.B * problem.R * problem.H / L2_DEVICE)
     x, y, z = config.grid(problem.H, problem.B, problem.R)
     segments, width = (1, 4) if problem.kernel == "forward" else (4, 1)
     K, N = segments * ceil_div(problem.H, config.block_k) * config.block_k, width * config.block_h
