@@ -11,7 +11,7 @@ from ..call import Rows
 from ..cell import Relative
 from ..gemm import batched
 from ..kernels.relatives import Constants, cell_backward_step, cell_forward_step
-from .schedule import CELLS, HIP, INTERPRETED, Kernel, Launch, norm, pointers, power_of_two, zoneout
+from .schedule import CELLS, INTERPRETED, Kernel, Launch, norm, pointers, power_of_two, zoneout
 
 KERNELS: dict[str, Any] = {"forward": cell_forward_step, "backward": cell_backward_step}
 
@@ -21,7 +21,7 @@ def _kernel(kernel: str, cell: str, dtype: torch.dtype, R: int, H: int, directio
     relative, bf16 = Relative.of(cell), INTERPRETED and dtype == torch.bfloat16
     constants = Constants(R, H, directions, bf16, power_of_two(H), norm(relative, H), zoneout(relative))
     warps = min(max(power_of_two(H) // 128, 1), 8)
-    options = dict(num_warps=warps, enable_fp_fusion=True, **{} if HIP else {"maxnreg": 255})
+    options = dict(num_warps=warps, enable_fp_fusion=True, **{} if torch.version.hip else {"maxnreg": 255})
     return Kernel(KERNELS, kernel, (CELLS[kernel], constants), options)
 
 
