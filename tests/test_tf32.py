@@ -52,7 +52,7 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 def products_with(w: Tensor, bias: Tensor | None = None, multiply: Callable = reference.products_with) -> Callable:
     """The reference's products of rounded numbers."""
     product = multiply(rounded(w), bias)
-    return lambda x: product(rounded(x))
+    return lambda x, out=None: product(rounded(x), out)
 
 
 def refusal(name: str, T: int, B: int, monkeypatch: pytest.MonkeyPatch, of: str = "") -> str | None:
